@@ -1,0 +1,19 @@
+"""Lazy asynchronous checkpoints for JAX, in Orbax and in Orbax's own format."""
+
+from lazy_orbax import args, errors
+from lazy_orbax.events import SaveTimeline
+from lazy_orbax.handler import LazyCheckpointHandler, pytree_handler, standard_handler
+from lazy_orbax.options import LazyOptions
+from lazy_orbax.save import wait_until_staged
+
+__all__ = [
+    "LazyCheckpointHandler",
+    "LazyOptions",
+    "SaveTimeline",
+    "args",
+    "errors",
+    "pytree_handler",
+    "standard_handler",
+    "wait_until_staged",
+]
+__version__ = "0.1.0"

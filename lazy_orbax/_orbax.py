@@ -1,0 +1,349 @@
+"""The only module that touches non-public symbols of Orbax. Each is probed when it is imported.
+
+Where one is missing, `MISSING` says which, `HANDLER_BASE` is stock Orbax's public handler and the
+handlers of lazy_orbax save the stock way, with a warning. Orbax 0.12 is what this was read from.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import importlib
+import json
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from lazy_orbax.layout import ReplicaPolicy
+
+_NEEDED = {
+    "base": ("handlers.base_pytree_checkpoint_handler", "BasePyTreeCheckpointHandler"),
+    "fill_args": (
+        "handlers.base_pytree_checkpoint_handler",
+        "_fill_missing_save_or_restore_args",
+    ),
+    "array_metadata_serializer": ("metadata.array_metadata_store", "Serializer"),
+    "tree_metadata": ("metadata.tree", "InternalTreeMetadata"),
+    "random_key_impl": ("metadata.array_metadata", "RANDOM_KEY_IMPL"),
+    "sharding_metadata": ("metadata.sharding", "from_jax_sharding"),
+    "process_index": ("multihost.multihost", "process_index"),
+    "is_primary_host": ("multihost.multihost", "is_primary_host"),
+    "process_subdir": ("serialization.ocdbt_utils", "get_process_index_for_subdir"),
+    "is_replicated_sharding": ("serialization.jax_array_handlers", "_is_replicated_sharding"),
+    "build_array_write_spec": ("serialization.tensorstore_utils", "build_array_write_spec"),
+    "build_kvstore_tspec": ("serialization.tensorstore_utils", "build_kvstore_tspec"),
+    "is_empty_node": ("tree.utils", "is_empty_node"),
+    "is_empty_or_leaf": ("tree.utils", "is_empty_or_leaf"),
+}
+
+
+def _probe() -> tuple[dict[str, Any], list[str]]:
+    found, missing = {}, []
+    for key, (module, symbol) in _NEEDED.items():
+        try:
+            found[key] = getattr(importlib.import_module(f"orbax.checkpoint._src.{module}"), symbol)
+        except (ImportError, AttributeError):
+            missing.append(f"orbax.checkpoint._src.{module}.{symbol}")
+    return found, missing
+
+
+_SRC, MISSING = _probe()
+HANDLER_BASE: type = ocp.PyTreeCheckpointHandler if MISSING else _SRC["base"]
+
+# Stands for the item's directory in everything that is kept from save to save.
+PLACEHOLDER_DIRECTORY = "/lazy-orbax-directory"
+
+
+class StockFallbackWarning(UserWarning):
+    """lazy_orbax saves the stock way, because this Orbax is not the one it knows."""
+
+
+def warn_if_stock() -> bool:
+    """Returns whether only the stock way is open, after warning about it."""
+    if MISSING:
+        warnings.warn(
+            f"lazy_orbax does not know this orbax-checkpoint ({ocp.__version__}): "
+            f"{', '.join(MISSING)} is missing. Saves are stock saves: correct, but blocking. "
+            "Install a lazy_orbax made for this release, or an older orbax-checkpoint.",
+            StockFallbackWarning,
+            stacklevel=3,
+        )
+    return bool(MISSING)
+
+
+def put_inside_standard_handler(
+    standard: ocp.StandardCheckpointHandler, pytree: ocp.PyTreeCheckpointHandler
+) -> bool:
+    """Makes `standard` save and restore through `pytree`. Returns whether it could."""
+    if not isinstance(getattr(standard, "_impl", None), ocp.PyTreeCheckpointHandler):
+        return False
+    standard._impl = pytree
+    return True
+
+
+def process_index() -> int:
+    """Returns this process's index, as Orbax counts."""
+    return _SRC["process_index"]()
+
+
+def is_primary_host(primary_host: int | None) -> bool:
+    """Returns whether this process writes what is written once."""
+    return _SRC["is_primary_host"](primary_host)
+
+
+def typestr_of_pytree_handler() -> str:
+    """Returns the name under which stock checkpoints say how to read themselves."""
+    return ocp.PyTreeCheckpointHandler.typestr()
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafInfo:
+    """What Orbax says about one leaf.
+
+    Attributes:
+        name: the parameter name.
+        route: `array`, `host`, or `other` for a leaf that its own type handler must write.
+        type_handler: Orbax's type handler for it.
+        info: Orbax's `ParamInfo`, for `PLACEHOLDER_DIRECTORY`.
+        save_args: its `SaveArgs`.
+    """
+
+    name: str
+    route: str
+    type_handler: Any
+    info: Any
+    save_args: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeInfo:
+    """What Orbax says about a tree: its leaves, and the trees its metadata is built from."""
+
+    leaves: tuple[LeafInfo, ...]
+    infos: Any
+    save_args: Any
+
+
+def describe_tree(
+    handler: Any, item: Any, save_args: Any, *, ocdbt_target_data_file_size: int | None
+) -> TreeInfo:
+    """Returns Orbax's view of every leaf, in the order of `jax.tree.leaves(item)`.
+
+    Raises:
+        LookupError: Orbax has no type handler for some leaf; the message is a list of key paths.
+    """
+    filled = _SRC["fill_args"](item, save_args, mode="save")
+    infos = handler._get_param_infos(
+        item,
+        epath.Path(PLACEHOLDER_DIRECTORY),
+        use_ocdbt=handler._use_ocdbt,
+        use_compression=handler._use_compression,
+        use_zarr3=handler._use_zarr3,
+        ocdbt_target_data_file_size=ocdbt_target_data_file_size,
+    )
+    is_leaf = _SRC["is_empty_or_leaf"]
+    values = jax.tree.leaves(item, is_leaf=is_leaf)
+    leaves = []
+    for value, info, arg in zip(
+        values,
+        jax.tree.leaves(infos, is_leaf=is_leaf),
+        jax.tree.leaves(filled, is_leaf=is_leaf),
+        strict=True,
+    ):
+        if not _SRC["is_empty_node"](value):
+            type_handler = handler._type_handler_registry.get(type(value))
+            route = _route(value, type_handler)
+            leaves.append(LeafInfo(info.name, route, type_handler, info, arg))
+    return TreeInfo(tuple(leaves), infos, filled)
+
+
+def type_handler_for(handler: Any, type_: type) -> Any | None:
+    """Returns Orbax's type handler for values of `type_`, or `None`."""
+    registry = handler._type_handler_registry
+    return registry.get(type_) if registry.has(type_) else None
+
+
+def _route(value: Any, type_handler: Any) -> str:
+    """Whether a leaf's type handler does what the stock one does, so that we may do it."""
+    kind = type(type_handler)
+    if isinstance(value, jax.Array):
+        stock = ocp.type_handlers.ArrayHandler
+        lazy = issubclass(kind, stock) and kind.serialize is stock.serialize
+        return "array" if lazy and getattr(type_handler, "_dispatcher", None) is None else "other"
+    for stock in (ocp.type_handlers.NumpyHandler, ocp.type_handlers.ScalarHandler):
+        if kind is stock:
+            return "host"
+    return "other"
+
+
+def replica_policy(array_handler: Any) -> ReplicaPolicy:
+    """Returns which replicas write, as the type handler for `jax.Array` was configured.
+
+    Args:
+        array_handler: the type handler, or `None` for a tree without arrays.
+    """
+    if array_handler is None:
+        return ReplicaPolicy()
+    return ReplicaPolicy(
+        replica_id=array_handler._replica_id,
+        parallel=array_handler._use_replica_parallel,
+        min_slice_bytes=array_handler._min_slice_bytes_for_replica_parallel or 0,
+        max_replicas=array_handler._max_replicas_for_replica_parallel,
+    )
+
+
+def primary_host(handler: Any) -> int | None:
+    """Returns the process that writes what is written once."""
+    return handler._primary_host
+
+
+def key_metadata(key: jax.Array) -> dict[str, str]:
+    """Returns what Orbax stores beside the data of a typed PRNG key."""
+    return {_SRC["random_key_impl"]: str(jax.random.key_impl(key))}
+
+
+def array_write_spec(
+    leaf: LeafInfo,
+    *,
+    shape: tuple[int, ...],
+    write_shape: tuple[int, ...],
+    dtype: Any,
+    sharding: jax.sharding.Sharding | None,
+    ext_metadata: dict[str, str] | None,
+) -> tuple[dict[str, Any], Any]:
+    """Returns TensorStore's spec of a leaf and Orbax's `ArrayMetadata` for it."""
+    type_handler, use_ocdbt = leaf.type_handler, leaf.info.is_ocdbt_checkpoint
+    separate = (
+        sharding is not None
+        and use_ocdbt
+        and type_handler._use_replica_parallel
+        and type_handler._enable_replica_parallel_separate_folder
+        and _SRC["is_replicated_sharding"](sharding)
+    )
+    process_id = _SRC["process_subdir"](
+        use_ocdbt, getattr(type_handler, "_override_ocdbt_process_id", None)
+    )
+    spec = _SRC["build_array_write_spec"](
+        info=leaf.info,
+        arg=leaf.save_args,
+        global_shape=shape,
+        local_shape=write_shape,
+        dtype=dtype,
+        use_ocdbt=use_ocdbt,
+        process_index=process_id,
+        replica_separate_folder=separate,
+        metadata_key=type_handler._metadata_key,
+        ext_metadata=ext_metadata,
+    )
+    return spec.json, spec.metadata
+
+
+def directory_kvstore_spec() -> dict[str, Any]:
+    """Returns the spec of the item's directory as a plain key-value store."""
+    return _SRC["build_kvstore_tspec"](PLACEHOLDER_DIRECTORY, use_ocdbt=False)
+
+
+def tree_metadata(
+    handler: Any, tree: TreeInfo, write_shapes: dict[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    """Returns the content of `_METADATA`, without custom metadata."""
+    infos = jax.tree.map(
+        lambda info: info.replace(write_shape=write_shapes.get(info.name, info.write_shape)),
+        tree.infos,
+    )
+    return (
+        _SRC["tree_metadata"]
+        .build(
+            infos,
+            save_args=tree.save_args,
+            use_ocdbt=handler._use_ocdbt,
+            use_zarr3=handler._use_zarr3,
+            pytree_metadata_options=handler._pytree_metadata_options,
+        )
+        .to_json()
+    )
+
+
+def sharding_file(
+    type_handler: Any, shardings: Sequence[tuple[str, jax.sharding.Sharding]]
+) -> bytes | None:
+    """Returns the content of `_sharding`, or `None` where the type handler writes none."""
+    if not type_handler._enable_write_sharding_file:
+        return None
+    entries = {}
+    for name, sharding in shardings:
+        metadata = _SRC["sharding_metadata"](sharding)
+        if metadata is not None and (text := metadata.to_serialized_string()) is not None:
+            entries[base64.urlsafe_b64encode(name.encode()).decode()] = text
+    return json.dumps(entries).encode()
+
+
+def array_metadatas_file(type_handler: Any, metadatas: Sequence[Any]) -> bytes | None:
+    """Returns the content of `array_metadatas/process_N`, or `None` where there is no store."""
+    if getattr(type_handler, "_array_metadata_store", None) is None:
+        return None
+    return _SRC["array_metadata_serializer"]().serialize(list(metadatas)).encode()
+
+
+async def serialize_others(
+    handler: Any, others: Sequence[tuple[int, LeafInfo]], values: Sequence[Any], directory: Any
+) -> list[Any]:
+    """Lets type handlers write the leaves that are theirs alone. Returns their futures.
+
+    Args:
+        handler: the handler that saves.
+        others: positions and descriptions of those leaves.
+        values: all leaves of the tree.
+        directory: the item's directory, or Orbax's promise of it.
+    """
+    by_handler: dict[int, list[tuple[int, LeafInfo]]] = {}
+    for position, leaf in others:
+        by_handler.setdefault(id(leaf.type_handler), []).append((position, leaf))
+    context = ocp.type_handlers.get_ts_context(use_ocdbt=handler._use_ocdbt)
+    futures = []
+    for members in by_handler.values():
+        infos = [
+            leaf.info.replace(
+                parent_dir=directory, path=directory / leaf.name, ts_context=context
+            )
+            for _, leaf in members
+        ]
+        mine = [values[position] for position, _ in members]
+        arguments = [leaf.save_args for _, leaf in members]
+        futures += await members[0][1].type_handler.serialize(mine, infos, arguments)
+    return futures
+
+
+def path_of(directory: Any) -> str:
+    """Returns a directory's path, also while Orbax only promises to create it."""
+    try:
+        return str(getattr(directory, "path", directory))
+    except ValueError:  # A deferred path has no name before it exists.
+        return ""
+
+
+async def created(directory: Any) -> Any:
+    """Waits until a directory exists that Orbax may only have promised."""
+    if hasattr(directory, "await_creation"):
+        return await directory.await_creation()
+    return directory
+
+
+def stock_save_args(args: Any) -> Any:
+    """Returns the arguments for `HANDLER_BASE.async_save`."""
+    if not MISSING:
+        return args
+    fields = ("item", "save_args", "ocdbt_target_data_file_size", "custom_metadata")
+    return ocp.args.PyTreeSave(**{name: getattr(args, name) for name in fields})
+
+
+def stock_restore_args(args: Any) -> Any:
+    """Returns the arguments for `HANDLER_BASE.restore`."""
+    if args is None or not MISSING:
+        return args
+    fields = ("item", "restore_args", "partial_restore")
+    return ocp.args.PyTreeRestore(**{name: getattr(args, name) for name in fields})

@@ -1,0 +1,45 @@
+"""Arguments for `LazyCheckpointHandler` used directly. The stock-shaped faces take stock args."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from lazy_orbax.handler import LazyCheckpointHandler
+
+
+@ocp.args.register_with_handler(LazyCheckpointHandler, for_save=True)
+@dataclasses.dataclass
+class LazySave(ocp.args.CheckpointArgs):
+    """What to save. The fields are those of `ocp.args.PyTreeSave`.
+
+    Attributes:
+        item: the tree to save.
+        save_args: a tree of `ocp.SaveArgs` with the structure of `item`, or `None`.
+        ocdbt_target_data_file_size: size in bytes at which OCDBT starts another data file; 0 is
+            no limit, `None` is Orbax's default.
+        custom_metadata: JSON-serializable, stored beside the tree.
+    """
+
+    item: Any
+    save_args: Any | None = None
+    ocdbt_target_data_file_size: int | None = None
+    custom_metadata: Any | None = None
+
+
+@ocp.args.register_with_handler(LazyCheckpointHandler, for_restore=True)
+@dataclasses.dataclass
+class LazyRestore(ocp.args.CheckpointArgs):
+    """What to restore. The fields are those of `ocp.args.PyTreeRestore` that Orbax still advises.
+
+    Attributes:
+        item: a tree that gives the structure; `None` restores nested dictionaries and lists.
+        restore_args: a tree of `ocp.RestoreArgs` with the structure of `item`, or `None`.
+        partial_restore: restore only the leaves that `item` names.
+    """
+
+    item: Any | None = None
+    restore_args: Any | None = None
+    partial_restore: bool = False

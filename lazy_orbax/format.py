@@ -1,0 +1,182 @@
+"""What a save puts on disk, asked of Orbax's own builders once, when the plan is made.
+
+Everything is kept for `_orbax.PLACEHOLDER_DIRECTORY`; a save only puts its own directory there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import tensorstore as ts
+
+from lazy_orbax import _orbax
+from lazy_orbax.errors import TreeError, summarize
+from lazy_orbax.layout import Layout, Leaf
+
+TREE_METADATA_FILE = "_METADATA"
+SHARDING_FILE = "_sharding"
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredLeaf:
+    """How one leaf is stored.
+
+    Attributes:
+        kvstore: index into `Format.kvstores`.
+        prefix: its path in that key-value store, with a slash at the end.
+        spec: TensorStore's spec, complete but for the key-value store.
+        cast_from: the dtype of the pieces where it is not the dtype on disk, else `None`.
+        metadata_key: name of its Zarr metadata file.
+        metadata: content of that file.
+    """
+
+    kvstore: int
+    prefix: str
+    spec: ts.Spec
+    cast_from: str | None
+    metadata_key: str
+    metadata: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """What a save puts on disk.
+
+    Attributes:
+        leaves: one for each leaf of the plan.
+        kvstores: JSON specs of the key-value stores that hold them.
+        directory: JSON spec of the item's directory.
+        files: small files beside the arrays that this process writes, by name.
+        tree_metadata: content of `_METADATA`, or `None` where another process writes it.
+        is_primary: whether this process writes what is written once.
+    """
+
+    leaves: tuple[StoredLeaf, ...]
+    kvstores: tuple[str, ...]
+    directory: str
+    files: dict[str, bytes]
+    tree_metadata: dict[str, Any] | None
+    is_primary: bool
+
+    @functools.cached_property
+    def _tree_metadata_bytes(self) -> bytes:
+        return json.dumps(self.tree_metadata).encode()
+
+    def metadata_files(self, custom_metadata: Any) -> dict[str, bytes]:
+        """Returns every small file of a save."""
+        if self.tree_metadata is None:
+            return self.files
+        content = self._tree_metadata_bytes
+        if custom_metadata is not None:
+            tree = {**self.tree_metadata, "custom_metadata": custom_metadata}
+            content = json.dumps(tree).encode()
+        return {**self.files, TREE_METADATA_FILE: content}
+
+
+def make_format(
+    handler: Any,
+    tree: _orbax.TreeInfo,
+    leaves: Sequence[Leaf],
+    layouts: Sequence[Layout],
+    key_metadata: dict[int, dict[str, str]],
+) -> Format:
+    """Asks Orbax how `leaves` are stored.
+
+    Args:
+        handler: the handler that saves, for its settings.
+        tree: Orbax's view of the whole tree.
+        leaves: the leaves that the plan covers.
+        layouts: their layouts.
+        key_metadata: by position, what is stored beside the data of a typed PRNG key.
+
+    Raises:
+        TreeError: some leaf cannot be stored.
+    """
+    stored: list[StoredLeaf] = []
+    kvstores: dict[str, int] = {}
+    array_metadatas, write_shapes, problems = [], {}, []
+    scratch = ts.Context()
+    for leaf, layout in zip(leaves, layouts, strict=True):
+        info = tree.leaves[leaf.position]
+        try:
+            spec, metadata = _orbax.array_write_spec(
+                info,
+                shape=leaf.shape,
+                write_shape=layout.write_shape,
+                dtype=leaf.dtype,
+                sharding=leaf.sharding,
+                ext_metadata=key_metadata.get(leaf.position),
+            )
+            stored.append(_stored(leaf, spec, kvstores, scratch))
+        except (ValueError, TypeError, NotImplementedError) as error:
+            problems.append(f"{leaf.keypath}: {leaf.dtype}{list(leaf.shape)}: {error}")
+            continue
+        if leaf.sharding is not None:
+            array_metadatas.append(metadata)
+            write_shapes[leaf.name] = metadata.write_shape
+    if problems:
+        raise TreeError(f"These leaves cannot be stored:{summarize(problems)}")
+    is_primary = _orbax.is_primary_host(_orbax.primary_host(handler))
+    return Format(
+        tuple(stored),
+        tuple(kvstores),
+        json.dumps(_orbax.directory_kvstore_spec()),
+        _small_files(tree, leaves, array_metadatas, is_primary),
+        _orbax.tree_metadata(handler, tree, write_shapes) if is_primary else None,
+        is_primary,
+    )
+
+
+def _stored(
+    leaf: Leaf, spec: dict[str, Any], kvstores: dict[str, int], scratch: ts.Context
+) -> StoredLeaf:
+    """Splits TensorStore's spec of a leaf into what is its own and what it shares."""
+    cast_from = None
+    if spec["driver"] == "cast":
+        cast_from, spec = spec["dtype"], spec["base"]
+    kvstore = dict(spec["kvstore"])
+    if kvstore["driver"] == "ocdbt":
+        kvstore.pop("path", None)
+    else:
+        kvstore = _orbax.directory_kvstore_spec()
+        _check_path(leaf.name)
+    own = {key: value for key, value in spec.items() if key != "kvstore"}
+    place = kvstores.setdefault(json.dumps(kvstore), len(kvstores))
+    sample = ts.open(
+        {**own, "kvstore": {"driver": "memory", "path": f"{leaf.position}/"}},
+        create=True,
+        context=scratch,
+    ).result()
+    (key,) = [
+        key.decode() for key in sample.kvstore.list().result() if b"zarr" in key or b"." in key
+    ]
+    metadata = sample.kvstore.read(key).result().value
+    prefix = f"{leaf.name}/" if leaf.name else ""
+    return StoredLeaf(place, prefix, ts.Spec(own), cast_from, key, metadata)
+
+
+def _check_path(name: str) -> None:
+    """Refuses a name that, as a path, would leave the directory."""
+    if name.startswith("/") or ".." in name.split("/"):
+        raise ValueError(f"the name {name!r} is a path out of the checkpoint; use OCDBT or rename")
+
+
+def _small_files(
+    tree: _orbax.TreeInfo, leaves: Sequence[Leaf], array_metadatas: Sequence[Any], is_primary: bool
+) -> dict[str, bytes]:
+    """Returns `_sharding` and `array_metadatas/process_N`."""
+    arrays = [leaf for leaf in leaves if leaf.sharding is not None]
+    if not arrays:
+        return {}
+    files = {}
+    type_handler = tree.leaves[arrays[0].position].type_handler
+    shardings = [(leaf.name, leaf.sharding) for leaf in arrays if leaf.sharding is not None]
+    if is_primary and (content := _orbax.sharding_file(type_handler, shardings)) is not None:
+        files[SHARDING_FILE] = content
+    if (content := _orbax.array_metadatas_file(type_handler, array_metadatas)) is not None:
+        files[f"array_metadatas/process_{_orbax.process_index()}"] = content
+    return files

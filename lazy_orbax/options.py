@@ -1,0 +1,80 @@
+"""The few knobs of lazy_orbax."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Literal
+
+from lazy_orbax.errors import OptionError
+from lazy_orbax.events import SaveTimeline
+
+Mode = Literal["auto", "stage", "direct"]
+
+_MODES = ("auto", "stage", "direct")
+_MIB = 2**20
+# Half of it for one snapshot in flight is what an unhurried host can spare beside data loading.
+_DEFAULT_HOST_FRACTION = 0.5
+_CGROUP_LIMITS = (
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LazyOptions:
+    """How lazy_orbax takes and writes a snapshot.
+
+    Attributes:
+        mode: `"stage"` copies the state on the device before `save()` returns and drains that
+            copy in the background; `"direct"` sends it straight to pinned host memory and needs
+            no device memory; `"auto"` stages what fits in the device memory that the next step
+            leaves free and sends the rest directly.
+        host_bytes: most bytes of snapshot held in host memory by all saves of this process at
+            once. `None` is half of this machine's (or container's) memory. A state larger than
+            this streams through: `save()` then waits for the part that fits nowhere.
+        slab_bytes: size of the pieces in which a snapshot is copied and written, in bytes over
+            all local devices. A leaf larger than this makes a piece of its own.
+        on_timeline: called once per saved item, from a background thread, when it was committed
+            or has failed. It must not raise, save or wait.
+
+    Raises:
+        OptionError: a value is out of range.
+    """
+
+    mode: Mode = "auto"
+    host_bytes: int | None = None
+    slab_bytes: int = 64 * _MIB
+    on_timeline: Callable[[SaveTimeline], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in _MODES:
+            raise OptionError(f"mode={self.mode!r} is not one of {', '.join(map(repr, _MODES))}.")
+        for name in ("host_bytes", "slab_bytes"):
+            value = getattr(self, name)
+            if value is None and name == "host_bytes":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < _MIB:
+                raise OptionError(
+                    f"{name}={value!r} must be a whole number of bytes, at least {_MIB} (1 MiB)."
+                )
+        if self.on_timeline is not None and not callable(self.on_timeline):
+            raise OptionError(f"on_timeline={self.on_timeline!r} is not callable.")
+
+    @property
+    def host_limit_bytes(self) -> int:
+        """The budget in bytes, with the default resolved for this machine."""
+        if self.host_bytes is not None:
+            return self.host_bytes
+        return int(_memory_bytes() * _DEFAULT_HOST_FRACTION)
+
+
+def _memory_bytes() -> int:
+    """Returns the memory of this machine, or of its container where that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in map(pathlib.Path, _CGROUP_LIMITS):
+        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+            total = min(total, int(text))
+    return total

@@ -1,0 +1,259 @@
+"""From a tree to its plan: looked up where the same tree was saved before, else made.
+
+The second save of a tree costs a comparison of lists here, at C speed: a jitted step returns
+arrays whose `aval` and `sharding` are the same objects every time.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import operator
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lazy_orbax import _orbax
+from lazy_orbax.errors import DeletedArrayError, TreeError, summarize
+from lazy_orbax.format import Format, make_format
+from lazy_orbax.layout import Leaf
+from lazy_orbax.plan import Plan, make_plan
+
+_MOST_CACHED = 32
+_aval = operator.attrgetter("aval")
+_sharding = operator.attrgetter("sharding")
+_is_deleted = operator.methodcaller("is_deleted")
+
+
+@dataclasses.dataclass
+class Prepared:
+    """A plan, what it puts on disk, and which tree it is for.
+
+    Attributes:
+        plan: what is copied and written lazily.
+        format: how that is stored.
+        keys: positions of typed PRNG keys, whose data is what is stored.
+        others: leaves that Orbax's own type handlers write, with their positions.
+        positions: for every leaf of the plan, its position in the tree.
+    """
+
+    plan: Plan
+    format: Format
+    keys: tuple[int, ...]
+    others: tuple[tuple[int, _orbax.LeafInfo], ...]
+    positions: tuple[int, ...]
+
+
+@dataclasses.dataclass
+class _Signature:
+    """What must be equal for a plan to serve again. The values of the leaves are not in it."""
+
+    treedef: Any
+    types: list[type]
+    avals: list[Any]
+    shardings: list[Any]
+    hosts: list[tuple[Any, Any]]
+    save_args: list[Any] | None
+    config: tuple[Any, ...]
+
+
+class PlanCache:
+    """Remembers the plans of the last few trees.
+
+    Invariant, under the lock: `_entries` holds at most `_MOST_CACHED` pairs, last used last.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entries: collections.deque[tuple[_Signature, Prepared]] = collections.deque(
+            maxlen=_MOST_CACHED
+        )
+
+    def find(self, signature: _Signature) -> Prepared | None:
+        """Returns the plan that was made for an equal signature."""
+        with self._lock:
+            for i in reversed(range(len(self._entries))):
+                if self._entries[i][0] == signature:
+                    _, prepared = self._entries[i]
+                    del self._entries[i]
+                    # The new signature has the newest objects: the next look is by identity.
+                    self._entries.append((signature, prepared))
+                    return prepared
+        return None
+
+    def add(self, signature: _Signature, prepared: Prepared) -> None:
+        """Remembers a plan."""
+        with self._lock:
+            self._entries.append((signature, prepared))
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        with self._lock:
+            self._entries.clear()
+
+
+PLAN_CACHE = PlanCache()
+"""The plans of this process."""
+
+
+def prepare(
+    handler: Any,
+    item: Any,
+    save_args: Any,
+    *,
+    ocdbt_target_data_file_size: int | None,
+    slab_bytes: int,
+) -> tuple[Prepared, list[Any]]:
+    """Returns the plan for `item`, and its leaves.
+
+    Raises:
+        TreeError: the tree cannot be saved; every reason is named with its key path.
+        DeletedArrayError: some array was deleted or donated already.
+    """
+    leaves, treedef = jax.tree.flatten(item)
+    if not leaves:
+        raise TreeError("The tree to save has no leaves. Save at least one array or scalar.")
+    types = list(map(type, leaves))
+    array_types = _array_types(set(types))
+    arrays = [leaf for leaf, type_ in zip(leaves, types, strict=True) if type_ in array_types]
+    _refuse_deleted(item, arrays)
+    config = (
+        *_settings(handler, set(types)),
+        ocdbt_target_data_file_size,
+        slab_bytes,
+        jax.process_index(),
+        jax.process_count(),
+    )
+    signature = _Signature(
+        treedef,
+        types,
+        list(map(_aval, arrays)),
+        list(map(_sharding, arrays)),
+        _host_shapes(leaves, types),
+        None if save_args is None else jax.tree.leaves(save_args, is_leaf=lambda x: x is None),
+        config,
+    )
+    prepared = PLAN_CACHE.find(signature)
+    if prepared is None:
+        prepared = _make(handler, item, save_args, ocdbt_target_data_file_size, slab_bytes)
+        PLAN_CACHE.add(signature, prepared)
+    return prepared, leaves
+
+
+def _host_shapes(leaves: Sequence[Any], types: Sequence[type]) -> list[tuple[Any, Any]]:
+    if np.ndarray not in types:
+        return []
+    return [(x.dtype, x.shape) for x, t in zip(leaves, types, strict=True) if t is np.ndarray]
+
+
+def _array_types(types: set[type]) -> set[type]:
+    if any(issubclass(type_, jax.core.Tracer) for type_ in types):
+        raise TreeError("save() was called with traced values, inside jit or grad. Call it outside.")
+    return {type_ for type_ in types if issubclass(type_, jax.Array)}
+
+
+def _settings(handler: Any, types: set[type]) -> tuple[Any, ...]:
+    found = {type_: _orbax.type_handler_for(handler, type_) for type_ in types}
+    return (handler.settings, frozenset(found.items()))
+
+
+def _refuse_deleted(item: Any, arrays: Sequence[jax.Array]) -> None:
+    if not any(map(_is_deleted, arrays)):
+        return
+    problems = [
+        f"{jax.tree_util.keystr(path)}: {leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(item)
+        if isinstance(leaf, jax.Array) and leaf.is_deleted()
+    ]
+    raise DeletedArrayError(
+        "These arrays were deleted before save() was called, most likely donated to a jitted "
+        f"function:{summarize(problems)}\nSave the state that the function returned."
+    )
+
+
+def _make(
+    handler: Any, item: Any, save_args: Any, target_data_file_size: int | None, slab_bytes: int
+) -> Prepared:
+    """Plans the first save of a tree."""
+    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(item), strict=True)
+    keypaths = [jax.tree_util.keystr(path) for path in paths]
+    _refuse(_unsupported(handler, keypaths, leaves), "These leaves cannot be saved")
+    tree = _orbax.describe_tree(
+        handler, item, save_args, ocdbt_target_data_file_size=target_data_file_size
+    )
+    _refuse(_clashes(keypaths, tree), "These leaves would overwrite each other")
+    planned, others, key_metadata = [], [], {}
+    for position, (value, keypath) in enumerate(zip(leaves, keypaths, strict=True)):
+        info = tree.leaves[position]
+        if info.route == "other":
+            others.append((position, info))
+            continue
+        if isinstance(value, jax.Array) and _is_key(value):
+            key_metadata[position] = _orbax.key_metadata(value)
+            value = jax.random.key_data(value)
+        sharding = value.sharding if isinstance(value, jax.Array) else None
+        stored = value if isinstance(value, jax.Array) else np.asarray(value)
+        shape = tuple(stored.shape)
+        planned.append(Leaf(position, info.name, keypath, shape, stored.dtype, sharding))
+    arrays = [leaf.position for leaf in planned if leaf.sharding is not None]
+    policy = _orbax.replica_policy(tree.leaves[arrays[0]].type_handler if arrays else None)
+    plan = make_plan(planned, policy, process_index=jax.process_index(), slab_bytes=slab_bytes)
+    format_ = make_format(handler, tree, plan.leaves, plan.layouts, key_metadata)
+    positions = tuple(leaf.position for leaf in planned)
+    return Prepared(plan, format_, tuple(key_metadata), tuple(others), positions)
+
+
+def _is_key(array: jax.Array) -> bool:
+    return jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
+
+
+def _refuse(problems: list[str], what: str) -> None:
+    if problems:
+        raise TreeError(f"{what}; nothing was written:{summarize(problems)}")
+
+
+def _unsupported(handler: Any, keypaths: Sequence[str], leaves: Sequence[Any]) -> list[str]:
+    problems = []
+    for keypath, leaf in zip(keypaths, leaves, strict=True):
+        if leaf is ... or _orbax.type_handler_for(handler, type(leaf)) is None:
+            problems.append(
+                f"{keypath}: {type(leaf).__name__}: Orbax has no type handler that saves it; "
+                "convert it to an array, a number or a string"
+            )
+        elif isinstance(leaf, jax.Array | np.ndarray) and leaf.size == 0:
+            problems.append(
+                f"{keypath}: {leaf.dtype}{list(leaf.shape)}: Orbax's format has no arrays of zero "
+                "size; leave it out or save None"
+            )
+        elif isinstance(leaf, jax.Array):
+            problems.extend(_unreachable(keypath, leaf))
+    return problems
+
+
+def _unreachable(keypath: str, array: jax.Array) -> list[str]:
+    if jax.process_count() > 1 and array.is_fully_addressable:
+        return [
+            f"{keypath}: {array.dtype}{list(array.shape)} is on process "
+            f"{jax.process_index()} alone ({array.sharding}); with several processes make it a "
+            "global array, or a NumPy array if every process has the same"
+        ]
+    if not array.sharding.addressable_devices:
+        return [
+            f"{keypath}: {array.dtype}{list(array.shape)} has no shard on process "
+            f"{jax.process_index()} ({array.sharding}); reshard it over all processes first"
+        ]
+    return []
+
+
+def _clashes(keypaths: Sequence[str], tree: _orbax.TreeInfo) -> list[str]:
+    by_name: dict[str, list[str]] = {}
+    for keypath, info in zip(keypaths, tree.leaves, strict=True):
+        by_name.setdefault(info.name, []).append(keypath)
+    return [
+        f"{' and '.join(paths)} are both stored as {name!r}; rename one"
+        for name, paths in by_name.items()
+        if len(paths) > 1
+    ]

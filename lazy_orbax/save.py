@@ -1,0 +1,260 @@
+"""One save in flight: what was snapshotted goes to the host, then to storage, slab by slab."""
+
+from __future__ import annotations
+
+import collections
+import enum
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from lazy_orbax import snapshot
+from lazy_orbax.errors import SaveError
+from lazy_orbax.events import Recorder
+from lazy_orbax.host_budget import HOST_BUDGET, Lease, ReservationAborted
+from lazy_orbax.options import LazyOptions
+from lazy_orbax.plan import Slab
+from lazy_orbax.prepare import Prepared
+from lazy_orbax.snapshot import Held
+from lazy_orbax.write import Writer, save_error
+
+# Slabs that may be with TensorStore at once: one being written while the next is handed over.
+_MOST_WRITING = 2
+
+
+class State(enum.Enum):
+    """Where a save is."""
+
+    SNAPSHOT = "snapshot"
+    STAGED = "staged"
+    DURABLE = "durable"
+    FAILED = "failed"
+
+
+_OVER = (State.DURABLE, State.FAILED)
+
+
+class Save:
+    """One save of one item.
+
+    Three threads meet here: the caller's takes the snapshot, ours brings it to the host, Orbax's
+    commit thread writes it. Invariant, under the lock: the state only moves forward, and once it
+    is `DURABLE` or `FAILED` no lease of host memory is added.
+    """
+
+    def __init__(self, prepared: Prepared, options: LazyOptions, *, limit_bytes: int, path: str):
+        """Starts the clock; `snapshot` starts the work.
+
+        Args:
+            prepared: the plan.
+            options: how to take the snapshot.
+            limit_bytes: most bytes of snapshot in host memory.
+            path: the item's directory, which need not exist yet.
+        """
+        self.recorder = Recorder(path, options.on_timeline)
+        self._prepared, self._mode, self._limit_bytes = prepared, options.mode, limit_bytes
+        self._path = path
+        self._lock = threading.Lock()
+        self._state = State.SNAPSHOT
+        self._error: SaveError | None = None
+        self._past_staging = threading.Event()
+        self._leases: list[Lease] = []
+        self._taken: queue.SimpleQueue[tuple[Held, Lease | None] | None] = queue.SimpleQueue()
+        self._on_host: queue.SimpleQueue[tuple[Held, Lease] | None] = queue.SimpleQueue()
+        self._stager = threading.Thread(
+            target=self._bring_to_host, name="lazy_orbax-stage", daemon=True
+        )
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is durable or has failed."""
+        return self._state in _OVER
+
+    def _move(self, state: State, error: SaveError | None = None) -> bool:
+        """Moves the state forward. Returns whether the save was not over yet."""
+        with self._lock:
+            if self._state in _OVER:
+                return False
+            self._state, self._error = state, error
+        self._past_staging.set()
+        HOST_BUDGET.wake()
+        return True
+
+    def fail(self, error: BaseException) -> None:
+        """Ends the save with `error` as its cause, unless it is over."""
+        if isinstance(error, SaveError):
+            failure = error
+        else:
+            failure = save_error(self._path, error)
+            failure.__cause__ = error
+        if self._move(State.FAILED, failure):
+            self.recorder.end(error=failure)
+
+    def abandon(self, error: BaseException) -> None:
+        """Ends the save and drops what it holds. For when `write` will never run."""
+        self.fail(error)
+        self._drop()
+
+    def _drop(self) -> None:
+        """Waits for our thread and returns every byte."""
+        if self._stager.ident is not None:
+            self._stager.join()
+        for waiting in (self._taken, self._on_host):
+            while not waiting.empty():
+                waiting.get()
+        for lease in self._leases:
+            lease.release()
+
+    def wait_until_staged(self, timeout_s: float | None) -> None:
+        """Waits until every byte is in host memory.
+
+        Raises:
+            SaveError: the save has failed.
+            TimeoutError: it is not staged yet.
+        """
+        if not self._past_staging.wait(timeout_s):
+            raise TimeoutError(f"{self._path} was not staged within {timeout_s} s.")
+        if self._error is not None:
+            raise self._error
+
+    # The caller's thread.
+
+    def snapshot(self, leaves: Sequence[Any]) -> None:
+        """Puts every byte out of reach of donation. The caller may donate when this returned.
+
+        Args:
+            leaves: the leaves of the tree that was prepared.
+
+        Raises:
+            Exception: whatever stopped it. Nothing was written then, and nothing is held.
+        """
+        plan, keys = self._prepared.plan, set(self._prepared.keys)
+        mine = [
+            jax.random.key_data(leaves[i]) if i in keys else leaves[i]
+            for i in self._prepared.positions
+        ]
+        _IN_FLIGHT.add(self)
+        self._stager.start()
+        room, modes = snapshot.Room(self._mode), set()
+        try:
+            for slab in plan.slabs:
+                mode = room.mode_for(slab)
+                modes.add(mode)
+                on_host = mode != "stage" or snapshot.is_in_host_memory(slab)
+                lease = self._reserve(slab) if on_host else None
+                self._taken.put((snapshot.take(plan, slab, mine, mode), lease))
+        except ReservationAborted as error:
+            raise self._error or error from error
+        except BaseException as error:
+            self.fail(error)
+            raise
+        finally:
+            self._taken.put(None)
+        device_modes = sorted(modes - {"host"}, reverse=True)
+        self.recorder.note(mode="+".join(device_modes) or "host", bytes_written=plan.n_bytes)
+        self.recorder.mark("enqueued")
+
+    def _reserve(self, slab: Slab) -> Lease:
+        start_s = time.perf_counter()
+        lease = HOST_BUDGET.reserve(
+            slab.n_bytes, limit_bytes=self._limit_bytes, aborted=lambda: self.is_over
+        )
+        if threading.current_thread() is not self._stager:
+            waited_s = self.recorder.timeline.waited_s + time.perf_counter() - start_s
+            self.recorder.note(waited_s=waited_s)
+        with self._lock:
+            if self._state not in _OVER:
+                self._leases.append(lease)
+                return lease
+        lease.release()
+        raise ReservationAborted("The save is over.")
+
+    # Our thread.
+
+    def _bring_to_host(self) -> None:
+        """Copies what was staged on the device to the host, as the budget lets it."""
+        try:
+            while (taken := self._taken.get()) is not None:
+                held, lease = taken
+                lease = lease or self._reserve(held.slab)
+                self._on_host.put((snapshot.to_host(held), lease))
+                del held, taken  # The device copy dies here.
+            if self._move(State.STAGED):
+                self.recorder.mark("staged")
+        except BaseException as error:
+            self.fail(error)
+        finally:
+            self._on_host.put(None)
+
+    # Orbax's commit thread.
+
+    def write(self, directory: str, custom_metadata: Any) -> None:
+        """Writes the snapshot to `directory` and returns when it is durable.
+
+        Args:
+            directory: the item's directory, which exists.
+            custom_metadata: JSON-serializable, stored beside the tree.
+
+        Raises:
+            SaveError: something failed, here or on the way to the host.
+        """
+        try:
+            writer = Writer(self._prepared.plan, self._prepared.format, directory)
+            self._write_slabs(writer)
+            if not self.is_over:
+                writer.finish(custom_metadata)
+            self._move(State.DURABLE)
+        except BaseException as error:
+            self.fail(error)
+        self._drop()
+        if self._error is None:
+            self.recorder.mark("durable")
+        elif self.recorder.timeline.enqueued_s is not None:
+            raise self._error  # Else `snapshot` has raised already.
+
+    def _write_slabs(self, writer: Writer) -> None:
+        plan = self._prepared.plan
+        writing: collections.deque[tuple[list[Any], Held, Lease]] = collections.deque()
+
+        def settle_oldest() -> None:
+            futures, held, lease = writing.popleft()
+            writer.wait(futures, held.slab)
+            del futures, held  # The host copy dies here, and only then is its lease returned.
+            lease.release()
+
+        while True:
+            while writing and (len(writing) == _MOST_WRITING or self._on_host.empty()):
+                settle_oldest()
+            item = self._on_host.get()
+            if item is None:
+                break
+            held, lease = item
+            writing.append((writer.write(snapshot.views(plan, held)), held, lease))
+            del item, held
+        while writing:
+            settle_oldest()
+
+
+_IN_FLIGHT: weakref.WeakSet[Save] = weakref.WeakSet()
+
+
+def wait_until_staged(timeout_s: float | None = None) -> None:
+    """Waits until every save of this process has all its bytes in host memory.
+
+    After that the device memory that staging took is free again.
+
+    Args:
+        timeout_s: most seconds to wait for each save; `None` waits for ever.
+
+    Raises:
+        SaveError: a save has failed.
+        TimeoutError: a save is not staged yet.
+    """
+    for save in list(_IN_FLIGHT):
+        save.wait_until_staged(timeout_s)
+        _IN_FLIGHT.discard(save)
