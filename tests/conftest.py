@@ -1,0 +1,38 @@
+"""What every test shares: eight emulated devices, real meshes, and the state of the process after."""
+
+from __future__ import annotations
+
+import os
+
+# Before jax is imported: eight CPU devices, so that sharding is real.
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from lazy_orbax.host_budget import HOST_BUDGET
+from lazy_orbax.prepare import PLAN_CACHE
+
+
+@pytest.fixture
+def mesh() -> jax.sharding.Mesh:
+    """Eight devices as 4 x 2, axes a and b."""
+    return jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("a", "b"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    """After each test no host memory is reserved and none of our threads is alive."""
+    PLAN_CACHE.clear()
+    yield
+    for thread in threading.enumerate():
+        if thread.name.startswith("lazy_orbax"):
+            thread.join(timeout=30)
+            assert not thread.is_alive(), f"{thread.name} is still running"
+    assert HOST_BUDGET.in_flight_bytes == 0
