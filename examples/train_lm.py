@@ -267,7 +267,7 @@ def demo(args: argparse.Namespace) -> None:
     status = run(broken, "--kill-at", str(args.kill_at))
     assert status == -signal.SIGKILL, f"the run to be killed ended with status {status}"
     assert not (broken / "checkpoints" / str(args.kill_at)).exists(), "the save was published"
-    print("--- the killed run, started again", flush=True)
+    print("\n--- the killed run, started again", flush=True)
     assert run(broken) == 0
 
     losses = read_losses(whole)
