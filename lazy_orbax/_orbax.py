@@ -307,9 +307,7 @@ async def serialize_others(
     futures = []
     for members in by_handler.values():
         infos = [
-            leaf.info.replace(
-                parent_dir=directory, path=directory / leaf.name, ts_context=context
-            )
+            leaf.info.replace(parent_dir=directory, path=directory / leaf.name, ts_context=context)
             for _, leaf in members
         ]
         mine = [values[position] for position, _ in members]

@@ -98,7 +98,7 @@ class Recorder:
             return
         try:
             self._on_timeline(self._timeline)
-        except Exception:  # The user's callback must not undo a save that succeeded.
+        except Exception:  # noqa: BLE001 - A callback must not undo a save that succeeded.
             _log.exception("on_timeline raised for %s", self._timeline.directory)
 
 
@@ -114,8 +114,8 @@ def _listen() -> None:
     jax.monitoring.register_event_duration_secs_listener(_on_duration)
 
 
-def _on_duration(event: str, duration_s: float, **_: object) -> None:
-    del duration_s
+def _on_duration(event: str, duration_secs: float, **_: str | int) -> None:
+    del duration_secs
     if event not in _PUBLISHED_EVENTS:
         return
     pending, _publishing.recorders = getattr(_publishing, "recorders", []), []

@@ -151,10 +151,10 @@ def _stored(
         create=True,
         context=scratch,
     ).result()
-    (key,) = [
-        key.decode() for key in sample.kvstore.list().result() if b"zarr" in key or b"." in key
-    ]
-    metadata = sample.kvstore.read(key).result().value
+    written = sample.kvstore
+    assert written is not None
+    (key,) = [key.decode() for key in written.list().result()]
+    metadata = written.read(key).result().value
     prefix = f"{leaf.name}/" if leaf.name else ""
     return StoredLeaf(place, prefix, ts.Spec(own), cast_from, key, metadata)
 

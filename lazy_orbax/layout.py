@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import numpy as np
 
 Shape = tuple[int, ...]
+Device = Any
+"""A `jax.Device`, which type checkers take for a variable."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -86,6 +89,13 @@ class Layout:
 
 
 def layout_of(leaf: Leaf, policy: ReplicaPolicy, process_index: int) -> Layout:
+    """Divides one leaf, for one process.
+
+    Args:
+        leaf: the leaf; it has at least one element.
+        policy: which replicas write.
+        process_index: the process. Process 0 writes leaves in host memory.
+    """
     if leaf.sharding is None:
         origin = (0,) * len(leaf.shape)
         regions = (Region(0, origin, origin),) if process_index == 0 else ()

@@ -11,12 +11,12 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
 
-from lazy_orbax.layout import Layout, Leaf, ReplicaPolicy, Shape, layout_of
+from lazy_orbax.layout import Device, Layout, Leaf, ReplicaPolicy, Shape, layout_of
 
 Kind = Literal["mesh", "shards", "host"]
 
@@ -155,7 +155,7 @@ def _route(leaf: Leaf, layout: Layout) -> tuple[Kind, jax.sharding.Mesh | None]:
 
 
 @functools.cache
-def _mesh_of_one(device: jax.Device) -> jax.sharding.Mesh:
+def _mesh_of_one(device: Device) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(np.array([device]), ("device",))
 
 
@@ -201,9 +201,7 @@ def _make_slab(
         layout = layouts[i]
         axis, shape = layout.share_axis, layout.write_shape
         for region in layout.regions:
-            pieces.append(
-                Piece(i, region.device, offset, region.start, shape, region.shard_start)
-            )
+            pieces.append(Piece(i, region.device, offset, region.start, shape, region.shard_start))
         cuts.append(None if axis is None else (axis, shape[axis]))
         carried = _carried_bytes(leaves[i], layout, kind, n_local)
         n_bytes += carried

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.core
+import jax.numpy as jnp
 import numpy as np
 
 from lazy_orbax import _orbax
@@ -151,7 +153,9 @@ def _host_shapes(leaves: Sequence[Any], types: Sequence[type]) -> list[tuple[Any
 
 def _array_types(types: set[type]) -> set[type]:
     if any(issubclass(type_, jax.core.Tracer) for type_ in types):
-        raise TreeError("save() was called with traced values, inside jit or grad. Call it outside.")
+        raise TreeError(
+            "save() was called with traced values, inside jit or grad. Call it outside."
+        )
     return {type_ for type_ in types if issubclass(type_, jax.Array)}
 
 
@@ -207,7 +211,7 @@ def _make(
 
 
 def _is_key(array: jax.Array) -> bool:
-    return jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
 
 
 def _refuse(problems: list[str], what: str) -> None:

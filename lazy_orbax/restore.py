@@ -44,13 +44,15 @@ def _misfits(handler: Any, directory: Any, target: Any) -> list[str]:
     if target is None:
         return []
     stored = {
-        _names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(
-            handler.metadata(directory).tree
-        )
+        _names(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(handler.metadata(directory).tree)
     }
     problems = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(target):
-        found, wanted = getattr(stored.get(_names(path)), "shape", None), getattr(leaf, "shape", None)
+        found, wanted = (
+            getattr(stored.get(_names(path)), "shape", None),
+            getattr(leaf, "shape", None),
+        )
         if found is None or wanted is None or tuple(found) == tuple(wanted):
             continue
         problems.append(

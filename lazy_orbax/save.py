@@ -20,6 +20,7 @@ from lazy_orbax.host_budget import HOST_BUDGET, Lease, ReservationAborted
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.plan import Slab
 from lazy_orbax.prepare import Prepared
+from lazy_orbax.room import Room
 from lazy_orbax.snapshot import Held
 from lazy_orbax.write import Writer, save_error
 
@@ -140,7 +141,7 @@ class Save:
         ]
         _IN_FLIGHT.add(self)
         self._stager.start()
-        room, modes = snapshot.Room(self._mode), set()
+        room, modes = Room(self._mode), set()
         try:
             for slab in plan.slabs:
                 mode = room.mode_for(slab)
@@ -186,7 +187,7 @@ class Save:
                 del held, taken  # The device copy dies here.
             if self._move(State.STAGED):
                 self.recorder.mark("staged")
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - `write` raises it, in Orbax's thread.
             self.fail(error)
         finally:
             self._on_host.put(None)
@@ -209,7 +210,7 @@ class Save:
             if not self.is_over:
                 writer.finish(custom_metadata)
             self._move(State.DURABLE)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - Raised below.
             self.fail(error)
         self._drop()
         if self._error is None:

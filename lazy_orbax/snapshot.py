@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,11 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lazy_orbax.layout import Device
 from lazy_orbax.plan import Piece, Plan, Slab
 
 _PINNED_HOST = "pinned_host"
-# Some memory is always lost to fragmentation.
-_USABLE_FRACTION = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,40 +40,6 @@ class Held:
     arrays: tuple[Any, ...]
     sources: tuple[int, ...] | None
     on_host: bool
-
-
-class Room:
-    """Says, slab by slab, how the bytes of one save are put out of reach of donation."""
-
-    def __init__(self, mode: str):
-        """Starts with all the device memory that the next step leaves free.
-
-        Args:
-            mode: `auto`, `stage` or `direct`.
-        """
-        self._mode = mode
-        self._free_bytes: dict[jax.Device, float] = {}
-
-    def mode_for(self, slab: Slab) -> str:
-        """Returns `host`, `stage` or `direct`, and counts the device memory that it takes."""
-        if slab.kind == "host":
-            return "host"
-        if slab.kind == "shards":
-            return "direct"
-        if self._mode != "auto" or is_in_host_memory(slab):
-            return self._mode if self._mode != "auto" else "stage"
-        if jax.process_count() > 1:
-            # Staging is one program for all processes, so all would have to agree to run it.
-            return "direct"
-        assert slab.mesh is not None
-        devices = list(slab.mesh.devices.flat)
-        for device in devices:
-            self._free_bytes.setdefault(device, _free_device_bytes(device))
-        if any(self._free_bytes[device] < slab.device_bytes for device in devices):
-            return "direct"
-        for device in devices:
-            self._free_bytes[device] -= slab.device_bytes
-        return "stage"
 
 
 def take(plan: Plan, slab: Slab, leaves: Sequence[Any], mode: str) -> Held:
@@ -99,7 +63,7 @@ def stage(plan: Plan, slab: Slab, leaves: Sequence[Any]) -> Held:
         slab: a slab of kind `mesh`.
         leaves: the arrays of `plan.leaves`, in order. They may be donated when this returned.
     """
-    assert slab.kind == "mesh" and slab.mesh is not None
+    assert slab.mesh is not None
     shardings = [plan.leaves[i].sharding for i in slab.leaves]
     specs = tuple(s.spec if isinstance(s, NamedSharding) else PartitionSpec() for s in shardings)
     cuts, table = _replica_table(plan, slab)
@@ -199,7 +163,7 @@ def _in_pinned_host(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
     return sharding.with_memory_kind(_PINNED_HOST)
 
 
-def _device_of(plan: Plan, piece: Piece) -> jax.Device:
+def _device_of(plan: Plan, piece: Piece) -> Device:
     leaf = plan.leaves[piece.leaf]
     assert leaf.sharding is not None
     return _devices_of(leaf.sharding, leaf.shape)[piece.device]
@@ -250,7 +214,7 @@ def to_host(held: Held) -> Held:
     arrays = held.arrays
     if not held.on_host:
         (packed,) = arrays
-        if has_pinned_host(held.slab.mesh.devices.flat[0]):
+        if has_pinned_host(packed.sharding.mesh.devices.flat[0]):
             arrays = (jax.device_put(packed, _in_pinned_host(packed.sharding)),)
         else:
             packed.copy_to_host_async()
@@ -295,18 +259,6 @@ def is_in_host_memory(slab: Slab) -> bool:
     return slab.mesh is not None and slab.mesh.devices.flat[0].platform == "cpu"
 
 
-def has_pinned_host(device: jax.Device) -> bool:
+def has_pinned_host(device: Device) -> bool:
     """Whether copies to the host can be enqueued into pinned memory."""
     return any(memory.kind == _PINNED_HOST for memory in device.addressable_memories())
-
-
-def _free_device_bytes(device: jax.Device) -> float:
-    """Returns the memory of `device` that a step at its peak leaves free, in bytes.
-
-    Where the backend has no statistics everything is assumed to fit.
-    """
-    stats = device.memory_stats()
-    if not stats or "bytes_limit" not in stats:
-        return math.inf
-    used = max(stats.get("peak_bytes_in_use", 0), stats.get("bytes_in_use", 0))
-    return stats["bytes_limit"] * _USABLE_FRACTION - used

@@ -51,7 +51,9 @@ class Writer:
         self._kvstores = [self._open(spec) for spec in format_.kvstores]
 
     def _open(self, spec: str) -> ts.KvStore:
-        here = json.loads(spec.replace(_orbax.PLACEHOLDER_DIRECTORY, json.dumps(self._directory)[1:-1]))
+        here = json.loads(
+            spec.replace(_orbax.PLACEHOLDER_DIRECTORY, json.dumps(self._directory)[1:-1])
+        )
         store = ts.KvStore.open(here, context=self._context).result()
         return store if store.path.endswith("/") or not store.path else store + "/"
 

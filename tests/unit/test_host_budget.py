@@ -1,0 +1,193 @@
+import threading
+
+import pytest
+
+from lazy_orbax.errors import LazyOrbaxError
+from lazy_orbax.host_budget import HostBudget, ReservationAborted
+
+WAIT_S = 30  # Only ever reached by a test that fails.
+
+
+def never() -> bool:
+    return False
+
+
+class Request:
+    """A reservation in a thread of its own, and whether it waits, was admitted or gave up."""
+
+    def __init__(self, budget, n_bytes, *, limit_bytes=100, admissions=None):
+        self.aborted = threading.Event()
+        self.asked = threading.Event()
+        self.over = threading.Event()
+        self.lease = self.error = None
+        self._admissions = admissions if admissions is not None else []
+
+        def aborted():
+            # Asked with the budget's lock held, once the request is in the queue.
+            self.asked.set()
+            return self.aborted.is_set()
+
+        def reserve():
+            try:
+                self.lease = budget.reserve(n_bytes, limit_bytes=limit_bytes, aborted=aborted)
+                self._admissions.append(self)
+            except ReservationAborted as error:
+                self.error = error
+            self.over.set()
+
+        self.thread = threading.Thread(target=reserve, daemon=True)
+        self.thread.start()
+        assert self.asked.wait(WAIT_S)
+
+    def is_waiting(self):
+        return not self.over.is_set()
+
+    def admitted(self):
+        assert self.over.wait(WAIT_S), "never admitted"
+        self.thread.join(WAIT_S)
+        assert self.error is None
+        return self.lease
+
+
+@pytest.fixture
+def budget():
+    return HostBudget()
+
+
+def test_what_fits_is_admitted_at_once_and_counted(budget):
+    leases = [budget.reserve(n, limit_bytes=100, aborted=never) for n in (10, 20, 70)]
+    assert (budget.in_flight_bytes, budget.peak_bytes) == (100, 100)
+    for lease, left in zip(leases, (90, 70, 0)):
+        lease.release()
+        assert budget.in_flight_bytes == left
+    assert budget.peak_bytes == 100
+
+
+def test_a_request_waits_until_enough_is_returned(budget):
+    first = budget.reserve(60, limit_bytes=100, aborted=never)
+    second = budget.reserve(30, limit_bytes=100, aborted=never)
+    waiting = Request(budget, 50)
+    second.release()  # 60 + 50 is still too much.
+    budget.wake()
+    assert waiting.is_waiting()
+    assert budget.in_flight_bytes == 60
+    first.release()
+    waiting.admitted().release()
+    assert budget.in_flight_bytes == 0
+
+
+def test_requests_are_admitted_in_the_order_they_came(budget):
+    admissions = []
+    held = budget.reserve(100, limit_bytes=100, aborted=never)
+    requests = [Request(budget, 100, admissions=admissions) for _ in range(5)]
+    held.release()
+    for i, request in enumerate(requests):
+        lease = request.admitted()
+        assert admissions == requests[: i + 1]
+        lease.release()
+
+
+def test_a_small_request_does_not_overtake_a_large_one(budget):
+    held = budget.reserve(50, limit_bytes=100, aborted=never)
+    large = Request(budget, 80)
+    small = Request(budget, 1)
+    budget.wake()
+    assert large.is_waiting()
+    assert small.is_waiting()  # It would fit, but it came later.
+    held.release()
+    large.admitted().release()
+    small.admitted().release()
+
+
+def test_a_piece_larger_than_the_limit_goes_through_alone(budget):
+    small = budget.reserve(1, limit_bytes=100, aborted=never)
+    huge = Request(budget, 10**9)
+    assert huge.is_waiting()
+    small.release()
+    lease = huge.admitted()
+    assert budget.in_flight_bytes == 10**9
+    after = Request(budget, 1)
+    assert after.is_waiting()
+    lease.release()
+    after.admitted().release()
+    assert budget.peak_bytes == 10**9
+
+
+def test_each_request_has_its_own_limit(budget):
+    held = budget.reserve(60, limit_bytes=100, aborted=never)
+    strict = Request(budget, 10, limit_bytes=50)
+    assert strict.is_waiting()
+    held.release()
+    strict.admitted().release()
+    wide = budget.reserve(60, limit_bytes=100, aborted=never)
+    Request(budget, 10, limit_bytes=70).admitted().release()
+    wide.release()
+
+
+def test_an_aborted_request_reserves_nothing_and_lets_the_next_one_in(budget):
+    held = budget.reserve(50, limit_bytes=100, aborted=never)
+    large, small = Request(budget, 80), Request(budget, 10)
+    large.aborted.set()
+    assert small.is_waiting()  # Nobody asked yet.
+    budget.wake()
+    assert large.over.wait(WAIT_S)
+    assert isinstance(large.error, ReservationAborted)
+    assert isinstance(large.error, LazyOrbaxError)
+    small.admitted().release()
+    held.release()
+    assert budget.in_flight_bytes == 0
+
+
+def test_a_request_that_is_aborted_already_is_not_admitted(budget):
+    with pytest.raises(ReservationAborted):
+        budget.reserve(1, limit_bytes=100, aborted=lambda: True)
+    assert budget.in_flight_bytes == budget.peak_bytes == 0
+
+
+def test_an_aborted_that_raises_leaves_the_queue_as_it_was(budget):
+    def aborted():
+        raise KeyError("broken")
+
+    with pytest.raises(KeyError):
+        budget.reserve(1, limit_bytes=100, aborted=aborted)
+    budget.reserve(1, limit_bytes=100, aborted=never).release()
+
+
+def test_a_second_release_returns_nothing_more(budget):
+    first = budget.reserve(10, limit_bytes=100, aborted=never)
+    second = budget.reserve(5, limit_bytes=100, aborted=never)
+    for _ in range(3):
+        first.release()
+        assert budget.in_flight_bytes == 5
+    second.release()
+    assert budget.in_flight_bytes == 0
+
+
+def test_zero_bytes_are_admitted_beside_a_full_budget(budget):
+    full = budget.reserve(100, limit_bytes=100, aborted=never)
+    Request(budget, 0).admitted().release()
+    assert budget.in_flight_bytes == 100
+    full.release()
+
+
+def test_many_threads_stay_under_the_limit_and_all_come_through(budget):
+    sizes = [1 + (7 * i) % 40 for i in range(32)]
+    start, seen, done = threading.Barrier(8), [], []
+
+    def work(mine):
+        start.wait(WAIT_S)
+        for n_bytes in mine:
+            lease = budget.reserve(n_bytes, limit_bytes=100, aborted=never)
+            seen.append(budget.in_flight_bytes)
+            lease.release()
+            done.append(n_bytes)
+
+    threads = [threading.Thread(target=work, args=(sizes[i::8],), daemon=True) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+    assert sorted(done) == sorted(sizes)
+    assert max(seen) <= budget.peak_bytes <= 100
+    assert budget.in_flight_bytes == 0
