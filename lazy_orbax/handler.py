@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import future
 
 from lazy_orbax import _orbax
-from lazy_orbax.errors import OptionError, SaveError
+from lazy_orbax.errors import OptionError
 from lazy_orbax.events import await_publication, final_directory
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.prepare import prepare
@@ -75,7 +75,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
                 raise OptionError(f"{name}={value!r} must be a positive number of GB.")
             if not name.startswith("restore"):
                 self._limit_bytes = min(self._limit_bytes, int(value * _GB))
-        self._futures: list[_CommitFuture] = []
+        self._commits: list[_Commit] = []
         restore_gb = restore_concurrent_gb or _STOCK_CONCURRENT_GB
         self.settings = _hashable({**stock, "use_compression": use_compression})
         if _orbax.warn_if_stock():
@@ -104,7 +104,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         """
         if _orbax.MISSING or getattr(args, "partial_save_mode", False):
             return await super().async_save(directory, args=_orbax.stock_save_args(args))
-        self._retire()
+        self._forget_ended_saves()
         _check_custom_metadata(args.custom_metadata)
         prepared, leaves = prepare(
             self,
@@ -118,14 +118,14 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         )
         others = await _orbax.serialize_others(self, prepared.others, leaves, directory)
         # Created before the snapshot: a state larger than the budget is written while it is taken.
-        commit = _CommitFuture(save, directory, args.custom_metadata)
+        commit = _Commit(save, directory, args.custom_metadata)
         try:
             save.snapshot(leaves)
         except BaseException:
             for other in others:
                 other.cancel()
             raise
-        self._futures.append(commit)
+        self._commits.append(commit)
         return [commit, *others]
 
     def restore(self, directory: Any, args: Any = None) -> Any:
@@ -148,7 +148,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         """Lets Orbax merge what the processes wrote. Orbax publishes the step after this."""
         super().finalize(directory)
         place = final_directory(str(directory))
-        for commit in self._futures:
+        for commit in self._commits:
             if commit.save.recorder.timeline.directory == place:
                 await_publication(commit.save.recorder)
 
@@ -158,45 +158,66 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         Raises:
             SaveError: a save failed, and nobody was told yet.
         """
-        commits, self._futures = self._futures, []
-        for commit in commits:
-            if not commit.collected:
-                commit.result()
-            commit.save.recorder.end()
+        commits, self._commits = self._commits, []
+        errors = [error for commit in commits if (error := commit.outcome())]
         super().close()
+        if errors:
+            raise errors[0]
 
-    def _retire(self) -> None:
-        """Lets go of earlier saves; ends those that Orbax gave up before it wrote them."""
-        for commit in self._futures:
-            if not commit.save.is_over and commit.collected:
-                commit.save.abandon(SaveError("Orbax stopped waiting for this save"))
-        self._futures = [commit for commit in self._futures if not commit.is_done]
+    def _forget_ended_saves(self) -> None:
+        self._commits = [commit for commit in self._commits if commit.is_running()]
 
 
-class _CommitFuture:
+class _Commit:
     """What Orbax waits for: `Save.write`, in a thread that starts when the directory exists."""
 
     def __init__(self, save: Save, directory: Any, custom_metadata: Any):
-        self.save, self.collected = save, False
+        self.save = save
+        self._told = False
         self._future = future.CommitFutureAwaitingContractedSignals(
             _write(save, directory, custom_metadata), name="lazy_orbax-write"
         )
 
-    @property
-    def is_done(self) -> bool:
-        """Whether the save is over and its error, if any, was handed on."""
-        return self.save.is_over and self.collected
-
     def result(self, timeout: float | None = None) -> None:
-        """Waits until the item is durable; raises what went wrong."""
+        """Waits until the item is durable.
+
+        Raises:
+            SaveError: it failed.
+            TimeoutError: it takes longer than `timeout` seconds.
+        """
         try:
             self._future.result(timeout=timeout)
         except TimeoutError:
             raise
-        except BaseException:
-            self.collected = True
+        except BaseException as error:
+            self._told = True
+            # Orbax may have given up before `Save.write` ran, which would have cleaned up.
+            self.save.abandon(error)
             raise
-        self.collected = True
+        self._told = True
+
+    def outcome(self) -> BaseException | None:
+        """Waits for the end and returns what went wrong, if nobody was told yet."""
+        if self._told:
+            return None
+        try:
+            self.result()
+        except Exception as error:  # noqa: BLE001 - `close` raises it.
+            return error
+        finally:
+            self.save.recorder.end()
+        return None
+
+    def is_running(self) -> bool:
+        """Whether the save goes on. One that has ended lets go of everything."""
+        try:
+            self.result(timeout=0)
+        except TimeoutError:
+            return True
+        except Exception:  # noqa: BLE001 - Orbax raised it, or gave up this save with an error.
+            pass
+        self.save.recorder.end()
+        return False
 
     def cancel(self) -> None:
         """Stops writing and returns the host memory."""

@@ -67,7 +67,7 @@ def stage(plan: Plan, slab: Slab, leaves: Sequence[Any]) -> Held:
     shardings = [plan.leaves[i].sharding for i in slab.leaves]
     specs = tuple(s.spec if isinstance(s, NamedSharding) else PartitionSpec() for s in shardings)
     cuts, table = _replica_table(plan, slab)
-    with jax.sharding.set_mesh(slab.mesh):
+    with jax.set_mesh(slab.mesh):
         packed = _packer(slab.mesh, specs, cuts)(table, *[leaves[i] for i in slab.leaves])
     return Held(slab, (packed,), None, on_host=is_in_host_memory(slab))
 

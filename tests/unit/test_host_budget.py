@@ -20,6 +20,7 @@ class Request:
         self.asked = threading.Event()
         self.over = threading.Event()
         self.lease = self.error = None
+        self._budget = budget
         self._admissions = admissions if admissions is not None else []
 
         def aborted():
@@ -39,8 +40,13 @@ class Request:
         self.thread.start()
         assert self.asked.wait(WAIT_S)
 
-    def is_waiting(self):
-        return not self.over.is_set()
+    def assert_waits(self, *, in_flight_bytes):
+        """Makes the request look at the budget once more, and asserts that it is not admitted."""
+        self.asked.clear()
+        self._budget.wake()
+        assert self.asked.wait(WAIT_S), "it does not wait any more"
+        self._budget.wake()  # Has the lock only when the request has made up its mind.
+        assert self._budget.in_flight_bytes == in_flight_bytes
 
     def admitted(self):
         assert self.over.wait(WAIT_S), "never admitted"
@@ -68,9 +74,7 @@ def test_a_request_waits_until_enough_is_returned(budget):
     second = budget.reserve(30, limit_bytes=100, aborted=never)
     waiting = Request(budget, 50)
     second.release()  # 60 + 50 is still too much.
-    budget.wake()
-    assert waiting.is_waiting()
-    assert budget.in_flight_bytes == 60
+    waiting.assert_waits(in_flight_bytes=60)
     first.release()
     waiting.admitted().release()
     assert budget.in_flight_bytes == 0
@@ -91,9 +95,8 @@ def test_a_small_request_does_not_overtake_a_large_one(budget):
     held = budget.reserve(50, limit_bytes=100, aborted=never)
     large = Request(budget, 80)
     small = Request(budget, 1)
-    budget.wake()
-    assert large.is_waiting()
-    assert small.is_waiting()  # It would fit, but it came later.
+    large.assert_waits(in_flight_bytes=50)
+    small.assert_waits(in_flight_bytes=50)  # It would fit, but it came later.
     held.release()
     large.admitted().release()
     small.admitted().release()
@@ -102,12 +105,12 @@ def test_a_small_request_does_not_overtake_a_large_one(budget):
 def test_a_piece_larger_than_the_limit_goes_through_alone(budget):
     small = budget.reserve(1, limit_bytes=100, aborted=never)
     huge = Request(budget, 10**9)
-    assert huge.is_waiting()
+    huge.assert_waits(in_flight_bytes=1)
     small.release()
     lease = huge.admitted()
     assert budget.in_flight_bytes == 10**9
     after = Request(budget, 1)
-    assert after.is_waiting()
+    after.assert_waits(in_flight_bytes=10**9)
     lease.release()
     after.admitted().release()
     assert budget.peak_bytes == 10**9
@@ -116,7 +119,7 @@ def test_a_piece_larger_than_the_limit_goes_through_alone(budget):
 def test_each_request_has_its_own_limit(budget):
     held = budget.reserve(60, limit_bytes=100, aborted=never)
     strict = Request(budget, 10, limit_bytes=50)
-    assert strict.is_waiting()
+    strict.assert_waits(in_flight_bytes=60)
     held.release()
     strict.admitted().release()
     wide = budget.reserve(60, limit_bytes=100, aborted=never)
@@ -127,8 +130,8 @@ def test_each_request_has_its_own_limit(budget):
 def test_an_aborted_request_reserves_nothing_and_lets_the_next_one_in(budget):
     held = budget.reserve(50, limit_bytes=100, aborted=never)
     large, small = Request(budget, 80), Request(budget, 10)
+    small.assert_waits(in_flight_bytes=50)
     large.aborted.set()
-    assert small.is_waiting()  # Nobody asked yet.
     budget.wake()
     assert large.over.wait(WAIT_S)
     assert isinstance(large.error, ReservationAborted)

@@ -1,0 +1,478 @@
+"""Every kind of leaf: what stock Orbax does with a tree is what ours must do, byte for byte."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import datetime
+import typing
+
+import flax
+import flax.linen as nn
+import flax.training.train_state
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from interop.oracle import MODES, arrays_restored_as, description, face, restore, save, stored
+from interop.oracle import types as types_of
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+from trees import abstract, all_bits, on_mesh, random_array
+
+import lazy_orbax
+
+RNG = np.random.default_rng(0)
+F32 = random_array(RNG, (16, 8), np.float32)
+
+
+def devices(*shape):
+    return np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
+
+
+class Pair(typing.NamedTuple):
+    first: typing.Any
+    second: typing.Any
+
+
+class Nothing(typing.NamedTuple):
+    pass
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Registered:
+    weight: typing.Any
+    bias: typing.Any
+
+
+class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4)(nn.relu(nn.Dense(8)(x)))
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(4, 8, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.layers = nnx.List([nnx.Linear(8, 8, rngs=rngs) for _ in range(2)])
+
+
+def mesh_ab():
+    return Mesh(devices(4, 2), ("a", "b"))
+
+
+def linen_train_state():
+    model = Model()
+    params = model.init(jax.random.key(0), jnp.ones((1, 8)))
+    state = flax.training.train_state.TrainState.create(
+        apply_fn=model.apply, params=params, tx=optax.adamw(1e-3)
+    )
+    return jax.device_put(state, NamedSharding(mesh_ab(), P()))
+
+
+def with_layout():
+    from jax.experimental.layout import Format, Layout
+
+    x = on_mesh(F32, mesh_ab(), "a", "b")
+    return jax.device_put(x, Format(Layout(major_to_minor=(1, 0)), x.sharding))
+
+
+def sharded(mesh, *spec, array=F32, memory_kind=None):
+    return {"x": on_mesh(array, mesh, *spec, memory_kind=memory_kind)}
+
+
+def of_devices(array, index):
+    return jax.device_put(array, SingleDeviceSharding(jax.devices()[index]))
+
+
+SHARDINGS = {
+    "both axes": lambda: sharded(mesh_ab(), "a", "b"),
+    "axes swapped": lambda: sharded(mesh_ab(), "b", "a"),
+    "both on one": lambda: sharded(mesh_ab(), ("a", "b")),
+    "both on one swapped": lambda: sharded(mesh_ab(), ("b", "a")),
+    "both on the last": lambda: sharded(mesh_ab(), None, ("a", "b")),
+    "replicated": lambda: sharded(mesh_ab()),
+    "replicated with trailing None": lambda: sharded(mesh_ab(), None, None),
+    "replicated odd": lambda: sharded(mesh_ab(), array=F32[:3, :5]),
+    "replicated prime vector": lambda: sharded(mesh_ab(), array=F32[0, :7]),
+    "replicated scalar": lambda: sharded(mesh_ab(), array=F32[0, 0]),
+    "replicated large odd": lambda: sharded(
+        mesh_ab(), array=random_array(RNG, (151, 131), np.float32)
+    ),
+    "partly replicated a": lambda: sharded(mesh_ab(), "a"),
+    "partly replicated b": lambda: sharded(mesh_ab(), None, "b"),
+    "partly replicated odd": lambda: sharded(mesh_ab(), "b", array=F32[:6, :3]),
+    "partly replicated large odd": lambda: sharded(
+        mesh_ab(), "b", array=random_array(RNG, (302, 131), np.float32)
+    ),
+    "rank 4": lambda: sharded(
+        mesh_ab(), None, "b", None, "a", array=random_array(RNG, (3, 2, 5, 8), np.float32)
+    ),
+    "one device": lambda: {"x": of_devices(F32, 3)},
+    "uncommitted": lambda: {"x": jnp.asarray(F32)},
+    "sub-mesh": lambda: sharded(Mesh(devices(2, 2), ("a", "b")), "a", "b"),
+    "sub-mesh replicated": lambda: sharded(Mesh(devices(2, 2), ("a", "b")), "b"),
+    "sub-mesh at the end": lambda: sharded(Mesh(np.array(jax.devices()[5:7]), ("a",)), "a"),
+    "mesh of one": lambda: sharded(Mesh(devices(1), ("a",)), "a"),
+    "mesh reversed": lambda: sharded(Mesh(devices(8)[::-1].reshape(4, 2), ("a", "b")), "a", "b"),
+    "mesh permuted, replicas": lambda: sharded(
+        Mesh(devices(8)[[3, 1, 4, 0, 5, 7, 2, 6]].reshape(2, 4), ("a", "b")), "a"
+    ),
+    "explicit axes": lambda: sharded(jax.make_mesh((4, 2), ("a", "b")), "a", "b"),
+    "explicit axes, replicas": lambda: sharded(
+        jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2), "a"
+    ),
+    "explicit axes, replicated": lambda: sharded(
+        jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    ),
+    "auto axes": lambda: sharded(
+        jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2), "a", "b"
+    ),
+    "mixed axes": lambda: sharded(
+        jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto, AxisType.Explicit)), "a"
+    ),
+    "axes of size one": lambda: sharded(
+        Mesh(devices(1, 8, 1), ("a", "b", "c")), ("a", "c"), "b"
+    ),
+    "axis of size one, replicas": lambda: sharded(Mesh(devices(8, 1), ("a", "b")), "b"),
+    "pinned host": lambda: sharded(mesh_ab(), "a", "b", memory_kind="pinned_host"),
+    "pinned host, replicated": lambda: sharded(mesh_ab(), memory_kind="pinned_host"),
+    "pinned host, partly replicated": lambda: sharded(mesh_ab(), "a", memory_kind="pinned_host"),
+    "pinned host, odd": lambda: sharded(
+        mesh_ab(), array=F32[:3, :5], memory_kind="pinned_host"
+    ),
+    "pinned host, one device": lambda: {
+        "x": jax.device_put(
+            F32, SingleDeviceSharding(jax.devices()[2], memory_kind="pinned_host")
+        )
+    },
+    "unpinned host": lambda: sharded(mesh_ab(), "a", memory_kind="unpinned_host"),
+    "one array twice": lambda: (lambda x: {"x": x, "y": x, "z": [x, x]})(
+        on_mesh(F32, mesh_ab(), "a")
+    ),
+    "layout": lambda: {"x": with_layout()},
+    "from shards": lambda: {
+        "x": jax.make_array_from_callback(
+            (8, 4), NamedSharding(mesh_ab(), P("a")), lambda index: F32[:8, :4][index]
+        )
+    },
+    "output of jit": lambda: {
+        "x": jax.jit(lambda x: x + 1, out_shardings=NamedSharding(mesh_ab(), P("b")))(
+            on_mesh(np.arange(8.0, dtype=np.float32), mesh_ab(), "a")
+        )
+    },
+    "many meshes at once": lambda: {
+        "whole": on_mesh(F32, mesh_ab(), "a", "b"),
+        "half": on_mesh(F32, Mesh(devices(4), ("a",)), "a"),
+        "reversed": on_mesh(F32, Mesh(devices(8)[::-1], ("a",)), "a"),
+        "other names": on_mesh(F32, Mesh(devices(4, 2), ("x", "y")), "x"),
+        "one": of_devices(F32, 7),
+        "explicit": on_mesh(F32, jax.make_mesh((8,), ("a",)), "a"),
+        "host": on_mesh(F32, mesh_ab(), "b", memory_kind="pinned_host"),
+        "numpy": F32,
+    },
+}
+
+NAMES_32 = (
+    "bool int8 int16 int32 uint8 uint16 uint32 float16 float32 bfloat16 complex64 int4 uint4 int2 "
+    "uint2 float8_e3m4 float8_e4m3 float8_e4m3b11fnuz float8_e4m3fn float8_e4m3fnuz float8_e5m2 "
+    "float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn"
+).split()
+NAMES_64 = "int64 uint64 float64 complex128".split()
+
+
+def dtype_of(name):
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def random_of(name, shape):
+    return random_array(RNG, shape, dtype_of(name))
+
+
+def typed(name):
+    x = random_of(name, (16, 8))
+    return {
+        "sharded": on_mesh(x, mesh_ab(), "a", "b"),
+        "replicated": on_mesh(x[:3, :5], mesh_ab()),
+        "scalar": on_mesh(x[0, 0], mesh_ab()),
+    }
+
+
+DTYPES = {f"jax {name}": (lambda name=name: typed(name)) for name in NAMES_32}
+DTYPES |= {
+    f"numpy {name}": (lambda name=name: {"x": random_of(name, (4, 3)), "y": random_of(name, ())})
+    for name in NAMES_32 + NAMES_64
+}
+# float0 and the types of NumPy alone are not numbers that JAX knows.
+DTYPES |= {
+    "numpy float0": lambda: {"x": np.zeros((3,), jax.dtypes.float0)},
+    "numpy longdouble": lambda: {"x": np.ones((3,), np.longdouble)},
+    "numpy object": lambda: {"x": np.array([1, "a", None], object)},
+    "numpy text": lambda: {"x": np.array(["a", "bcd"])},
+    "numpy bytes": lambda: {"x": np.array([b"a", b"bcd"])},
+    "numpy text of rank 0": lambda: {"x": np.array("abc")},
+    "numpy datetime64": lambda: {"x": np.array(["2020-01-01"], "datetime64[D]")},
+    "numpy structured": lambda: {"x": np.zeros(2, [("a", "i4"), ("b", "f8")])},
+    "numpy big-endian": lambda: {"x": np.arange(5, dtype=">f4")},
+    "numpy big-endian int": lambda: {"x": np.arange(5, dtype=">i8")},
+}
+
+KEYS = {
+    "scalar": lambda: {"k": jax.random.key(7)},
+    "rbg": lambda: {"k": jax.random.key(7, impl="rbg")},
+    "unsafe rbg": lambda: {"k": jax.random.key(7, impl="unsafe_rbg")},
+    "batch": lambda: {"k": jax.random.split(jax.random.key(7), 6)},
+    "sharded batch": lambda: {
+        "k": jax.device_put(
+            jax.random.split(jax.random.key(7), 16).reshape(8, 2),
+            NamedSharding(mesh_ab(), P("a", "b")),
+        )
+    },
+    "replicated": lambda: {
+        "k": jax.device_put(jax.random.key(7), NamedSharding(mesh_ab(), P())),
+        "x": on_mesh(F32, mesh_ab(), "a"),
+    },
+    "batch partly replicated": lambda: {
+        "k": jax.device_put(
+            jax.random.split(jax.random.key(7, impl="rbg"), 8), NamedSharding(mesh_ab(), P("b"))
+        )
+    },
+    "in pinned host": lambda: {
+        "k": jax.device_put(
+            jax.random.split(jax.random.key(7), 8),
+            NamedSharding(mesh_ab(), P("a"), memory_kind="pinned_host"),
+        )
+    },
+    "on one device": lambda: {"k": jax.device_put(jax.random.key(7), jax.devices()[3])},
+    "raw": lambda: {"k": jax.random.PRNGKey(7)},
+}
+
+# A memory map and a matrix are subclasses of ndarray.
+HOSTS = {
+    "Fortran order": lambda: {"x": np.asfortranarray(F32)},
+    "strided": lambda: {"x": F32[::3, ::-2]},
+    "broadcast": lambda: {"x": np.broadcast_to(F32[0], (4, 8))},
+    "rank 0": lambda: {"x": np.array(3.5)},
+    "empty": lambda: {"x": np.zeros((0, 4), np.float32)},
+    "subclass": lambda: {"x": F32.view(np.recarray)},
+    "masked": lambda: {"x": np.ma.array([1.0, 2.0], mask=[True, False])},
+    "np.float32": lambda: {"x": np.float32(1.5)},
+    "np.float64": lambda: {"x": np.float64(1.5)},
+    "np.int64": lambda: {"x": np.int64(-5)},
+    "np.uint8": lambda: {"x": np.uint8(5)},
+    "np.bool": lambda: {"x": np.bool_(True)},
+    "np.float16": lambda: {"x": np.float16(2.5)},
+    "np.complex64": lambda: {"x": np.complex64(1 + 2j)},
+    "np.str": lambda: {"x": np.str_("abc")},
+    "np.bytes": lambda: {"x": np.bytes_(b"abc")},
+    "bfloat16 scalar": lambda: {"x": ml_dtypes.bfloat16(1.5)},
+    "int": lambda: {"x": 5, "y": -1, "z": 0},
+    "int of 63 bits": lambda: {"x": 2**63 - 1},
+    "int of 64 bits": lambda: {"x": 2**63},
+    "int of 70 bits": lambda: {"x": 2**70},
+    "float": lambda: {"x": 1.5, "y": -0.0, "z": float("inf"), "n": float("nan")},
+    "bool": lambda: {"x": True, "y": False},
+    "complex": lambda: {"x": 1 + 2j},
+    "str": lambda: {"x": "text", "y": "", "z": "Grüße, 世界 \n\0"},
+    "str and arrays": lambda: {"x": "text", "y": on_mesh(F32, mesh_ab(), "a"), "z": F32, "i": 3},
+    "bytes": lambda: {"x": b"abc"},
+    "enum": lambda: {"x": AxisType.Auto},
+    "datetime": lambda: {"x": datetime.timedelta(1)},
+    "set": lambda: {"x": {1, 2}},
+    "function": lambda: {"x": len, "y": 1},
+    "object": lambda: {"x": object()},
+    "dtype": lambda: {"x": np.dtype("float32")},
+    "placeholder": lambda: {"x": ocp.PLACEHOLDER, "y": 1},
+    "abstract": lambda: {"x": jax.ShapeDtypeStruct((2,), np.float32)},
+    "abstract beside an array": lambda: {
+        "x": jax.ShapeDtypeStruct((2,), np.float32), "y": jnp.ones(3),
+    },
+    "not scalar array of zero size": lambda: {"x": jnp.zeros((0, 3)), "y": jnp.ones(3)},
+    "sharded array of zero size": lambda: sharded(mesh_ab(), "a", array=F32[:0]),
+}
+
+CONTAINERS = {
+    "None": lambda: {"a": None, "b": F32},
+    "empty containers": lambda: {"a": {}, "b": [], "c": (), "d": Nothing(), "e": F32},
+    "nested empty": lambda: {"a": {"b": {"c": {}}, "d": [None, [], ()]}, "e": 1},
+    "only None": lambda: {"a": None},
+    "only empty": lambda: {"a": {}, "b": [], "c": ()},
+    "only None in a list": lambda: [None],
+    "only an empty dict in a list": lambda: [{}],
+    "only a namedtuple of None": lambda: Pair(None, None),
+    "only EmptyState": lambda: {"a": optax.EmptyState()},
+    "nothing": lambda: {},
+    "nothing, a list": lambda: [],
+    "nothing, a tuple": lambda: (),
+    "nothing, None": lambda: None,
+    "nothing, a namedtuple": lambda: Nothing(),
+    "namedtuple": lambda: Pair(F32, {"x": Pair(1, None)}),
+    "lists and tuples": lambda: [F32, (1, [2, (3.5, [F32])]), [{"a": (F32,)}]],
+    "long list": lambda: [np.float32([i]) for i in range(12)],
+    "dataclass": lambda: {"p": Registered(jnp.asarray(F32), None), "q": Registered(1, {"x": 2})},
+    "flax dataclass": lambda: linen_train_state(),
+    "FrozenDict": lambda: flax.core.freeze({"a": {"b": F32}}),
+    "OrderedDict": lambda: collections.OrderedDict(b=F32, a=1),
+    "defaultdict": lambda: {"x": collections.defaultdict(int, b=2, a=1)},
+    "adamw": lambda: optax.adamw(1e-3).init({"w": on_mesh(F32, mesh_ab(), "a"), "b": jnp.ones(8)}),
+    "masked": lambda: {
+        "m": optax.masked(optax.adam(1e-3), {"w": True, "b": False}).init(
+            {"w": jnp.ones(3), "b": jnp.ones(2)}
+        )
+    },
+    "MaskedNode": lambda: {"a": optax.MaskedNode(), "b": jnp.ones(3)},
+    "nnx State": lambda: nnx.state(Nnx(nnx.Rngs(0))),
+    "nnx optimizer": lambda: nnx.state(
+        nnx.Optimizer(Nnx(nnx.Rngs(0)), optax.adamw(1e-3), wrt=nnx.Param)
+    ),
+    "nnx pure dict": lambda: nnx.to_pure_dict(nnx.state(Nnx(nnx.Rngs(0)))),
+}
+
+BARE = {
+    "jax array": lambda: on_mesh(F32, mesh_ab(), "a", "b"),
+    "jax scalar": lambda: jnp.float32(3),
+    "numpy array": lambda: F32,
+    "numpy zero": lambda: np.zeros((1,), np.float32),
+    "int": lambda: 5,
+    "zero": lambda: 0,
+    "False": lambda: False,
+    "float": lambda: 0.0,
+    "str": lambda: "text",
+    "empty str": lambda: "",
+    "key": lambda: jax.random.key(0),
+}
+
+
+def keyed(*keys):
+    return lambda: {key: on_mesh(F32 + i, mesh_ab(), "a") for i, key in enumerate(keys)}
+
+
+PATHS = {
+    "non-ASCII": keyed("Grüße", "世界", "🙂", "e\u0301", "\u00e9"),
+    "slashes": keyed("a/b", "mlp/~/linear_0", "c/"),
+    "slash at the start": keyed("/a"),
+    "dots": keyed("a.b", "a.c", ".hidden", "x."),
+    "two dots": keyed(".."),
+    "one dot": keyed("."),
+    "parent": keyed("../x"),
+    "parent in the middle": keyed("a/../../x"),
+    "space and quotes": keyed("a b", "it's", 'say "x"', "a\\b", "tab\t", "%41", "a?b#c", "*"),
+    "newline": keyed("a\nb"),
+    "zero byte": keyed("a\0b"),
+    "empty": keyed(""),
+    "empty beside another": keyed("", "a"),
+    "int": lambda: {0: F32, 10: F32 + 1, 2: {3: F32 + 2}, -1: 4},
+    "float": lambda: {0.5: F32},
+    "tuple": lambda: {("a", "b"): F32},
+    "bool": lambda: {True: F32},
+    "same name twice": lambda: {"a": {"b": F32}, "a.b": F32 + 1},
+    "same name twice, int and str": lambda: {"x": {0: F32}, "y": [F32], "x.0": F32 + 1},
+    "one inside another": lambda: {"a": F32, "a/0": F32 + 1},
+    "one is the other's metadata": lambda: {"a": F32, "a/zarr.json": F32, "a/.zarray": F32},
+    "name of a file": keyed("_METADATA"),
+    "name of a file in a tree": lambda: {"array_metadatas": {"process_0": F32}, "_sharding": F32},
+    "name of a database": keyed("manifest.ocdbt", "d", "ocdbt.process_0"),
+    "temporary": keyed("x.orbax-checkpoint-tmp-1"),
+    "long": keyed("n" * 200),
+    "too long for a file": keyed("n" * 300),
+    "deep": lambda: {"a": {"b": {"c": {"d": {"e": {"f": {"g": {"h": [[[F32]]]}}}}}}}},
+    "placeholder directory": keyed("lazy-orbax-directory", "/lazy-orbax-directory"),
+}
+
+GROUPS = {
+    "sharding": SHARDINGS,
+    "dtype": DTYPES,
+    "key": KEYS,
+    "host": HOSTS,
+    "container": CONTAINERS,
+    "bare": BARE,
+    "path": PATHS,
+}
+CASES = [f"{group}: {name}" for group, cases in GROUPS.items() for name in cases]
+
+# The default format of stock, and the one that shares least with it.
+COMBINATIONS = (
+    ("standard", {"use_ocdbt": True, "use_zarr3": False}),
+    ("pytree", {"use_ocdbt": False, "use_zarr3": True}),
+)
+
+
+def tree_of(case):
+    group, name = case.split(": ", 1)
+    return GROUPS[group][name]()
+
+
+def attempt(action):
+    """Returns what an action returned, or that it was refused."""
+    try:
+        return "accepted", action()
+    except Exception as error:  # noqa: BLE001
+        return "refused", error
+
+
+def readable(directory, handler, face_name, tree):
+    """Returns what restoring gives, without a target and with one, or that it is refused."""
+    restore_args = (
+        ocp.args.StandardRestore(abstract(tree))
+        if face_name == "standard"
+        else ocp.args.PyTreeRestore(tree, jax.tree.map(arrays_restored_as, tree))
+    )
+    found = []
+    for args in (None, restore_args):
+        kind, value = attempt(lambda args=args: restore(handler, directory, args))
+        found.append((kind, (all_bits(value), types_of(value)) if kind == "accepted" else None))
+    return found
+
+
+def compare(case, directory, face_name, settings):
+    kind = face(face_name)
+    tree = tree_of(case)
+    stock = kind.stock(**settings, use_compression=False)
+    by_stock = directory / "stock"
+    wanted, why = attempt(lambda: save(stock, by_stock, kind.save(tree)))
+    for mode in MODES:
+        lazy = kind.lazy(options=lazy_orbax.LazyOptions(mode=mode), **settings)
+        by_us = directory / mode
+        found, error = attempt(lambda: save(lazy, by_us, kind.save(tree)))  # noqa: B023
+        assert found == wanted, f"stock: {wanted} {why!r}; ours, {mode}: {found} {error!r}"
+        if wanted == "refused":
+            assert isinstance(error, ValueError), repr(error)
+            assert list(by_us.iterdir()) == []
+            continue
+        ours, theirs = stored(by_us), stored(by_stock)
+        assert ours.keys() == theirs.keys()
+        for name, content in theirs.items():
+            assert ours[name] == content, name
+        here, there = (ocp.test_utils.epath.Path(d) for d in (by_us, by_stock))
+        assert description(lazy.metadata(here)) == description(stock.metadata(there))
+        wanted_back = readable(by_stock, stock, face_name, tree)
+        assert readable(by_us, stock, face_name, tree) == wanted_back
+        if mode == MODES[0]:
+            assert readable(by_stock, lazy, face_name, tree) == wanted_back
+        lazy.close()
+    stock.close()
+    return wanted
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
+@pytest.mark.filterwarnings("ignore:Couldn't find sharding info:UserWarning")
+@pytest.mark.parametrize("case", CASES)
+def test_a_leaf_is_stored_as_stock_stores_it(case, tmp_path):
+    for face_name, settings in COMBINATIONS:
+        compare(case, tmp_path / face_name, face_name, settings)
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
+@pytest.mark.parametrize("name", NAMES_64)
+def test_64_bits(name, tmp_path):
+    with jax.enable_x64(True):
+        GROUPS["dtype"][f"jax {name}"] = lambda: typed(name)
+        for face_name, settings in COMBINATIONS:
+            assert compare(f"dtype: jax {name}", tmp_path / face_name, face_name, settings)

@@ -1,0 +1,335 @@
+"""The second save of a tree plans nothing; a tree that differs in anything is planned anew."""
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from trees import assert_same, on_mesh
+
+import lazy_orbax
+from lazy_orbax import prepare as prepare_module
+from lazy_orbax.prepare import PLAN_CACHE, prepare
+
+MIB = 2**20
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """What was planned so far, one entry for each time."""
+    calls = []
+    make = prepare_module._make
+
+    def counting_make(*args, **kwargs):
+        calls.append(args)
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(prepare_module, "_make", counting_make)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def handler():
+    return lazy_orbax.LazyCheckpointHandler()
+
+
+def prepared_of(handler, tree, save_args=None, *, target=None, slab_bytes=MIB):
+    prepared, leaves = prepare(
+        handler, tree, save_args, ocdbt_target_data_file_size=target, slab_bytes=slab_bytes
+    )
+    assert all(a is b for a, b in zip(leaves, jax.tree.leaves(tree), strict=True))
+    return prepared
+
+
+def example(mesh):
+    return {
+        "w": on_mesh(np.ones((8, 4), np.float32), mesh, "a", "b"),
+        "key": jax.random.key(1),
+        "n": np.arange(6, dtype=np.int16),
+        "lr": 0.1,
+        "step": 3,
+        "name": "run",
+        "none": None,
+    }
+
+
+def test_other_values_of_the_same_tree_are_not_planned_again(planned, handler, mesh):
+    tree = example(mesh)
+    first = prepared_of(handler, tree)
+    step = jax.jit(lambda x: x + 1)
+    for i in range(5):
+        tree = {
+            **tree,
+            "w": step(tree["w"]),
+            "key": jax.random.split(tree["key"])[0],
+            "n": tree["n"] + np.int16(1),
+            "lr": 0.1 / (i + 2),
+            "step": i,
+            "name": f"run {i}",
+        }
+        assert prepared_of(handler, tree) is first
+    assert len(planned) == 1
+
+
+def test_an_equal_mesh_made_again_is_the_same(planned, handler):
+    def tree():
+        mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("x", "y"))
+        return {"w": on_mesh(np.ones((4, 4), np.float32), mesh, "x")}
+
+    prepared_of(handler, tree())
+    prepared_of(handler, tree())
+    assert len(planned) == 1
+
+
+CHANGES = {
+    "shape": lambda t, mesh: {**t, "w": on_mesh(np.ones((16, 4), np.float32), mesh, "a", "b")},
+    "dtype": lambda t, mesh: {**t, "w": on_mesh(np.ones((8, 4), jnp.bfloat16), mesh, "a", "b")},
+    "spec": lambda t, mesh: {**t, "w": on_mesh(np.ones((8, 4), np.float32), mesh, "a")},
+    "mesh": lambda t, mesh: {
+        **t,
+        "w": jax.device_put(
+            t["w"], NamedSharding(Mesh(mesh.devices.T, ("b", "a")), P("a", "b"))
+        ),
+    },
+    "memory kind": lambda t, mesh: {
+        **t,
+        "w": on_mesh(np.ones((8, 4), np.float32), mesh, "a", "b", memory_kind="pinned_host"),
+    },
+    "device": lambda t, mesh: {**t, "w": jax.device_put(np.ones((8, 4), np.float32))},
+    "NumPy instead of JAX": lambda t, mesh: {**t, "w": np.ones((8, 4), np.float32)},
+    "NumPy shape": lambda t, mesh: {**t, "n": np.arange(7, dtype=np.int16)},
+    "NumPy dtype": lambda t, mesh: {**t, "n": np.arange(6, dtype=np.int32)},
+    "NumPy byte order": lambda t, mesh: {**t, "n": np.arange(6, dtype=">i2")},
+    "type of a scalar": lambda t, mesh: {**t, "lr": 1},
+    "NumPy scalar": lambda t, mesh: {**t, "step": np.int8(1)},
+    "implementation of a key": lambda t, mesh: {**t, "key": jax.random.key(1, impl="rbg")},
+    "shape of a key": lambda t, mesh: {**t, "key": jax.random.split(t["key"], 2)},
+    "name of a leaf": lambda t, mesh: {("lr2" if k == "lr" else k): v for k, v in t.items()},
+    "one leaf more": lambda t, mesh: {**t, "more": 1},
+    "one leaf less": lambda t, mesh: {k: v for k, v in t.items() if k != "lr"},
+    "empty container": lambda t, mesh: {**t, "none": {}},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_tree_that_differs_is_planned_anew_and_both_are_remembered(
+    planned, handler, mesh, change
+):
+    tree = example(mesh)
+    changed = CHANGES[change](tree, mesh)
+    first, second = prepared_of(handler, tree), prepared_of(handler, changed)
+    assert len(planned) == 2
+    assert prepared_of(handler, tree) is first
+    assert prepared_of(handler, changed) is second
+    assert len(planned) == 2
+
+
+class Subclass(np.ndarray):
+    """As `np.memmap` is one: Orbax saves it as any other array."""
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        # A broadcast would make of it a leaf of the shape that was planned.
+        (np.zeros(4, np.float32).view(Subclass), np.ones(1, np.float32).view(Subclass)),
+        (np.zeros(4, np.float32).view(Subclass), np.ones(5, np.float32).view(Subclass)),
+        (np.zeros(4, np.float32).view(Subclass), np.ones(4, np.int32).view(Subclass)),
+        (5, 2**63),  # NumPy makes of it an unsigned integer.
+        (2**63, -5),
+    ],
+)
+def test_what_numpy_would_make_something_else_of_is_planned_anew(tmp_path, before, after):
+    with ocp.Checkpointer(lazy_orbax.pytree_handler()) as checkpointer:
+        for i, leaf in enumerate((before, after)):
+            checkpointer.save(tmp_path / str(i), args=ocp.args.PyTreeSave({"n": leaf}))
+    with ocp.PyTreeCheckpointer() as stock:
+        for i, leaf in enumerate((before, after)):
+            assert_same(
+                jax.tree.map(np.asarray, stock.restore(tmp_path / str(i))),
+                {"n": np.asarray(leaf)},
+            )
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (None, {"w": ocp.SaveArgs(dtype=jnp.bfloat16)}),
+        ({"w": ocp.SaveArgs()}, {"w": ocp.SaveArgs(dtype=jnp.bfloat16)}),
+        ({"w": ocp.SaveArgs()}, {"w": ocp.SaveArgs(chunk_byte_size=64)}),
+        ({"w": ocp.SaveArgs()}, {"w": ocp.SaveArgs(shard_axes=(0,))}),
+    ],
+)
+def test_other_save_args_are_planned_anew(planned, handler, mesh, first, second):
+    tree = {"w": on_mesh(np.ones((8, 4), np.float32), mesh, "a")}
+    assert prepared_of(handler, tree, first) is not prepared_of(handler, tree, second)
+    assert len(planned) == 2
+
+
+def test_equal_save_args_made_again_are_the_same(planned, handler, mesh):
+    tree = {"w": on_mesh(np.ones((8, 4), np.float32), mesh, "a"), "v": 1}
+    for _ in range(2):
+        prepared_of(handler, tree, {"w": ocp.SaveArgs(dtype=jnp.bfloat16), "v": ocp.SaveArgs()})
+    assert len(planned) == 1
+
+
+def test_save_args_changed_in_place_are_planned_anew(planned, handler, mesh):
+    tree = {"w": on_mesh(np.ones((8, 4), np.float32), mesh, "a")}
+    save_args = {"w": ocp.SaveArgs()}
+    prepared_of(handler, tree, save_args)
+    save_args["w"].dtype = jnp.bfloat16
+    prepared_of(handler, tree, save_args)
+    assert len(planned) == 2
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"target": 2**20}, {"target": 0}, {"slab_bytes": 2 * MIB}]
+)
+def test_other_knobs_of_a_save_are_planned_anew(planned, handler, mesh, knobs):
+    tree = example(mesh)
+    prepared_of(handler, tree)
+    prepared_of(handler, tree, **knobs)
+    prepared_of(handler, tree, **knobs)
+    assert len(planned) == 2
+
+
+def registry_with(array_handler):
+    return ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, array_handler),
+        (np.ndarray, ocp.type_handlers.NumpyHandler()),
+        (int, ocp.type_handlers.ScalarHandler()),
+        (float, ocp.type_handlers.ScalarHandler()),
+        (str, ocp.type_handlers.StringHandler()),
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_compression": True},
+        {"use_ocdbt": False},
+        {"use_zarr3": True},
+        {"type_handler_registry": registry_with(ocp.type_handlers.ArrayHandler())},
+        {
+            "pytree_metadata_options": ocp.options.PyTreeMetadataOptions(support_rich_types=True)
+            if hasattr(ocp.options, "PyTreeMetadataOptions")
+            else None
+        },
+        {"multiprocessing_options": ocp.options.MultiprocessingOptions(primary_host=None)},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_a_handler_of_other_settings_plans_anew(planned, handler, mesh, settings):
+    tree = {"w": on_mesh(np.ones((8, 4), np.float32), mesh, "a")}
+    if None in settings.values():
+        pytest.skip("this Orbax has no such option in public")
+    other = lazy_orbax.LazyCheckpointHandler(**settings)
+    prepared_of(handler, tree)
+    prepared_of(other, tree)
+    prepared_of(other, tree)
+    assert len(planned) == 2
+
+
+def test_handlers_of_equal_settings_share_a_plan(planned, handler, mesh):
+    tree = example(mesh)
+    prepared_of(handler, tree)
+    prepared_of(lazy_orbax.LazyCheckpointHandler(), tree)
+    assert len(planned) == 1
+
+
+def test_another_type_handler_in_the_registry_plans_anew(planned, mesh):
+    tree = {"w": on_mesh(np.ones((8, 4), np.float32), mesh)}
+    registry = registry_with(ocp.type_handlers.ArrayHandler(use_replica_parallel=True))
+    handler = lazy_orbax.LazyCheckpointHandler(type_handler_registry=registry)
+    shared = prepared_of(handler, tree)
+    registry.add(
+        jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True
+    )
+    alone = prepared_of(handler, tree)
+    assert len(planned) == 2
+    assert len(shared.plan.slabs[0].pieces) == 8
+    assert len(alone.plan.slabs[0].pieces) == 1
+
+
+def test_the_cache_is_bounded_and_keeps_what_was_used_last(planned, handler):
+    trees = [{f"x{i}": 1.0} for i in range(prepare_module._MOST_CACHED + 3)]
+    for tree in trees:
+        prepared_of(handler, tree)
+        prepared_of(handler, trees[0])  # Kept alive by use.
+    n = len(trees)
+    assert len(planned) == n
+    assert len(PLAN_CACHE._entries) == prepare_module._MOST_CACHED
+    prepared_of(handler, trees[0])
+    prepared_of(handler, trees[-1])
+    assert len(planned) == n
+    prepared_of(handler, trees[1])
+    assert len(planned) == n + 1
+
+
+def test_a_tree_that_was_refused_is_not_remembered(planned, handler):
+    for _ in range(2):
+        with pytest.raises(lazy_orbax.errors.TreeError):
+            prepared_of(handler, {"a": object()})
+    assert len(planned) == 2
+    assert len(PLAN_CACHE._entries) == 0
+
+
+def test_an_array_deleted_since_it_was_planned_is_refused(handler, mesh):
+    tree = {"w": on_mesh(np.ones((8, 4), np.float32), mesh, "a")}
+    prepared_of(handler, tree)
+    tree["w"].delete()
+    with pytest.raises(lazy_orbax.errors.DeletedArrayError, match=r"\['w'\]"):
+        prepared_of(handler, tree)
+
+
+def test_a_plan_does_not_keep_the_arrays_alive(handler, mesh):
+    import gc
+    import weakref
+
+    tree = {"w": on_mesh(np.ones((8, 4), np.float32), mesh, "a")}
+    prepared = prepared_of(handler, tree)
+    alive = weakref.ref(tree["w"])
+    del tree
+    gc.collect()
+    assert alive() is None
+    assert prepared.plan.n_bytes == 8 * 4 * 4
+
+
+def test_traced_values_are_refused(handler):
+    @jax.jit
+    def step(x):
+        with pytest.raises(lazy_orbax.errors.TreeError, match="jit"):
+            prepared_of(handler, {"x": x})
+        return x
+
+    step(jnp.ones(3))
+
+
+def test_two_threads_may_prepare_at_once(handler):
+    gate, found = threading.Barrier(4), []
+    tree = {"x": 1.0, "y": np.ones(3)}
+
+    def work():
+        gate.wait(30)
+        found.append(prepared_of(handler, tree))
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(found) == 4
+    assert all(prepared.plan == found[0].plan for prepared in found)
+
+
+def test_the_second_save_through_orbax_plans_nothing(planned, tmp_path, mesh):
+    with ocp.CheckpointManager(tmp_path, item_handlers=lazy_orbax.standard_handler()) as manager:
+        for step in range(3):
+            manager.save(step, args=ocp.args.StandardSave(example(mesh)))
+        manager.wait_until_finished()
+        assert manager.all_steps() == [0, 1, 2]
+    assert len(planned) == 1
