@@ -61,7 +61,7 @@ class Piece:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Slab:
     """Leaves that are copied and written together.
 
@@ -86,7 +86,7 @@ class Slab:
     mesh: jax.sharding.Mesh | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
     """Everything about a save that does not depend on the values or on the directory."""
 

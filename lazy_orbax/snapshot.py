@@ -64,12 +64,20 @@ def stage(plan: Plan, slab: Slab, leaves: Sequence[Any]) -> Held:
         leaves: the arrays of `plan.leaves`, in order. They may be donated when this returned.
     """
     assert slab.mesh is not None
+    pack, table = _program(plan, slab)
+    with jax.set_mesh(slab.mesh):
+        packed = pack(table, *[leaves[i] for i in slab.leaves])
+    return Held(slab, (packed,), None, on_host=is_in_host_memory(slab))
+
+
+@functools.lru_cache(maxsize=4096)
+def _program(plan: Plan, slab: Slab) -> tuple[Any, jax.Array]:
+    """Returns the program that packs a slab, and its first argument."""
+    assert slab.mesh is not None
     shardings = [plan.leaves[i].sharding for i in slab.leaves]
     specs = tuple(s.spec if isinstance(s, NamedSharding) else PartitionSpec() for s in shardings)
     cuts, table = _replica_table(plan, slab)
-    with jax.set_mesh(slab.mesh):
-        packed = _packer(slab.mesh, specs, cuts)(table, *[leaves[i] for i in slab.leaves])
-    return Held(slab, (packed,), None, on_host=is_in_host_memory(slab))
+    return _packer(slab.mesh, specs, cuts), table
 
 
 @functools.lru_cache(maxsize=1024)

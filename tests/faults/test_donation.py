@@ -2,54 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
-
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from faults.gates import held_at, within
 from faults.training import SLAB_BYTES, Steps, cached_on_host, make_state, pointers
 from trees import assert_same
 
 import lazy_orbax
 from lazy_orbax import snapshot
-from lazy_orbax.write import Writer
 
 MODES = ("stage", "direct", "auto")
-_HANG_S = 60
 # Where a save may be held while the state is donated.
-_PLACES = {
-    "nowhere": None,
-    "to the host": (snapshot, "to_host"),
-    "opening the stores": (Writer, "__init__"),
-    "views": (snapshot, "views"),
-    "handing over": (Writer, "write"),
-    "waiting for the storage": (Writer, "wait"),
-    "finishing": (Writer, "finish"),
-}
-
-
-@contextlib.contextmanager
-def held_at(place):
-    """Holds every call of a function until the event that is yielded is set."""
-    gate = threading.Event()
-    if place is None:
-        yield gate
-        return
-    owner, name = place
-    original = getattr(owner, name)
-
-    def waiting(*args, **kwargs):
-        assert gate.wait(_HANG_S), f"nobody opened the gate at {name}"
-        return original(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, waiting)
-        try:
-            yield gate
-        finally:
-            gate.set()
+_PLACES = [None, "to the host", "open", "views", "hand over", "wait", "finish"]
 
 
 def manager_of(path, mode, **options):
@@ -82,22 +48,21 @@ def test_fifty_saves_survive_donation_at_random_times(tmp_path, mesh, mode):
     state = make_state(mesh)
     steps = Steps(state)
     rng = np.random.default_rng(MODES.index(mode))
-    with manager_of(tmp_path, mode) as manager:
+    with manager_of(tmp_path, mode) as manager, ocp.StandardCheckpointer() as stock:
         for step in range(50):
             wanted = steps.bytes_of(state)
-            place = str(rng.choice(list(_PLACES)))
+            place = _PLACES[rng.integers(len(_PLACES))]
             open_after = int(rng.integers(0, 3))
-            with held_at(_PLACES[place]) as gate:
+            with held_at(place) as gate:
                 manager.save(step, args=ocp.args.StandardSave(state))
                 for donation in range(2):
                     if donation == open_after:
-                        gate.set()
+                        gate.opened.set()
                     steps.compute(int(rng.integers(0, 40)) if rng.random() < 0.5 else 0)
                     state = steps.donating(state)
-                gate.set()
+                gate.opened.set()
                 manager.wait_until_finished()
-            found = stored(tmp_path, step)
-            assert_same(found, wanted)
+            assert_same(stock.restore(tmp_path / str(step) / "default"), wanted)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -113,34 +78,34 @@ def test_donation_still_aliases_every_buffer(tmp_path, mesh, mode, memory):
     with manager_of(tmp_path, mode) as manager:
         for step in range(3):
             before = pointers(state)
-            for place in ("to the host", "finishing"):
-                with held_at(_PLACES[place]) as gate:
+            for place in ("to the host", "finish"):
+                with held_at(place) as gate:
                     manager.save(10 * step + len(place), args=ocp.args.StandardSave(state))
                     assert cached_on_host(state) == []
                     state = steps.donating(state)
                     assert pointers(state) == before
                     state = steps.donating(state)
                     assert pointers(state) == before
-                    gate.set()
+                    gate.opened.set()
                     manager.wait_until_finished()
                 assert pointers(state) == before
                 assert cached_on_host(state) == []
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("place", ["to the host", "views", "finishing"])
+@pytest.mark.parametrize("place", ["to the host", "views", "finish"])
 def test_the_state_may_be_dropped_or_deleted(tmp_path, mesh, mode, memory, place):
     with manager_of(tmp_path, mode) as manager:
         for step, end in enumerate(("drop", "delete")):
             state = make_state(mesh, seed=step)
             wanted = Steps(state).bytes_of(state)
-            with held_at(_PLACES[place]) as gate:
+            with held_at(place) as gate:
                 manager.save(step, args=ocp.args.StandardSave(state))
                 if end == "delete":
                     for leaf in jax.tree.leaves(state):
                         leaf.delete()
                 del state
-                gate.set()
+                gate.opened.set()
                 manager.wait_until_finished()
             assert_same(stored(tmp_path, step), wanted)
 
@@ -155,14 +120,14 @@ def test_the_state_is_donated_while_save_waits_for_memory_to_be_written(
     with manager_of(tmp_path, mode, host_bytes=SLAB_BYTES) as manager:
         for step in range(5):
             wanted = steps.bytes_of(state)
-            manager.save(step, args=ocp.args.StandardSave(state))
+            within(manager.save, step, args=ocp.args.StandardSave(state))
             state = steps.donating(state)
             state = steps.donating(state)
-            manager.wait_until_finished()
+            within(manager.wait_until_finished)
             assert_same(stored(tmp_path, step), wanted)
 
 
-@pytest.mark.parametrize("place", ["to the host", "views", "handing over", "finishing"])
+@pytest.mark.parametrize("place", ["to the host", "views", "hand over", "finish"])
 def test_numpy_leaves_may_be_changed_in_place(tmp_path, place):
     state = {
         "large": np.arange(2**19, dtype=np.float64),
@@ -172,11 +137,11 @@ def test_numpy_leaves_may_be_changed_in_place(tmp_path, place):
     }
     wanted = jax.tree.map(np.array, state)
     with manager_of(tmp_path, "auto") as manager:
-        with held_at(_PLACES[place]) as gate:
+        with held_at(place) as gate:
             manager.save(1, args=ocp.args.StandardSave(state))
             for leaf in state.values():
                 leaf[...] = 0
-            gate.set()
+            gate.opened.set()
             manager.wait_until_finished()
     assert_same(stored(tmp_path, 1), wanted)
 
@@ -186,13 +151,13 @@ def test_containers_may_be_changed_in_place(tmp_path, mesh):
     wanted = Steps(state).bytes_of(state)
     notes = {"epoch": 3, "seen": ["a"]}
     with manager_of(tmp_path, "auto") as manager:
-        with held_at(_PLACES["finishing"]) as gate:
+        with held_at("finish") as gate:
             manager.save(1, args=ocp.args.StandardSave(state, custom_metadata=notes))
             notes["seen"].append("b")
             notes["epoch"] = object()
             state["small"].clear()
             del state["large"]
-            gate.set()
+            gate.opened.set()
             manager.wait_until_finished()
         assert_same(stored(tmp_path, 1), wanted)
         assert manager.item_metadata(1).custom_metadata == {"epoch": 3, "seen": ["a"]}

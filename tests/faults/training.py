@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from trees import on_mesh, random_array
 
 SLAB_BYTES = 2**20
+AXES = ("a", "b")
 
 
 def make_state(mesh: jax.sharding.Mesh, seed: int = 0) -> dict[str, Any]:
@@ -25,8 +26,8 @@ def make_state(mesh: jax.sharding.Mesh, seed: int = 0) -> dict[str, Any]:
     keys = jax.random.split(jax.random.key(seed), 8)
     return {
         "large": on_mesh(random_array(rng, (1024, 768), np.float32), mesh, "a", "b"),
-        "columns": on_mesh(random_array(rng, (256, 1024), ml_dtypes.bfloat16), mesh, None, ("a", "b")),
-        "rows": on_mesh(random_array(rng, (64, 33), np.int8), mesh, ("a", "b")),
+        "columns": on_mesh(random_array(rng, (256, 1024), ml_dtypes.bfloat16), mesh, None, AXES),
+        "rows": on_mesh(random_array(rng, (64, 33), np.int8), mesh, AXES),
         "half": on_mesh(random_array(rng, (8, 24), np.float32), mesh, "b"),
         "small": [on_mesh(random_array(rng, (16, n), np.float32), mesh, "a") for n in range(1, 9)],
         "replicated": {

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
-from trees import all_bits
+from etils import epath
+from interop.described import contents
 
 import lazy_orbax
 
@@ -72,14 +73,14 @@ def _stock_standard(**kwargs: Any) -> ocp.StandardCheckpointHandler:
 def save(handler: Any, directory: pathlib.Path, args: Any) -> None:
     """Saves with a bare handler, as a checkpointer would, into a directory of its own."""
     directory.mkdir(parents=True)
-    path = ocp.test_utils.epath.Path(directory)
+    path = epath.Path(directory)
     handler.save(path, args=args)
     handler.finalize(path)
 
 
 def restore(handler: Any, directory: pathlib.Path, args: Any = None) -> Any:
     """Restores with a bare handler."""
-    path = ocp.test_utils.epath.Path(directory)
+    path = epath.Path(directory)
     return handler.restore(path) if args is None else handler.restore(path, args=args)
 
 
@@ -117,26 +118,6 @@ def _as_json(name: str, content: bytes) -> Any:
     return content
 
 
-def description(metadata: Any) -> Any:
-    """Returns item metadata as comparable values: tree structure, and all that a leaf says."""
-    return (
-        jax.tree.structure(metadata.tree),
-        [
-            (jax.tree_util.keystr(path), _describe(leaf))
-            for path, leaf in jax.tree_util.tree_leaves_with_path(metadata.tree)
-        ],
-        metadata.custom_metadata,
-    )
-
-
-def _describe(leaf: Any) -> Any:
-    if not dataclasses.is_dataclass(leaf):
-        return repr(leaf)
-    fields = {f.name: getattr(leaf, f.name, None) for f in dataclasses.fields(leaf)}
-    fields.pop("directory", None)
-    return type(leaf).__name__, {name: repr(value) for name, value in fields.items()}
-
-
 def arrays_restored_as(value: Any) -> ocp.RestoreArgs:
     """Returns restore args that put a leaf back exactly as `value` is."""
     if isinstance(value, jax.Array):
@@ -148,18 +129,7 @@ def arrays_restored_as(value: Any) -> ocp.RestoreArgs:
     return ocp.RestoreArgs(restore_type=type(value))
 
 
-def types(tree: Any) -> list[tuple[str, str]]:
-    """Returns the type of every leaf with its key path, and the sharding of arrays."""
-    found = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        kind = "jax.Array" if isinstance(leaf, jax.Array) else type(leaf).__name__
-        sharding = f"{leaf.sharding}" if isinstance(leaf, jax.Array) else ""
-        found.append((jax.tree_util.keystr(path), f"{kind} {sharding}"))
-    return found
-
-
 def same(found: Any, wanted: Any) -> None:
-    """Asserts that two trees agree in structure, in bits, in types and in shardings."""
+    """Asserts that two trees agree in structure, in types, in shardings and in bits."""
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
-    assert all_bits(found) == all_bits(wanted)
-    assert types(found) == types(wanted)
+    assert repr(contents(found)) == repr(contents(wanted))

@@ -1,7 +1,6 @@
 """Every path a slab takes from the device to the host, those of an accelerator included."""
 
 import gc
-import math
 import weakref
 from types import SimpleNamespace
 
@@ -15,9 +14,11 @@ from jax.sharding import PartitionSpec as P
 from trees import assert_same, on_mesh, random_array
 
 import lazy_orbax
+from lazy_orbax import room as room_module
 from lazy_orbax import snapshot
 from lazy_orbax.layout import Leaf, ReplicaPolicy
 from lazy_orbax.plan import Slab, make_plan
+from lazy_orbax.room import Room
 
 DEVICES = np.array(jax.devices()[:8])
 MESH = Mesh(DEVICES.reshape(4, 2), ("a", "b"))
@@ -38,7 +39,8 @@ BACKENDS = {
 def backend(request, monkeypatch):
     pinned, in_host_memory = BACKENDS[request.param]
     monkeypatch.setattr(snapshot, "has_pinned_host", lambda device: pinned)
-    monkeypatch.setattr(snapshot, "is_in_host_memory", lambda slab: in_host_memory)
+    for module in (snapshot, room_module):
+        monkeypatch.setattr(module, "is_in_host_memory", lambda slab: in_host_memory)
     return SimpleNamespace(pinned=pinned, in_host_memory=in_host_memory)
 
 
@@ -116,7 +118,7 @@ def test_every_path_gives_the_same_bits_after_the_arrays_are_gone(backend, mode,
     wanted, leaves = values()
     plan = plan_of(leaves, slab_bytes=KIB, policy=POLICIES[policy])
     assert {slab.kind for slab in plan.slabs} == {"mesh", "shards", "host"}
-    room = snapshot.Room(mode)
+    room = Room(mode)
     held = [snapshot.take(plan, slab, leaves, room.mode_for(slab)) for slab in plan.slabs]
     spoil(leaves)
     assert_same(collected(plan, held), wanted)
@@ -224,120 +226,6 @@ def test_slabs_that_look_alike_share_a_program():
     assert snapshot._packer.cache_info().misses == 1
 
 
-# Room: which mode, slab by slab.
-
-
-def slabs_of(n, *, n_bytes=100, mesh=HALF):
-    return [Slab("mesh", (0,), (None,), (), n_bytes * 4, n_bytes, mesh) for _ in range(n)]
-
-
-@pytest.fixture
-def accelerator(monkeypatch):
-    """An accelerator whose devices have so many bytes free, by device."""
-    free, asked = {}, []
-
-    def free_bytes(device):
-        asked.append(device)
-        return free.get(device, math.inf)
-
-    monkeypatch.setattr(snapshot, "is_in_host_memory", lambda slab: False)
-    monkeypatch.setattr(snapshot, "_free_device_bytes", free_bytes)
-    return SimpleNamespace(free=free, asked=asked)
-
-
-@pytest.mark.parametrize(
-    ("free_bytes", "modes"),
-    [
-        (math.inf, ["stage"] * 4),
-        (400, ["stage"] * 4),
-        (399, ["stage"] * 3 + ["direct"]),
-        (250, ["stage", "stage", "direct", "direct"]),
-        (99, ["direct"] * 4),
-        (0, ["direct"] * 4),
-        (-1000, ["direct"] * 4),  # The step at its peak took more than is usable.
-    ],
-)
-def test_auto_stages_what_fits_and_sends_the_rest(accelerator, free_bytes, modes):
-    accelerator.free.update(dict.fromkeys(HALF.devices.flat, free_bytes))
-    room = snapshot.Room("auto")
-    assert [room.mode_for(slab) for slab in slabs_of(4)] == modes
-
-
-def test_the_fullest_device_decides(accelerator):
-    accelerator.free[HALF.devices[1, 1]] = 150
-    room = snapshot.Room("auto")
-    assert [room.mode_for(slab) for slab in slabs_of(3)] == ["stage", "direct", "direct"]
-
-
-def test_a_small_slab_still_fits_after_a_large_one_did_not(accelerator):
-    accelerator.free.update(dict.fromkeys(HALF.devices.flat, 150))
-    room = snapshot.Room("auto")
-    (large,), (small,) = slabs_of(1, n_bytes=200), slabs_of(1, n_bytes=100)
-    assert [room.mode_for(slab) for slab in (large, small)] == ["direct", "stage"]
-
-
-def test_meshes_that_share_devices_share_their_memory(accelerator):
-    accelerator.free.update(dict.fromkeys(DEVICES, 150))
-    room = snapshot.Room("auto")
-    (first,), (second,) = slabs_of(1, mesh=HALF), slabs_of(1, mesh=MESH)
-    (elsewhere,) = slabs_of(1, mesh=Mesh(DEVICES[:4], ("a",)))
-    assert [room.mode_for(slab) for slab in (first, second, elsewhere)] == [
-        "stage",
-        "direct",
-        "stage",
-    ]
-
-
-def test_memory_is_asked_once_per_device_and_save(accelerator):
-    room = snapshot.Room("auto")
-    for slab in slabs_of(5):
-        room.mode_for(slab)
-    assert sorted(d.id for d in accelerator.asked) == sorted(d.id for d in HALF.devices.flat)
-
-
-@pytest.mark.parametrize("mode", ["stage", "direct"])
-def test_a_mode_that_was_asked_for_is_used_whatever_is_free(accelerator, mode):
-    accelerator.free.update(dict.fromkeys(HALF.devices.flat, 0))
-    room = snapshot.Room(mode)
-    assert [room.mode_for(slab) for slab in slabs_of(2)] == [mode, mode]
-    assert accelerator.asked == []
-
-
-@pytest.mark.parametrize("mode", ["auto", "stage", "direct"])
-@pytest.mark.parametrize(("kind", "expected"), [("host", "host"), ("shards", "direct")])
-def test_slabs_that_cannot_be_packed_have_one_mode(mode, kind, expected):
-    slab = Slab(kind, (0,), (None,), (), 64, 64)
-    assert snapshot.Room(mode).mode_for(slab) == expected
-
-
-def test_on_cpu_auto_stages(monkeypatch):
-    monkeypatch.setattr(snapshot, "_free_device_bytes", lambda device: 0)
-    assert snapshot.Room("auto").mode_for(slabs_of(1)[0]) == "stage"
-
-
-def test_with_several_processes_auto_agrees_without_asking(accelerator, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert snapshot.Room("auto").mode_for(slabs_of(1)[0]) == "direct"
-
-
-@pytest.mark.parametrize(
-    ("stats", "expected"),
-    [
-        (None, math.inf),
-        ({}, math.inf),
-        ({"bytes_in_use": 7}, math.inf),
-        ({"bytes_limit": 1000}, 950),
-        ({"bytes_limit": 1000, "bytes_in_use": 200}, 750),
-        ({"bytes_limit": 1000, "bytes_in_use": 200, "peak_bytes_in_use": 600}, 350),
-        ({"bytes_limit": 1000, "bytes_in_use": 700, "peak_bytes_in_use": 600}, 250),
-        ({"bytes_limit": 1000, "peak_bytes_in_use": 990}, -40),
-    ],
-)
-def test_what_a_step_at_its_peak_leaves_free(stats, expected):
-    device = SimpleNamespace(memory_stats=lambda: stats)
-    assert snapshot._free_device_bytes(device) == pytest.approx(expected)
-
-
 @pytest.mark.parametrize(
     ("kinds", "expected"),
     [(["device", "pinned_host"], True), (["device", "unpinned_host"], False), ([], False)],
@@ -353,7 +241,7 @@ def test_pinned_memory_is_looked_for(kinds, expected):
 @pytest.mark.parametrize("free_mib", [None, 0, 1])
 def test_a_save_on_every_backend_restores(backend, monkeypatch, tmp_path, free_mib):
     if free_mib is not None:
-        monkeypatch.setattr(snapshot, "_free_device_bytes", lambda device: free_mib * MIB)
+        monkeypatch.setattr(room_module, "_free_device_bytes", lambda device: free_mib * MIB)
     rng = np.random.default_rng(1)
     wanted = {f"x{i}": random_array(rng, (1024, 320), np.float32) for i in range(4)}
     wanted["h"] = random_array(rng, (7,), np.float64)

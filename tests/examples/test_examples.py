@@ -1,0 +1,37 @@
+"""Each example, as a user runs it. They assert what they claim and exit non-zero otherwise."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train_lm.py", "--demo", "--steps", "12", "--save-every", "4"],
+        ["resume_on_another_mesh.py"],
+        ["linen_train_state.py"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_the_example_holds_what_it_claims(command, tmp_path):
+    # The examples choose their own devices.
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment["PYTHONPATH"] = str(ROOT)
+    name, *flags = command
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / name, "--directory", tmp_path, *flags],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    if "--demo" in flags:
+        assert "12 losses and the last checkpoint are equal, bit for bit" in done.stdout

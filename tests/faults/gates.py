@@ -1,0 +1,142 @@
+"""Gates and faults at named places of a save, and waits that end."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from lazy_orbax import save, snapshot, write
+from lazy_orbax.host_budget import HOST_BUDGET
+
+HANG_S = 30
+PLACES: dict[str, tuple[Any, str]] = {
+    "copy": (snapshot, "take"),
+    "to the host": (snapshot, "to_host"),
+    "views": (snapshot, "views"),
+    "open": (write.Writer, "__init__"),
+    "hand over": (write.Writer, "write"),
+    "wait": (write.Writer, "wait"),
+    "finish": (write.Writer, "finish"),
+    "sync": (write, "_sync"),
+}
+
+
+class Boom(Exception):
+    """What is raised where a test wants a failure."""
+
+
+class Gate:
+    """Holds calls until it is opened.
+
+    Attributes:
+        reached: set when a call arrived.
+        opened: set to let calls go on.
+    """
+
+    def __init__(self) -> None:
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def await_call(self) -> None:
+        """Waits until a call is held."""
+        assert self.reached.wait(HANG_S), "the gate was never reached"
+
+
+@contextlib.contextmanager
+def held_at(place: str | None, *, call: int = 1) -> Iterator[Gate]:
+    """Holds the `call`-th and later calls of a function of the library until the gate is opened."""
+    gate = Gate()
+
+    def wait() -> None:
+        gate.reached.set()
+        assert gate.opened.wait(HANG_S), f"nobody opened the gate at {place}"
+
+    with _before(place, call, wait):
+        try:
+            yield gate
+        finally:
+            gate.opened.set()
+
+
+@contextlib.contextmanager
+def failing_at(place: str, *, call: int = 1, error: BaseException | None = None) -> Iterator[None]:
+    """Makes the `call`-th and later calls of a function of the library raise."""
+    raised = error or Boom(f"no luck at {place}")
+
+    def fail() -> None:
+        raise raised
+
+    with _before(place, call, fail):
+        yield
+
+
+@contextlib.contextmanager
+def _before(place: str | None, call: int, do: Callable[[], None]) -> Iterator[None]:
+    if place is None:
+        yield
+        return
+    owner, name = PLACES[place]
+    original = getattr(owner, name)
+    lock, calls = threading.Lock(), 0
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        with lock:
+            calls += 1
+            due = calls >= call
+        if due:
+            do()
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, patched)
+        yield
+
+
+def within(call: Callable[..., Any], *args: Any, timeout_s: float = HANG_S, **kwargs: Any) -> Any:
+    """Returns `call(...)`; fails the test, instead of hanging it, where that takes too long.
+
+    What hangs is unwound by failing every save in flight, so that the next test can run.
+    """
+    outcome: list[Any] = []
+    error: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(call(*args, **kwargs))
+        except BaseException as raised:
+            error.append(raised)
+
+    thread = threading.Thread(target=run, name="within", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive():
+        faulthandler.dump_traceback()
+        for stuck in list(save._IN_FLIGHT):
+            stuck.fail(Boom("the test gave this save up"))
+        thread.join(timeout_s)
+        pytest.fail(f"{call} took more than {timeout_s} s")
+    if error:
+        raise error[0]
+    return outcome[0]
+
+
+def await_budget(n_bytes: int = 0) -> None:
+    """Waits until no more than `n_bytes` of host memory are reserved."""
+    with HOST_BUDGET._changed:
+        done = HOST_BUDGET._changed.wait_for(
+            lambda: HOST_BUDGET.in_flight_bytes <= n_bytes, timeout=HANG_S
+        )
+    assert done, f"{HOST_BUDGET.in_flight_bytes} bytes are still reserved"
+
+
+def join_threads(*names: str) -> None:
+    """Waits until no thread of these names is alive."""
+    for thread in threading.enumerate():
+        if thread.name.startswith(names):
+            thread.join(HANG_S)
+            assert not thread.is_alive(), f"{thread.name} is still running"
