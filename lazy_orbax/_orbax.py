@@ -15,10 +15,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from lazy_orbax.errors import StockFallbackWarning
 from lazy_orbax.layout import ReplicaPolicy
+from lazy_orbax.tree import LeafInfo, TreeInfo
 
 _NEEDED = {
     "base": ("handlers.base_pytree_checkpoint_handler", "BasePyTreeCheckpointHandler"),
@@ -32,6 +36,7 @@ _NEEDED = {
     "sharding_metadata": ("metadata.sharding", "from_jax_sharding"),
     "process_index": ("multihost.multihost", "process_index"),
     "is_primary_host": ("multihost.multihost", "is_primary_host"),
+    "operation_ids": ("futures.synchronization", "OperationIdGenerator"),
     "process_subdir": ("serialization.ocdbt_utils", "get_process_index_for_subdir"),
     "is_replicated_sharding": ("serialization.jax_array_handlers", "_is_replicated_sharding"),
     "build_array_write_spec": ("serialization.tensorstore_utils", "build_array_write_spec"),
@@ -56,10 +61,6 @@ HANDLER_BASE: type = ocp.PyTreeCheckpointHandler if MISSING else _SRC["base"]
 
 # Stands for the item's directory in everything that is kept from save to save.
 PLACEHOLDER_DIRECTORY = "/lazy-orbax-directory"
-
-
-class StockFallbackWarning(UserWarning):
-    """lazy_orbax saves the stock way, because this Orbax is not the one it knows."""
 
 
 def warn_if_stock() -> bool:
@@ -90,9 +91,14 @@ def put_inside_standard_handler(
             # What stock Orbax finds out leaf by leaf, in Python, depends only on their types.
             types = set(map(type, jax.tree.leaves(item)))
             is_tree = item is not None and type(item) not in types
-            if is_tree and save_args is None and all(issubclass(t, supported) for t in types):
+            if is_tree and save_args is None and all(map(passes_unchanged, types)):
                 return item
             return validate(item, save_args=save_args)
+
+        def passes_unchanged(type_: type) -> bool:
+            if issubclass(type_, jax.Array | np.ndarray):
+                return True
+            return issubclass(type_, supported) and not hasattr(type_, "__array__")
 
         standard._validate_save_state = validate_by_type
     return True
@@ -103,6 +109,11 @@ def process_index() -> int:
     return _SRC["process_index"]()
 
 
+def operation_id() -> str:
+    """Returns which save, of all that this process began, Orbax is at."""
+    return _SRC["operation_ids"].get_current_operation_id()
+
+
 def is_primary_host(primary_host: int | None) -> bool:
     """Returns whether this process writes what is written once."""
     return _SRC["is_primary_host"](primary_host)
@@ -111,34 +122,6 @@ def is_primary_host(primary_host: int | None) -> bool:
 def typestr_of_pytree_handler() -> str:
     """Returns the name under which stock checkpoints say how to read themselves."""
     return ocp.PyTreeCheckpointHandler.typestr()
-
-
-@dataclasses.dataclass(frozen=True)
-class LeafInfo:
-    """What Orbax says about one leaf.
-
-    Attributes:
-        name: the parameter name.
-        route: `array`, `host`, or `other` for a leaf that its own type handler must write.
-        type_handler: Orbax's type handler for it.
-        info: Orbax's `ParamInfo`, for `PLACEHOLDER_DIRECTORY`.
-        save_args: its `SaveArgs`.
-    """
-
-    name: str
-    route: str
-    type_handler: Any
-    info: Any
-    save_args: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class TreeInfo:
-    """What Orbax says about a tree: its leaves, and the trees its metadata is built from."""
-
-    leaves: tuple[LeafInfo, ...]
-    infos: Any
-    save_args: Any
 
 
 def describe_tree(
@@ -240,9 +223,12 @@ def array_write_spec(
     process_id = _SRC["process_subdir"](
         use_ocdbt, getattr(type_handler, "_override_ocdbt_process_id", None)
     )
+    save_args = leaf.save_args
+    if save_args.dtype is not None:  # Orbax wants a dtype where users may give its name.
+        save_args = dataclasses.replace(save_args, dtype=jnp.dtype(save_args.dtype))
     spec = _SRC["build_array_write_spec"](
         info=leaf.info,
-        arg=leaf.save_args,
+        arg=save_args,
         global_shape=shape,
         local_shape=write_shape,
         dtype=dtype,
@@ -264,14 +250,14 @@ def tree_metadata(
     handler: Any, tree: TreeInfo, write_shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, Any]:
     """Returns the content of `_METADATA`, without custom metadata."""
-    infos = jax.tree.map(
-        lambda info: info.replace(write_shape=write_shapes.get(info.name, info.write_shape)),
-        tree.infos,
-    )
+
+    def complete(info: Any) -> Any:
+        return info.replace(write_shape=write_shapes.get(info.name, info.write_shape))
+
     return (
         _SRC["tree_metadata"]
         .build(
-            infos,
+            jax.tree.map(complete, tree.infos),
             save_args=tree.save_args,
             use_ocdbt=handler._use_ocdbt,
             use_zarr3=handler._use_zarr3,
@@ -295,66 +281,13 @@ def sharding_file(
     return json.dumps(entries).encode()
 
 
+def stores_array_metadata(type_handler: Any) -> bool:
+    """Whether write shapes are stored: not for an `ArrayHandler` that was made without a store."""
+    return getattr(type_handler, "_array_metadata_store", None) is not None
+
+
 def array_metadatas_file(type_handler: Any, metadatas: Sequence[Any]) -> bytes | None:
     """Returns the content of `array_metadatas/process_N`, or `None` where there is no store."""
-    if getattr(type_handler, "_array_metadata_store", None) is None:
+    if not stores_array_metadata(type_handler):
         return None
     return _SRC["array_metadata_serializer"]().serialize(list(metadatas)).encode()
-
-
-async def serialize_others(
-    handler: Any, others: Sequence[tuple[int, LeafInfo]], values: Sequence[Any], directory: Any
-) -> list[Any]:
-    """Lets type handlers write the leaves that are theirs alone. Returns their futures.
-
-    Args:
-        handler: the handler that saves.
-        others: positions and descriptions of those leaves.
-        values: all leaves of the tree.
-        directory: the item's directory, or Orbax's promise of it.
-    """
-    by_handler: dict[int, list[tuple[int, LeafInfo]]] = {}
-    for position, leaf in others:
-        by_handler.setdefault(id(leaf.type_handler), []).append((position, leaf))
-    context = ocp.type_handlers.get_ts_context(use_ocdbt=handler._use_ocdbt)
-    futures = []
-    for members in by_handler.values():
-        infos = [
-            leaf.info.replace(parent_dir=directory, path=directory / leaf.name, ts_context=context)
-            for _, leaf in members
-        ]
-        mine = [values[position] for position, _ in members]
-        arguments = [leaf.save_args for _, leaf in members]
-        futures += await members[0][1].type_handler.serialize(mine, infos, arguments)
-    return futures
-
-
-def path_of(directory: Any) -> str:
-    """Returns a directory's path, also while Orbax only promises to create it."""
-    try:
-        return str(getattr(directory, "path", directory))
-    except ValueError:  # A deferred path has no name before it exists.
-        return ""
-
-
-async def created(directory: Any) -> Any:
-    """Waits until a directory exists that Orbax may only have promised."""
-    if hasattr(directory, "await_creation"):
-        return await directory.await_creation()
-    return directory
-
-
-def stock_save_args(args: Any) -> Any:
-    """Returns the arguments for `HANDLER_BASE.async_save`."""
-    if not MISSING:
-        return args
-    fields = ("item", "save_args", "ocdbt_target_data_file_size", "custom_metadata")
-    return ocp.args.PyTreeSave(**{name: getattr(args, name) for name in fields})
-
-
-def stock_restore_args(args: Any) -> Any:
-    """Returns the arguments for `HANDLER_BASE.restore`."""
-    if args is None or not MISSING:
-        return args
-    fields = ("item", "restore_args", "partial_restore")
-    return ocp.args.PyTreeRestore(**{name: getattr(args, name) for name in fields})

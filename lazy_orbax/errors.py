@@ -58,14 +58,19 @@ class SaveError(LazyOrbaxError, RuntimeError):
             f"directory {directory}" if directory else "",
         ]
         where = ", ".join(place for place in places if place)
+        where = f" ({where})" if where else ""
         super().__init__(
-            f"Saving failed ({where}): {what}. This step was not committed and earlier ones are "
+            f"Saving failed{where}: {what}. This step was not committed and earlier ones are "
             "untouched; mend the cause and save again."
         )
 
 
 class RestoreError(LazyOrbaxError, ValueError):
     """What was asked for does not fit what the checkpoint holds. Nothing was changed."""
+
+
+class StockFallbackWarning(UserWarning):
+    """lazy_orbax saves the stock way, because this Orbax is not one that it knows."""
 
 
 def summarize(problems: Sequence[str]) -> str:

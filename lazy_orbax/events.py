@@ -130,7 +130,9 @@ def final_directory(path: str) -> str:
 
 def step_of(directory: str) -> int | None:
     """Returns the step in an item path such as `run/12/state`, if there is one."""
-    for part in reversed(directory.rstrip("/").split("/")[-2:]):
-        if match := re.fullmatch(r"(?:.*[_-])?(\d+)(?:\..*)?", part):
-            return int(match.group(1))
+    last_two = directory.rstrip("/").split("/")[:-3:-1]
+    for pattern in (r"(\d+)", r".*[_-](\d+)"):
+        for part in last_two:
+            if match := re.fullmatch(pattern, part):
+                return int(match.group(1))
     return None

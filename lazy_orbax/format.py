@@ -16,9 +16,11 @@ import tensorstore as ts
 from lazy_orbax import _orbax
 from lazy_orbax.errors import TreeError, summarize
 from lazy_orbax.layout import Layout, Leaf
+from lazy_orbax.tree import TreeInfo
 
 TREE_METADATA_FILE = "_METADATA"
 SHARDING_FILE = "_sharding"
+_RESERVED = (TREE_METADATA_FILE, SHARDING_FILE, "_strings.json", "array_metadatas")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Format:
 
 def make_format(
     handler: Any,
-    tree: _orbax.TreeInfo,
+    tree: TreeInfo,
     leaves: Sequence[Leaf],
     layouts: Sequence[Layout],
     key_metadata: dict[int, dict[str, str]],
@@ -112,12 +114,13 @@ def make_format(
                 ext_metadata=key_metadata.get(leaf.position),
             )
             stored.append(_stored(leaf, spec, kvstores, scratch))
-        except (ValueError, TypeError, NotImplementedError) as error:
+        except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
             problems.append(f"{leaf.keypath}: {leaf.dtype}{list(leaf.shape)}: {error}")
             continue
         if leaf.sharding is not None:
             array_metadatas.append(metadata)
-            write_shapes[leaf.name] = metadata.write_shape
+            if _orbax.stores_array_metadata(info.type_handler):
+                write_shapes[leaf.name] = metadata.write_shape
     if problems:
         raise TreeError(f"These leaves cannot be stored:{summarize(problems)}")
     is_primary = _orbax.is_primary_host(_orbax.primary_host(handler))
@@ -136,6 +139,8 @@ def _stored(
 ) -> StoredLeaf:
     """Splits TensorStore's spec of a leaf into what is its own and what it shares."""
     cast_from = None
+    if leaf.name and not leaf.name.strip("/"):
+        raise ValueError(f"the name {leaf.name!r} is nothing but a separator; rename it")
     if spec["driver"] == "cast":
         cast_from, spec = spec["dtype"], spec["base"]
     kvstore = dict(spec["kvstore"])
@@ -155,18 +160,20 @@ def _stored(
     assert written is not None
     (key,) = [key.decode() for key in written.list().result()]
     metadata = written.read(key).result().value
-    prefix = f"{leaf.name}/" if leaf.name else ""
+    prefix = leaf.name if leaf.name.endswith("/") or not leaf.name else f"{leaf.name}/"
     return StoredLeaf(place, prefix, ts.Spec(own), cast_from, key, metadata)
 
 
 def _check_path(name: str) -> None:
     """Refuses a name that, as a path, would leave the directory."""
-    if name.startswith("/") or ".." in name.split("/"):
-        raise ValueError(f"the name {name!r} is a path out of the checkpoint; use OCDBT or rename")
+    parts = name.removesuffix("/").split("/")
+    odd = any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts)
+    if odd or "\0" in name or "\\" in name or parts[0] in _RESERVED:
+        raise ValueError(f"the name {name!r} cannot be a directory there; use OCDBT or rename it")
 
 
 def _small_files(
-    tree: _orbax.TreeInfo, leaves: Sequence[Leaf], array_metadatas: Sequence[Any], is_primary: bool
+    tree: TreeInfo, leaves: Sequence[Leaf], array_metadatas: Sequence[Any], is_primary: bool
 ) -> dict[str, bytes]:
     """Returns `_sharding` and `array_metadatas/process_N`."""
     arrays = [leaf for leaf in leaves if leaf.sharding is not None]

@@ -7,15 +7,14 @@ temporary directories, barriers, publishing, retention; and all of restore.
 
 from __future__ import annotations
 
-import concurrent.futures
 import inspect
 import json
 from typing import Any
 
 import orbax.checkpoint as ocp
-from orbax.checkpoint import future
 
-from lazy_orbax import _orbax
+from lazy_orbax import _orbax, stock
+from lazy_orbax.commit import Commit
 from lazy_orbax.errors import OptionError
 from lazy_orbax.events import await_publication, final_directory
 from lazy_orbax.options import LazyOptions
@@ -42,7 +41,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         restore_concurrent_gb: int | None = None,
         save_device_host_concurrent_gb: int | str | None = None,
         use_compression: bool = False,
-        **stock: Any,
+        **keywords: Any,
     ):
         """Creates a handler.
 
@@ -53,7 +52,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             restore_concurrent_gb: as in stock Orbax, most GB being restored at once.
             save_device_host_concurrent_gb: as `save_concurrent_gb`.
             use_compression: compress with zstd. Stock Orbax does by default; see the README.
-            **stock: every other keyword of `ocp.PyTreeCheckpointHandler`.
+            **keywords: every other keyword of `ocp.PyTreeCheckpointHandler`.
 
         Raises:
             OptionError: a value is out of range.
@@ -62,7 +61,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         if not isinstance(self._options, LazyOptions):
             raise OptionError(f"options={options!r} is not a lazy_orbax.LazyOptions.")
         self._limit_bytes = self._options.host_limit_bytes
-        limits = stock.get("memory_limit_options")
+        limits = keywords.get("memory_limit_options")
         for name, value in (
             ("save_concurrent_gb", save_concurrent_gb),
             ("save_device_host_concurrent_gb", save_device_host_concurrent_gb),
@@ -75,14 +74,14 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
                 raise OptionError(f"{name}={value!r} must be a positive number of GB.")
             if not name.startswith("restore"):
                 self._limit_bytes = min(self._limit_bytes, int(value * _GB))
-        self._commits: list[_Commit] = []
+        self._commits: list[Commit] = []
         restore_gb = restore_concurrent_gb or _STOCK_CONCURRENT_GB
-        self.settings = _hashable({**stock, "use_compression": use_compression})
+        self.settings = _hashable({**keywords, "use_compression": use_compression})
         if _orbax.warn_if_stock():
-            stock["restore_concurrent_gb"] = restore_gb
+            keywords["restore_concurrent_gb"] = restore_gb
         else:
-            stock["restore_concurrent_bytes"] = restore_gb * _GB
-        super().__init__(use_compression=use_compression, **stock)
+            keywords["restore_concurrent_bytes"] = restore_gb * _GB
+        super().__init__(use_compression=use_compression, **keywords)
         # What is written into the checkpoint: the stock name, so that stock Orbax reads it without
         # being told how. On the class it would clash with the stock handler's registration.
         self.typestr = _orbax.typestr_of_pytree_handler
@@ -103,9 +102,11 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             SaveError: the save failed while it waited for host memory.
         """
         if _orbax.MISSING or getattr(args, "partial_save_mode", False):
-            return await super().async_save(directory, args=_orbax.stock_save_args(args))
-        self._forget_ended_saves()
-        _check_custom_metadata(args.custom_metadata)
+            stock_args = stock.save_args(args) if _orbax.MISSING else args
+            return await super().async_save(directory, args=stock_args)
+        custom_metadata = _own_json(args.custom_metadata)
+        path = stock.path_of(directory)
+        self._forget_ended_saves(final_directory(path))
         prepared, leaves = prepare(
             self,
             args.item,
@@ -113,12 +114,10 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             ocdbt_target_data_file_size=args.ocdbt_target_data_file_size,
             slab_bytes=self._options.slab_bytes,
         )
-        save = Save(
-            prepared, self._options, limit_bytes=self._limit_bytes, path=_orbax.path_of(directory)
-        )
-        others = await _orbax.serialize_others(self, prepared.others, leaves, directory)
+        save = Save(prepared, self._options, limit_bytes=self._limit_bytes, path=path)
+        others = await stock.serialize_others(prepared.others, leaves, directory)
         # Created before the snapshot: a state larger than the budget is written while it is taken.
-        commit = _Commit(save, directory, args.custom_metadata)
+        commit = Commit(save, directory, custom_metadata)
         try:
             save.snapshot(leaves)
         except BaseException:
@@ -142,7 +141,8 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             RestoreError: the target does not fit what is stored; every misfit leaf is named.
         """
         with explained(self, directory, args):
-            return super().restore(directory, args=_orbax.stock_restore_args(args))
+            stock_args = stock.restore_args(args) if args and _orbax.MISSING else args
+            return super().restore(directory, args=stock_args)
 
     def finalize(self, directory: Any) -> None:
         """Lets Orbax merge what the processes wrote. Orbax publishes the step after this."""
@@ -164,74 +164,17 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         if errors:
             raise errors[0]
 
-    def _forget_ended_saves(self) -> None:
+    def _forget_ended_saves(self, place: str) -> None:
+        """Lets go of saves that are over, also of those that Orbax gave up without a word."""
+        for commit in self._commits:
+            commit.give_up_if_passed_over(place)
         self._commits = [commit for commit in self._commits if commit.is_running()]
 
 
-class _Commit:
-    """What Orbax waits for: `Save.write`, in a thread that starts when the directory exists."""
-
-    def __init__(self, save: Save, directory: Any, custom_metadata: Any):
-        self.save = save
-        self._told = False
-        self._future = future.CommitFutureAwaitingContractedSignals(
-            _write(save, directory, custom_metadata), name="lazy_orbax-write"
-        )
-
-    def result(self, timeout: float | None = None) -> None:
-        """Waits until the item is durable.
-
-        Raises:
-            SaveError: it failed.
-            TimeoutError: it takes longer than `timeout` seconds.
-        """
-        try:
-            self._future.result(timeout=timeout)
-        except TimeoutError:
-            raise
-        except BaseException as error:
-            self._told = True
-            # Orbax may have given up before `Save.write` ran, which would have cleaned up.
-            self.save.abandon(error)
-            raise
-        self._told = True
-
-    def outcome(self) -> BaseException | None:
-        """Waits for the end and returns what went wrong, if nobody was told yet."""
-        if self._told:
-            return None
-        try:
-            self.result()
-        except Exception as error:  # noqa: BLE001 - `close` raises it.
-            return error
-        finally:
-            self.save.recorder.end()
-        return None
-
-    def is_running(self) -> bool:
-        """Whether the save goes on. One that has ended lets go of everything."""
-        try:
-            self.result(timeout=0)
-        except TimeoutError:
-            return True
-        except Exception:  # noqa: BLE001 - Orbax raised it, or gave up this save with an error.
-            pass
-        self.save.recorder.end()
-        return False
-
-    def cancel(self) -> None:
-        """Stops writing and returns the host memory."""
-        self.save.fail(concurrent.futures.CancelledError("The save was cancelled."))
-        self._future.cancel()
-
-
-async def _write(save: Save, directory: Any, custom_metadata: Any) -> None:
-    save.write(str(await _orbax.created(directory)), custom_metadata)
-
-
-def _check_custom_metadata(custom_metadata: Any) -> None:
+def _own_json(custom_metadata: Any) -> Any:
+    """Returns a copy that the caller cannot change any more."""
     try:
-        json.dumps(custom_metadata)
+        return json.loads(json.dumps(custom_metadata))
     except (TypeError, ValueError) as error:
         raise OptionError(f"custom_metadata cannot be written as JSON: {error}.") from error
 
@@ -277,8 +220,9 @@ def standard_handler(
     Raises:
         OptionError: a value is out of range.
     """
+    pytree = pytree_handler(options=options, **kwargs)
     accepted = inspect.signature(ocp.StandardCheckpointHandler).parameters
     shared = {name: value for name, value in kwargs.items() if name in accepted}
     standard = ocp.StandardCheckpointHandler(**shared)
-    _orbax.put_inside_standard_handler(standard, pytree_handler(options=options, **kwargs))
+    _orbax.put_inside_standard_handler(standard, pytree)
     return standard

@@ -25,8 +25,10 @@ class Lease:
 
     def release(self) -> None:
         """Returns the bytes. A second call does nothing."""
-        n_bytes, self._n_bytes = self._n_bytes, 0
-        self._budget._release(n_bytes)
+        with self._budget._changed:
+            self._budget._in_flight_bytes -= self._n_bytes
+            self._n_bytes = 0
+            self._budget._changed.notify_all()
 
 
 class HostBudget:
@@ -86,12 +88,6 @@ class HostBudget:
             finally:
                 self._queue.remove(ticket)
                 self._changed.notify_all()
-
-    def _release(self, n_bytes: int) -> None:
-        with self._changed:
-            self._in_flight_bytes -= n_bytes
-            assert self._in_flight_bytes >= 0, "released more than was reserved"
-            self._changed.notify_all()
 
     def wake(self) -> None:
         """Makes every waiting `reserve` ask its `aborted` again."""

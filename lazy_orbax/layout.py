@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import math
@@ -43,7 +44,8 @@ class ReplicaPolicy:
     Attributes:
         replica_id: the replica that writes a shard alone; `None`: each process writes all of its
             own shards once (directories that are not shared).
-        parallel: replicas share the writing where the shard divides.
+        parallel: replicas share the writing where the shard divides, unless `replica_id` is
+            `None`.
         min_slice_bytes: no sharing where a share would be smaller than this, in bytes.
         max_replicas: at most so many replicas share.
     """
@@ -78,6 +80,8 @@ class Layout:
         share_axis: the axis along which replicas share a shard, or `None`.
         replica_ids: the replica number of each device, in the sharding's device order.
         replicated: whether some shard is on more than one device.
+        holds_whole_shards: whether this process writes all of each shard that it writes of, and
+            not a share of it.
         regions: what this process writes.
     """
 
@@ -85,6 +89,7 @@ class Layout:
     share_axis: int | None
     replica_ids: tuple[int, ...]
     replicated: bool
+    holds_whole_shards: bool
     regions: tuple[Region, ...]
 
 
@@ -99,7 +104,7 @@ def layout_of(leaf: Leaf, policy: ReplicaPolicy, process_index: int) -> Layout:
     if leaf.sharding is None:
         origin = (0,) * len(leaf.shape)
         regions = (Region(0, origin, origin),) if process_index == 0 else ()
-        return Layout(leaf.shape, None, (), False, regions)
+        return Layout(leaf.shape, None, (), False, True, regions)
     return _layout(leaf.sharding, leaf.shape, leaf.dtype.itemsize, policy, process_index)
 
 
@@ -125,18 +130,28 @@ def _layout(
     axis, n_shares = _sharing(sharding, shard_shape, n_replicas, itemsize, policy)
     write_shape = _divided(shard_shape, axis, n_shares)
     local = [i for i, device in enumerate(devices) if device.process_index == process_index]
-    only_replica = policy.replica_id
-    if only_replica is None and local:
-        only_replica = replica_ids[local[0]]
+    mine = {starts[i]: i for i in reversed(local)}  # The first local replica of each shard.
     regions = []
     for i in local:
-        if axis is None and replica_ids[i] == only_replica:
+        if policy.replica_id is None:
+            writes_alone = mine[starts[i]] == i
+        else:
+            writes_alone = replica_ids[i] == policy.replica_id
+        if axis is None and writes_alone:
             regions.append(Region(i, starts[i], starts[i]))
         elif axis is not None and replica_ids[i] < n_shares:
             start = list(starts[i])
             start[axis] += replica_ids[i] * write_shape[axis]
             regions.append(Region(i, tuple(start), starts[i]))
-    return Layout(write_shape, axis, tuple(replica_ids), n_replicas > 1, tuple(regions))
+    shares = collections.Counter(region.shard_start for region in regions)
+    return Layout(
+        write_shape,
+        axis,
+        tuple(replica_ids),
+        replicated=n_replicas > 1,
+        holds_whole_shards=axis is None or set(shares.values()) <= {n_shares},
+        regions=tuple(regions),
+    )
 
 
 def _sharing(
@@ -151,7 +166,7 @@ def _sharing(
     The rule is Orbax's, so that the chunk grid on disk is the one stock Orbax would choose.
     """
     n_shares = n_replicas if policy.max_replicas is None else min(n_replicas, policy.max_replicas)
-    if not policy.parallel or n_shares <= 1:
+    if not policy.parallel or policy.replica_id is None or n_shares <= 1:
         return None, 1
     # Stock Orbax does not slice small arrays in pinned host memory, for their layout.
     if sharding.memory_kind == "pinned_host" and not (

@@ -7,6 +7,7 @@ of the leaf, contiguous in the buffer.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import math
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lazy_orbax.layout import Device, Layout, Leaf, ReplicaPolicy, Shape, layout_of
@@ -122,17 +124,37 @@ def make_plan(
     groups: dict[tuple[Kind, jax.sharding.Mesh | None, np.dtype | None], list[int]] = {}
     for i, (leaf, layout) in enumerate(zip(leaves, layouts, strict=True)):
         kind, mesh = _route(leaf, layout)
-        groups.setdefault((kind, mesh, leaf.dtype if kind == "mesh" else None), []).append(i)
+        carrier = carrier_of(leaf.dtype) if kind == "mesh" else None
+        groups.setdefault((kind, mesh, carrier), []).append(i)
     slabs = []
     for (kind, mesh, _), members in groups.items():
         devices = [] if mesh is None else list(mesh.devices.flat)
-        n_local = sum(device.process_index == process_index for device in devices)
+        by_process = collections.Counter(device.process_index for device in devices)
+        n_local = by_process[process_index]
         if mesh is not None and n_local == 0:
             continue
-        carried = [_carried_bytes(leaves[i], layouts[i], kind, n_local) for i in members]
+        # Every process must cut the same slabs, for staging is one program for all of them.
+        n_most = max(by_process.values(), default=0)
+        carried = [_carried_bytes(leaves[i], layouts[i], kind, n_most) for i in members]
         for run in _runs(members, carried, slab_bytes):
             slabs.append(_make_slab(kind, mesh, run, leaves, layouts, n_local))
     return Plan(tuple(leaves), layouts, tuple(slabs))
+
+
+def carrier_of(dtype: np.dtype) -> np.dtype:
+    """Returns the dtype in which a leaf travels in a packed slab: an integer of its width.
+
+    Numbers of less than a byte, booleans and complex numbers travel as they are.
+    """
+    if dtype.itemsize > 8 or dtype.kind in "bc" or _bits_of(dtype) < 8:
+        return dtype
+    return np.dtype(f"uint{8 * dtype.itemsize}")
+
+
+def _bits_of(dtype: np.dtype) -> int:
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jnp.finfo(dtype).bits
+    return jnp.iinfo(dtype).bits
 
 
 def _route(leaf: Leaf, layout: Layout) -> tuple[Kind, jax.sharding.Mesh | None]:
@@ -148,14 +170,15 @@ def _route(leaf: Leaf, layout: Layout) -> tuple[Kind, jax.sharding.Mesh | None]:
     if repeated and shard_bytes > _LARGEST_REPEATED_BYTES:
         return "shards", None
     if isinstance(sharding, jax.sharding.SingleDeviceSharding):
-        return "mesh", _mesh_of_one(device)
+        return "mesh", mesh_of_one(device)
     if isinstance(sharding, jax.sharding.NamedSharding):
         return "mesh", sharding.mesh  # type: ignore[return-value]
     return "shards", None
 
 
 @functools.cache
-def _mesh_of_one(device: Device) -> jax.sharding.Mesh:
+def mesh_of_one(device: Device) -> jax.sharding.Mesh:
+    """Returns the mesh of one device."""
     return jax.sharding.Mesh(np.array([device]), ("device",))
 
 

@@ -7,6 +7,7 @@ arrays whose `aval` and `sharding` are the same objects every time.
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import operator
 import threading
@@ -23,8 +24,10 @@ from lazy_orbax.errors import DeletedArrayError, TreeError, summarize
 from lazy_orbax.format import Format, make_format
 from lazy_orbax.layout import Leaf
 from lazy_orbax.plan import Plan, make_plan
+from lazy_orbax.tree import LeafInfo, TreeInfo
 
 _MOST_CACHED = 32
+_HOST_TYPES = (np.ndarray, np.generic, int, float, bytes)
 _aval = operator.attrgetter("aval")
 _sharding = operator.attrgetter("sharding")
 _is_deleted = operator.methodcaller("is_deleted")
@@ -45,7 +48,7 @@ class Prepared:
     plan: Plan
     format: Format
     keys: tuple[int, ...]
-    others: tuple[tuple[int, _orbax.LeafInfo], ...]
+    others: tuple[tuple[int, LeafInfo], ...]
     positions: tuple[int, ...]
 
 
@@ -116,8 +119,10 @@ def prepare(
         DeletedArrayError: some array was deleted or donated already.
     """
     leaves, treedef = jax.tree.flatten(item)
-    if not leaves:
-        raise TreeError("The tree to save has no leaves. Save at least one array or scalar.")
+    if not leaves and not item:
+        raise TreeError(
+            "Found empty item: a tree with no leaves. Save at least one array or scalar."
+        )
     types = list(map(type, leaves))
     array_types = _array_types(set(types))
     arrays = [leaf for leaf, type_ in zip(leaves, types, strict=True) if type_ in array_types]
@@ -134,8 +139,8 @@ def prepare(
         types,
         list(map(_aval, arrays)),
         list(map(_sharding, arrays)),
-        _host_shapes(leaves, types),
-        None if save_args is None else jax.tree.leaves(save_args, is_leaf=lambda x: x is None),
+        _host_shapes(leaves, types, array_types),
+        None if save_args is None else list(map(copy.copy, jax.tree.leaves(save_args))),
         config,
     )
     prepared = PLAN_CACHE.find(signature)
@@ -145,10 +150,15 @@ def prepare(
     return prepared, leaves
 
 
-def _host_shapes(leaves: Sequence[Any], types: Sequence[type]) -> list[tuple[Any, Any]]:
-    if np.ndarray not in types:
+def _host_shapes(
+    leaves: Sequence[Any], types: Sequence[type], array_types: set[type]
+) -> list[tuple[Any, Any]]:
+    """Returns dtype and shape of NumPy arrays and numbers, as NumPy stores them."""
+    numeric = tuple({t for t in types if issubclass(t, _HOST_TYPES)} - array_types)
+    if not numeric:
         return []
-    return [(x.dtype, x.shape) for x, t in zip(leaves, types, strict=True) if t is np.ndarray]
+    hosts = [np.asarray(leaf) for leaf in leaves if isinstance(leaf, numeric)]
+    return [(host.dtype, host.shape) for host in hosts]
 
 
 def _array_types(types: set[type]) -> set[type]:
@@ -182,8 +192,9 @@ def _make(
     handler: Any, item: Any, save_args: Any, target_data_file_size: int | None, slab_bytes: int
 ) -> Prepared:
     """Plans the first save of a tree."""
-    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(item), strict=True)
-    keypaths = [jax.tree_util.keystr(path) for path in paths]
+    with_paths = jax.tree_util.tree_leaves_with_path(item)
+    keypaths = [jax.tree_util.keystr(path) for path, _ in with_paths]
+    leaves = [leaf for _, leaf in with_paths]
     _refuse(_unsupported(handler, keypaths, leaves), "These leaves cannot be saved")
     tree = _orbax.describe_tree(
         handler, item, save_args, ocdbt_target_data_file_size=target_data_file_size
@@ -192,6 +203,8 @@ def _make(
     planned, others, key_metadata = [], [], {}
     for position, (value, keypath) in enumerate(zip(leaves, keypaths, strict=True)):
         info = tree.leaves[position]
+        if info.info.skip_deserialize:  # A placeholder: it has a name and no data.
+            continue
         if info.route == "other":
             others.append((position, info))
             continue
@@ -222,10 +235,10 @@ def _refuse(problems: list[str], what: str) -> None:
 def _unsupported(handler: Any, keypaths: Sequence[str], leaves: Sequence[Any]) -> list[str]:
     problems = []
     for keypath, leaf in zip(keypaths, leaves, strict=True):
-        if leaf is ... or _orbax.type_handler_for(handler, type(leaf)) is None:
+        if _orbax.type_handler_for(handler, type(leaf)) is None:
             problems.append(
-                f"{keypath}: {type(leaf).__name__}: Orbax has no type handler that saves it; "
-                "convert it to an array, a number or a string"
+                f"{keypath}: {type(leaf).__name__}: TypeHandler lookup failed; convert it to an "
+                "array, a number or a string, or register a type handler for it"
             )
         elif isinstance(leaf, jax.Array | np.ndarray) and leaf.size == 0:
             problems.append(
@@ -252,7 +265,7 @@ def _unreachable(keypath: str, array: jax.Array) -> list[str]:
     return []
 
 
-def _clashes(keypaths: Sequence[str], tree: _orbax.TreeInfo) -> list[str]:
+def _clashes(keypaths: Sequence[str], tree: TreeInfo) -> list[str]:
     by_name: dict[str, list[str]] = {}
     for keypath, info in zip(keypaths, tree.leaves, strict=True):
         by_name.setdefault(info.name, []).append(keypath)

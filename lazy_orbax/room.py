@@ -40,7 +40,8 @@ class Room:
         assert slab.mesh is not None
         devices = list(slab.mesh.devices.flat)
         for device in devices:
-            self._free_bytes.setdefault(device, _free_device_bytes(device))
+            if device not in self._free_bytes:
+                self._free_bytes[device] = _free_device_bytes(device)
         if any(self._free_bytes[device] < slab.device_bytes for device in devices):
             return "direct"
         for device in devices:

@@ -7,6 +7,7 @@ import enum
 import queue
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -63,9 +64,12 @@ class Save:
         self._lock = threading.Lock()
         self._state = State.SNAPSHOT
         self._error: SaveError | None = None
+        self._write_began = False
+        self._snapshot_raised = False
         self._past_staging = threading.Event()
         self._leases: list[Lease] = []
-        self._taken: queue.SimpleQueue[tuple[Held, Lease | None] | None] = queue.SimpleQueue()
+        self._arriving: list[weakref.ref[Any]] = []
+        self._on_device: queue.SimpleQueue[Held | None] = queue.SimpleQueue()
         self._on_host: queue.SimpleQueue[tuple[Held, Lease] | None] = queue.SimpleQueue()
         self._stager = threading.Thread(
             target=self._bring_to_host, name="lazy_orbax-stage", daemon=True
@@ -97,15 +101,21 @@ class Save:
             self.recorder.end(error=failure)
 
     def abandon(self, error: BaseException) -> None:
-        """Ends the save and drops what it holds. For when `write` will never run."""
+        """Ends the save with `error`, and drops what it holds unless `write` is about to."""
         self.fail(error)
-        self._drop()
+        if not self._write_began:
+            self._drop()
+
+    @property
+    def write_began(self) -> bool:
+        """Whether the directory existed in time for `write`."""
+        return self._write_began
 
     def _drop(self) -> None:
         """Waits for our thread and returns every byte."""
         if self._stager.ident is not None:
             self._stager.join()
-        for waiting in (self._taken, self._on_host):
+        for waiting in (self._on_device, self._on_host):
             while not waiting.empty():
                 waiting.get()
         for lease in self._leases:
@@ -121,6 +131,7 @@ class Save:
         if not self._past_staging.wait(timeout_s):
             raise TimeoutError(f"{self._path} was not staged within {timeout_s} s.")
         if self._error is not None:
+            _IN_FLIGHT.discard(self)
             raise self._error
 
     # The caller's thread.
@@ -132,7 +143,7 @@ class Save:
             leaves: the leaves of the tree that was prepared.
 
         Raises:
-            Exception: whatever stopped it. Nothing was written then, and nothing is held.
+            SaveError: it failed. Nothing is held then.
         """
         plan, keys = self._prepared.plan, set(self._prepared.keys)
         mine = [
@@ -146,16 +157,24 @@ class Save:
             for slab in plan.slabs:
                 mode = room.mode_for(slab)
                 modes.add(mode)
-                on_host = mode != "stage" or snapshot.is_in_host_memory(slab)
-                lease = self._reserve(slab) if on_host else None
-                self._taken.put((snapshot.take(plan, slab, mine, mode), lease))
-        except ReservationAborted as error:
-            raise self._error or error from error
+                if mode == "stage" and not snapshot.is_in_host_memory(slab):
+                    self._on_device.put(snapshot.take(plan, slab, mine, mode))
+                else:
+                    # Not through our thread: it may be waiting for the very bytes of this slab.
+                    lease = self._reserve(slab)
+                    held = snapshot.take(plan, slab, mine, mode)
+                    self._arriving += [weakref.ref(array) for array in held.arrays]
+                    self._on_host.put((held, lease))
+                    del held
         except BaseException as error:
-            self.fail(error)
+            self._snapshot_raised = True
+            self._on_device.put(None)
+            self.abandon(error)
+            _IN_FLIGHT.discard(self)
+            if isinstance(error, Exception) and self._error is not None:
+                raise self._error  # noqa: B904 - It has its own cause, perhaps of another thread.
             raise
-        finally:
-            self._taken.put(None)
+        self._on_device.put(None)
         device_modes = sorted(modes - {"host"}, reverse=True)
         self.recorder.note(mode="+".join(device_modes) or "host", bytes_written=plan.n_bytes)
         self.recorder.mark("enqueued")
@@ -180,11 +199,12 @@ class Save:
     def _bring_to_host(self) -> None:
         """Copies what was staged on the device to the host, as the budget lets it."""
         try:
-            while (taken := self._taken.get()) is not None:
-                held, lease = taken
-                lease = lease or self._reserve(held.slab)
+            while (held := self._on_device.get()) is not None:
+                lease = self._reserve(held.slab)
                 self._on_host.put((snapshot.to_host(held), lease))
-                del held, taken  # The device copy dies here.
+                del held  # The device copy dies here.
+            for arriving in self._arriving:
+                jax.block_until_ready(arriving())  # A dead one was written already.
             if self._move(State.STAGED):
                 self.recorder.mark("staged")
         except BaseException as error:  # noqa: BLE001 - `write` raises it, in Orbax's thread.
@@ -204,19 +224,22 @@ class Save:
         Raises:
             SaveError: something failed, here or on the way to the host.
         """
+        self._write_began = True
         try:
-            writer = Writer(self._prepared.plan, self._prepared.format, directory)
-            self._write_slabs(writer)
             if not self.is_over:
-                writer.finish(custom_metadata)
-            self._move(State.DURABLE)
+                writer = Writer(self._prepared.plan, self._prepared.format, directory)
+                self._write_slabs(writer)
+                if not self.is_over:
+                    writer.finish(custom_metadata)
+                self._move(State.DURABLE)
         except BaseException as error:  # noqa: BLE001 - Raised below.
             self.fail(error)
+            traceback.clear_frames(error.__traceback__)  # They hold slabs.
         self._drop()
         if self._error is None:
             self.recorder.mark("durable")
-        elif self.recorder.timeline.enqueued_s is not None:
-            raise self._error  # Else `snapshot` has raised already.
+        elif not self._snapshot_raised:
+            raise self._error
 
     def _write_slabs(self, writer: Writer) -> None:
         plan = self._prepared.plan
@@ -228,17 +251,23 @@ class Save:
             del futures, held  # The host copy dies here, and only then is its lease returned.
             lease.release()
 
-        while True:
-            while writing and (len(writing) == _MOST_WRITING or self._on_host.empty()):
+        try:
+            while True:
+                while writing and (len(writing) == _MOST_WRITING or self._on_host.empty()):
+                    settle_oldest()
+                item = self._on_host.get()
+                if item is None:
+                    break
+                held, lease = snapshot.to_host(item[0]), item[1]
+                writing.append((writer.write(snapshot.views(plan, held)), held, lease))
+                del item, held
+            while writing and not self.is_over:
                 settle_oldest()
-            item = self._on_host.get()
-            if item is None:
-                break
-            held, lease = item
-            writing.append((writer.write(snapshot.views(plan, held)), held, lease))
-            del item, held
-        while writing:
-            settle_oldest()
+        finally:
+            for futures, _, _ in writing:
+                for unneeded in futures:
+                    unneeded.cancel()
+            writing.clear()
 
 
 _IN_FLIGHT: weakref.WeakSet[Save] = weakref.WeakSet()

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from lazy_orbax.layout import Device
-from lazy_orbax.plan import Piece, Plan, Slab
+from lazy_orbax.pack import program
+from lazy_orbax.plan import Piece, Plan, Slab, mesh_of_one
 
 _PINNED_HOST = "pinned_host"
 
@@ -64,77 +64,10 @@ def stage(plan: Plan, slab: Slab, leaves: Sequence[Any]) -> Held:
         leaves: the arrays of `plan.leaves`, in order. They may be donated when this returned.
     """
     assert slab.mesh is not None
-    pack, table = _program(plan, slab)
+    pack, table = program(plan, slab)
     with jax.set_mesh(slab.mesh):
         packed = pack(table, *[leaves[i] for i in slab.leaves])
     return Held(slab, (packed,), None, on_host=is_in_host_memory(slab))
-
-
-@functools.lru_cache(maxsize=4096)
-def _program(plan: Plan, slab: Slab) -> tuple[Any, jax.Array]:
-    """Returns the program that packs a slab, and its first argument."""
-    assert slab.mesh is not None
-    shardings = [plan.leaves[i].sharding for i in slab.leaves]
-    specs = tuple(s.spec if isinstance(s, NamedSharding) else PartitionSpec() for s in shardings)
-    cuts, table = _replica_table(plan, slab)
-    return _packer(slab.mesh, specs, cuts), table
-
-
-@functools.lru_cache(maxsize=1024)
-def _packer(
-    mesh: jax.sharding.Mesh,
-    specs: tuple[PartitionSpec, ...],
-    cuts: tuple[tuple[int, int, int] | None, ...],
-) -> Any:
-    """Returns the program that packs leaves with these specs; slabs that look alike share it."""
-    every_axis = PartitionSpec(mesh.axis_names)
-
-    def pack(table: jax.Array, *shards: jax.Array) -> jax.Array:
-        parts = []
-        for shard, cut in zip(shards, cuts, strict=True):
-            if cut is not None:
-                axis, size, column = cut
-                start = table[0, column] * size
-                shard = jax.lax.dynamic_slice_in_dim(shard, start, size, axis)
-            parts.append(shard.reshape(-1))
-        return jnp.concatenate(parts)
-
-    mapped = jax.shard_map(
-        pack,
-        mesh=mesh,
-        in_specs=(PartitionSpec(mesh.axis_names, None), *specs),
-        out_specs=every_axis,
-        check_vma=False,
-    )
-    return jax.jit(mapped)
-
-
-@functools.lru_cache(maxsize=1024)
-def _cached_table(mesh: jax.sharding.Mesh, columns: tuple[tuple[int, ...], ...]) -> jax.Array:
-    table = np.array(columns, dtype=np.int32).reshape(len(columns), mesh.devices.size).T
-    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names, None))
-    return jax.make_array_from_callback(table.shape, sharding, lambda index: table[index])
-
-
-def _replica_table(
-    plan: Plan, slab: Slab
-) -> tuple[tuple[tuple[int, int, int] | None, ...], jax.Array]:
-    """Returns the cuts with their column in the table, and the table of replica numbers.
-
-    Row d of the table says which replica device d is, one column for each way of replicating.
-    """
-    assert slab.mesh is not None
-    columns: dict[tuple[int, ...], int] = {}
-    cuts: list[tuple[int, int, int] | None] = []
-    for i, cut in zip(slab.leaves, slab.cuts, strict=True):
-        if cut is None:
-            cuts.append(None)
-        else:
-            column = columns.setdefault(plan.layouts[i].replica_ids, len(columns))
-            cuts.append((*cut, column))
-    if not columns:
-        columns[(0,) * slab.mesh.devices.size] = 0
-    return tuple(cuts), _cached_table(slab.mesh, tuple(columns))
 
 
 def direct(plan: Plan, slab: Slab, leaves: Sequence[Any]) -> Held:
@@ -147,23 +80,34 @@ def direct(plan: Plan, slab: Slab, leaves: Sequence[Any]) -> Held:
         slab: a slab of kind `mesh` or `shards`.
         leaves: the arrays of `plan.leaves`, in order. They may be donated when this returned.
     """
-    copied: dict[tuple[int, Any], int] = {}
+    copied: dict[tuple[Any, ...], int] = {}
     arrays: list[jax.Array] = []
-    targets: list[jax.sharding.Sharding] = []
     sources = []
     for piece in slab.pieces:
-        whole = not plan.layouts[piece.leaf].replicated
-        key = (piece.leaf, None if whole else piece.shard_start)
+        layout = plan.layouts[piece.leaf]
+        if not layout.replicated:
+            key: tuple[Any, ...] = (piece.leaf,)
+        elif layout.holds_whole_shards:
+            key = (piece.leaf, piece.shard_start)
+        else:
+            key = (piece.leaf, piece.start)
         if key not in copied:
             copied[key] = len(arrays)
             array = leaves[piece.leaf]
-            if not whole:
+            if layout.replicated:
                 device = _device_of(plan, piece)
                 array = next(s.data for s in array.addressable_shards if s.device == device)
+                if not layout.holds_whole_shards:
+                    array = _share(array, piece, device)
             arrays.append(array)
-            targets.append(_in_pinned_host(array.sharding))
         sources.append(copied[key])
-    return Held(slab, tuple(_to_host(arrays, targets)), tuple(sources), on_host=True)
+    return Held(slab, tuple(_enqueue_to_host(arrays)), tuple(sources), on_host=True)
+
+
+def _share(shard: jax.Array, piece: Piece, device: Device) -> jax.Array:
+    """Returns the part of a shard that is ours, where other processes write the rest."""
+    with jax.set_mesh(mesh_of_one(device)):
+        return shard[piece.index_in_shard]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -182,19 +126,28 @@ def _devices_of(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> tupl
     return tuple(sharding.devices_indices_map(shape))
 
 
-def _to_host(
-    arrays: Sequence[jax.Array], targets: Sequence[jax.sharding.Sharding]
-) -> Sequence[jax.Array]:
+def _enqueue_to_host(arrays: Sequence[jax.Array]) -> Sequence[Any]:
     """Enqueues copies of arrays to pinned host memory, or waits for them where there is none."""
     if not arrays:
         return ()
-    # may_alias=False: an array that is in pinned host memory already would not be copied.
-    if has_pinned_host(next(iter(arrays[0].sharding.device_set))):
-        return jax.device_put(list(arrays), list(targets), may_alias=False)
-    copies = jax.device_put(list(arrays), [a.sharding for a in arrays], may_alias=False)
-    for copy in copies:
-        copy.copy_to_host_async()
-    return jax.block_until_ready(copies)
+    if has_pinned_host(next(iter(arrays[0].sharding.addressable_devices))):
+        targets = [_in_pinned_host(array.sharding) for array in arrays]
+        # may_alias=False: an array that is in pinned host memory already would not be copied.
+        return jax.device_put(list(arrays), targets, may_alias=False)
+    return [_HostShards(_own_copies(array)) for array in arrays]
+
+
+class _HostShards(dict[Any, np.ndarray]):
+    """The shards of an array in host memory, by device."""
+
+
+def _own_copies(array: jax.Array) -> dict[Any, np.ndarray]:
+    """Copies the shards to the host, one at a time, and leaves nothing cached on the array."""
+    copies = {}
+    for shard in array.addressable_shards:
+        ours = jax.device_put(shard.data, shard.data.sharding, may_alias=False)
+        copies[shard.device] = np.asarray(ours)
+    return copies
 
 
 def copy_host(plan: Plan, slab: Slab, leaves: Sequence[Any]) -> Held:
@@ -213,52 +166,52 @@ def copy_host(plan: Plan, slab: Slab, leaves: Sequence[Any]) -> Held:
 
 def _host_view(plan: Plan, piece: Piece, buffer: np.ndarray) -> np.ndarray:
     dtype = plan.leaves[piece.leaf].dtype
-    n_bytes = int(np.prod(piece.shape, dtype=np.int64)) * dtype.itemsize
+    n_bytes = math.prod(piece.shape) * dtype.itemsize
     return buffer[piece.offset : piece.offset + n_bytes].view(dtype).reshape(piece.shape)
 
 
 def to_host(held: Held) -> Held:
     """Brings a slab to host memory and waits for it. Its device memory is free after that."""
     arrays = held.arrays
+    if held.slab.kind == "host":
+        return held
     if not held.on_host:
         (packed,) = arrays
-        if has_pinned_host(packed.sharding.mesh.devices.flat[0]):
+        if has_pinned_host(packed.addressable_shards[0].device):
             arrays = (jax.device_put(packed, _in_pinned_host(packed.sharding)),)
         else:
             packed.copy_to_host_async()
-    jax.block_until_ready(arrays)
-    return dataclasses.replace(held, arrays=arrays, on_host=True)
+    hosts = tuple(array if isinstance(array, _HostShards) else _shards(array) for array in arrays)
+    return dataclasses.replace(held, arrays=hosts, on_host=True)
+
+
+def _shards(array: jax.Array) -> _HostShards:
+    """Returns the shards of our own array as NumPy arrays: views, where it is in host memory."""
+    return _HostShards({shard.device: np.asarray(shard.data) for shard in array.addressable_shards})
 
 
 def views(plan: Plan, held: Held) -> list[tuple[Piece, np.ndarray]]:
-    """Waits for the copies of a slab and returns a zero-copy view of each piece.
+    """Returns a zero-copy view of each piece of a slab that `to_host` returned.
 
     The views are of our own buffers and keep them alive.
     """
     slab = held.slab
     if slab.kind == "host":
         return [(piece, _host_view(plan, piece, held.arrays[0])) for piece in slab.pieces]
+    found = []
     if held.sources is not None:
-        hosts = [
-            {shard.device: np.asarray(shard.data) for shard in array.addressable_shards}
-            for array in held.arrays
-        ]
-        found = []
         for piece, source in zip(slab.pieces, held.sources, strict=True):
-            shards = hosts[source]
-            whole = shards.get(_device_of(plan, piece), next(iter(shards.values())))
-            found.append((piece, whole[piece.index_in_shard]))
+            shards = held.arrays[source]
+            part = shards.get(_device_of(plan, piece), next(iter(shards.values())))
+            found.append((piece, part if part.shape == piece.shape else part[piece.index_in_shard]))
         return found
     assert slab.mesh is not None
-    order = {device: i for i, device in enumerate(slab.mesh.devices.flat)}
-    buffers = {
-        order[shard.device]: np.asarray(shard.data) for shard in held.arrays[0].addressable_shards
-    }
-    found = []
+    devices = list(slab.mesh.devices.flat)
     for piece in slab.pieces:
-        n = int(np.prod(piece.shape, dtype=np.int64))
-        flat = buffers[piece.device][piece.offset : piece.offset + n]
-        found.append((piece, flat.reshape(piece.shape)))
+        buffer = held.arrays[0][devices[piece.device]]
+        n = math.prod(piece.shape)
+        carried = buffer[piece.offset : piece.offset + n].reshape(piece.shape)
+        found.append((piece, carried.view(plan.leaves[piece.leaf].dtype)))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from lazy_orbax import save, snapshot, write
 from lazy_orbax.host_budget import HOST_BUDGET
 
-HANG_S = 30
+HANG_S = 15
 PLACES: dict[str, tuple[Any, str]] = {
     "copy": (snapshot, "take"),
     "to the host": (snapshot, "to_host"),
@@ -89,7 +90,11 @@ def _before(place: str | None, call: int, do: Callable[[], None]) -> Iterator[No
             calls += 1
             due = calls >= call
         if due:
-            do()
+            try:
+                do()
+            except BaseException:
+                del args, kwargs  # The traceback must not keep them.
+                raise
         return original(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -100,29 +105,26 @@ def _before(place: str | None, call: int, do: Callable[[], None]) -> Iterator[No
 def within(call: Callable[..., Any], *args: Any, timeout_s: float = HANG_S, **kwargs: Any) -> Any:
     """Returns `call(...)`; fails the test, instead of hanging it, where that takes too long.
 
-    What hangs is unwound by failing every save in flight, so that the next test can run.
+    The call is in this thread, because Orbax treats the main thread differently. What hangs is
+    unwound by failing every save in flight, so that the next test can run.
     """
-    outcome: list[Any] = []
-    error: list[BaseException] = []
+    hung = threading.Event()
 
-    def run() -> None:
-        try:
-            outcome.append(call(*args, **kwargs))
-        except BaseException as raised:
-            error.append(raised)
-
-    thread = threading.Thread(target=run, name="within", daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if thread.is_alive():
-        faulthandler.dump_traceback()
+    def rescue() -> None:
+        hung.set()
+        faulthandler.dump_traceback(file=sys.__stderr__)
         for stuck in list(save._IN_FLIGHT):
             stuck.fail(Boom("the test gave this save up"))
-        thread.join(timeout_s)
-        pytest.fail(f"{call} took more than {timeout_s} s")
-    if error:
-        raise error[0]
-    return outcome[0]
+
+    watchdog = threading.Timer(timeout_s, rescue)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        return call(*args, **kwargs)
+    finally:
+        watchdog.cancel()
+        if hung.is_set():
+            pytest.fail(f"{call} took more than {timeout_s} s")
 
 
 def await_budget(n_bytes: int = 0) -> None:
@@ -138,5 +140,6 @@ def join_threads(*names: str) -> None:
     """Waits until no thread of these names is alive."""
     for thread in threading.enumerate():
         if thread.name.startswith(names):
-            thread.join(HANG_S)
+            # Not `thread.join`: Orbax's threads raise there what they failed with.
+            threading.Thread.join(thread, HANG_S)
             assert not thread.is_alive(), f"{thread.name} is still running"

@@ -117,21 +117,19 @@ def test_a_fault_at_any_stage(tmp_path, mesh, mode, place, call):
         assert_next_save_works(manager, tmp_path, {1: first}, state, steps.bytes_of(state))
 
 
-@pytest.mark.parametrize("told_by", ["wait", "check", "save", "close"])
+@pytest.mark.parametrize("told_by", ["wait", "save", "close"])
 def test_who_is_told(tmp_path, mesh, told_by):
     state = make_state(mesh)
     manager = manager_of(tmp_path, handler_of())
     save(manager, 1, state)
     within(manager.wait_until_finished)
-    with failing_at("wait"):
+    with failing_at("wait"), held_at("wait") as gate:
         save(manager, 2, state)
+        gate.opened.set()
         join_threads("lazy_orbax", "async_save")
         with pytest.raises(SaveError) as caught:
             if told_by == "wait":
                 within(manager.wait_until_finished)
-            elif told_by == "check":
-                join_threads("save_finalize")
-                manager.check_for_errors()
             elif told_by == "save":
                 save(manager, 3, state)
             else:
@@ -221,8 +219,9 @@ def test_a_failure_is_raised_by_wait_until_staged_and_then_forgotten(tmp_path, m
     state = make_state(mesh)
     wanted = Steps(state).bytes_of(state)
     with manager_of(tmp_path, handler_of(mode)) as manager:
-        with failing_at("to the host"):
+        with failing_at("to the host"), held_at("to the host") as gate:
             save(manager, 2, state)
+            gate.opened.set()
             with pytest.raises(SaveError) as caught:
                 within(lazy_orbax.wait_until_staged)
             assert_told(caught.value, 2)
@@ -256,8 +255,10 @@ def test_an_error_that_is_kept_keeps_no_host_memory(tmp_path, mesh, mode, monkey
 
     monkeypatch.setattr(snapshot, "to_host", seen)
     with manager_of(tmp_path, handler_of(mode)) as manager:
-        with failing_at(place, call=2 if place != "finish" else 1):
+        call = 1 if place == "finish" else 2
+        with failing_at(place, call=call), held_at(place, call=call) as gate:
             save(manager, 2, state)
+            gate.opened.set()
             with pytest.raises(SaveError) as caught:
                 within(manager.wait_until_finished)
         assert alive
@@ -265,19 +266,6 @@ def test_an_error_that_is_kept_keeps_no_host_memory(tmp_path, mesh, mode, monkey
         gc.collect()
         assert [ref for ref in alive if ref() is not None] == []
     assert_told(caught.value, 2)
-
-
-def test_an_interrupt_in_save_leaves_everything_usable(tmp_path, mesh, mode):
-    state = make_state(mesh)
-    wanted = Steps(state).bytes_of(state)
-    with manager_of(tmp_path, handler_of(mode)) as manager:
-        save(manager, 1, state)
-        within(manager.wait_until_finished)
-        with failing_at("copy", call=2, error=KeyboardInterrupt()):
-            with pytest.raises(KeyboardInterrupt):
-                save(manager, 2, state)
-        assert_unharmed(manager, tmp_path, {1: wanted})
-        assert_next_save_works(manager, tmp_path, {1: wanted}, state, wanted)
 
 
 # Real faults of the storage.
@@ -302,8 +290,8 @@ def test_a_file_that_cannot_grow(tmp_path, mesh, mode, use_ocdbt):
         assert os.strerror(errno.EFBIG) in str(caught.value)
         assert caught.value.leaf
         assert caught.value.file
-        assert caught.value.file.startswith(str(tmp_path))
         if not use_ocdbt:
+            assert caught.value.file.startswith(str(tmp_path))
             # Only its chunks are larger than the limit.
             assert caught.value.leaf == "large"
             assert "/large/" in caught.value.file
@@ -313,10 +301,10 @@ def test_a_file_that_cannot_grow(tmp_path, mesh, mode, use_ocdbt):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 9 MB, or a skip where none can be mounted."""
+    """A file system of 6 MB, or a skip where none can be mounted."""
     place = tmp_path / "disk"
     place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(place)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)]
     mounted = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
     if mounted.returncode:
         pytest.skip(f"cannot mount a small tmpfs: {mounted.stderr.strip()}")
@@ -336,31 +324,8 @@ def test_a_full_disk(small_disk, mesh, mode):
         assert_told(caught.value, 2)
         assert os.strerror(errno.ENOSPC) in str(caught.value)
         assert_unharmed(manager, small_disk, {1: wanted})
-        subprocess.run(
-            ["mount", "-o", "remount,size=64m", str(small_disk)], check=True, timeout=30
-        )
+        subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True, timeout=30)
         assert_next_save_works(manager, small_disk, {1: wanted}, state, wanted)
-
-
-def test_a_directory_that_vanishes(tmp_path, mesh, mode):
-    """Someone deletes the directory while it is written."""
-    root = tmp_path / "run"
-    state = make_state(mesh)
-    wanted = Steps(state).bytes_of(state)
-    with manager_of(root, handler_of(mode)) as manager:
-        save(manager, 1, state)
-        within(manager.wait_until_finished)
-        with held_at("finish") as gate:
-            save(manager, 2, state)
-            gate.await_call()
-            for name in os.listdir(root):
-                if name.startswith("2."):
-                    (root / name).rename(tmp_path / "elsewhere")
-            gate.opened.set()
-            with pytest.raises(Exception, match="2"):
-                within(manager.wait_until_finished)
-        assert_unharmed(manager, root, {1: wanted})
-        assert_next_save_works(manager, root, {1: wanted}, state, wanted)
 
 
 # The host budget.

@@ -136,13 +136,12 @@ def test_numpy_leaves_may_be_changed_in_place(tmp_path, place):
         "0d": np.array(3.5, dtype=np.float32),
     }
     wanted = jax.tree.map(np.array, state)
-    with manager_of(tmp_path, "auto") as manager:
-        with held_at(place) as gate:
-            manager.save(1, args=ocp.args.StandardSave(state))
-            for leaf in state.values():
-                leaf[...] = 0
-            gate.opened.set()
-            manager.wait_until_finished()
+    with manager_of(tmp_path, "auto") as manager, held_at(place) as gate:
+        manager.save(1, args=ocp.args.StandardSave(state))
+        for leaf in state.values():
+            leaf[...] = 0
+        gate.opened.set()
+        manager.wait_until_finished()
     assert_same(stored(tmp_path, 1), wanted)
 
 

@@ -55,9 +55,7 @@ class Steps:
         self.donating = jax.jit(
             lambda tree: jax.tree.map(_changed, tree), donate_argnums=0, out_shardings=shardings
         )
-        self._copy = jax.jit(
-            lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings
-        )
+        self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
         self._busy = jax.jit(
             lambda n: jax.lax.fori_loop(0, n, lambda _, x: jnp.tanh(x @ x), jnp.eye(64))
         )

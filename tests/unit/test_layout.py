@@ -79,7 +79,9 @@ def test_replica_numbers_and_starts_are_those_of_jax(name):
     assert layout.replicated == any(shard.replica_id > 0 for shard in by_device.values())
     assert layout.write_shape == array.addressable_shards[0].data.shape
     for region in layout.regions:
-        assert region.start == region.shard_start == start_of(by_device[devices[region.device]].index)
+        assert (
+            region.start == region.shard_start == start_of(by_device[devices[region.device]].index)
+        )
 
 
 @pytest.mark.parametrize("policy_name", POLICIES)
@@ -122,7 +124,7 @@ def test_the_table_has_shared_and_unshared_layouts():
 def test_a_leaf_in_host_memory_is_written_whole_by_process_zero(shape):
     leaf = Leaf(0, "x", "['x']", shape, np.dtype(np.int16), None)
     origin = (0,) * len(shape)
-    whole = Layout(shape, None, (), False, (Region(0, origin, origin),))
+    whole = Layout(shape, None, (), False, True, (Region(0, origin, origin),))
     assert layout_of(leaf, ReplicaPolicy(), 0) == whole
     assert layout_of(leaf, ReplicaPolicy(), 1).regions == ()
 

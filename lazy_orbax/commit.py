@@ -1,0 +1,96 @@
+"""The future that Orbax waits for, and what becomes of a save that Orbax gave up."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from typing import Any
+
+from orbax.checkpoint import future
+
+from lazy_orbax import _orbax, stock
+from lazy_orbax.errors import SaveError
+from lazy_orbax.save import Save
+
+
+class Commit:
+    """What Orbax waits for: `Save.write`, in a thread that starts when the directory exists."""
+
+    def __init__(self, save: Save, directory: Any, custom_metadata: Any):
+        """Starts the thread.
+
+        Args:
+            save: what to write.
+            directory: the item's directory, or Orbax's promise of it.
+            custom_metadata: JSON-serializable, stored beside the tree.
+        """
+        self.save = save
+        self._told = False
+        self._operation = _orbax.operation_id()
+        self._future = future.CommitFutureAwaitingContractedSignals(
+            _write(save, directory, custom_metadata), name="lazy_orbax-write"
+        )
+
+    def result(self, timeout: float | None = None) -> None:
+        """Waits until the item is durable.
+
+        Raises:
+            SaveError: it failed.
+            TimeoutError: it takes longer than `timeout` seconds, or the directory never came.
+        """
+        try:
+            self._future.result(timeout=timeout)
+        except BaseException as error:
+            if timeout is None or not isinstance(error, TimeoutError) or self.save.is_over:
+                # Orbax may have given up before `Save.write` ran, which would have cleaned up.
+                self.save.abandon(error)
+                self._told = True
+            raise
+        self._told = True
+
+    def outcome(self) -> BaseException | None:
+        """Waits for the end and returns what went wrong, if nobody was told yet."""
+        if self._told:
+            return None
+        try:
+            self.result()
+        except Exception as error:  # noqa: BLE001 - `close` raises it.
+            return error
+        finally:
+            self.save.recorder.end()
+        return None
+
+    def is_running(self) -> bool:
+        """Whether the save goes on. One that has ended lets go of everything."""
+        if not self.save.is_over:
+            return True
+        self.save.recorder.end()
+        return False
+
+    def give_up_if_passed_over(self, place: str) -> None:
+        """Ends the save if its directory never came and Orbax is busy with the next one.
+
+        Orbax says nothing to a handler when it cannot create a directory. But it starts no save
+        below the same directory before it has done with the one before.
+
+        Args:
+            place: where the next save goes.
+        """
+        if self.save.write_began or self.save.is_over or self._operation == _orbax.operation_id():
+            return
+        if _parents(self.save.recorder.timeline.directory) & _parents(place):
+            self.save.abandon(SaveError("Orbax could not create the directory"))
+
+    def cancel(self) -> None:
+        """Stops writing and returns the host memory."""
+        self.save.abandon(concurrent.futures.CancelledError("The save was cancelled."))
+        self._future.cancel()
+
+
+def _parents(place: str) -> set[str]:
+    """Returns the directories that a manager of `place` may own: its own and the step's."""
+    parent = place.rpartition("/")[0]
+    return {parent, parent.rpartition("/")[0]} - {""}
+
+
+async def _write(save: Save, directory: Any, custom_metadata: Any) -> None:
+    save.write(str(await stock.created(directory)), custom_metadata)

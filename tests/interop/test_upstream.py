@@ -1,0 +1,52 @@
+"""The tests that Orbax ships for checkpointers, run against our handlers."""
+
+from __future__ import annotations
+
+import types
+
+import orbax.checkpoint as ocp
+import pytest
+
+import lazy_orbax
+
+# Its trees come from chex, which Orbax itself does not require.
+upstream = pytest.importorskip(
+    "orbax.checkpoint._src.checkpointers.checkpointer_test_utils", exc_type=ImportError
+)
+
+NOT_OURS = {
+    "test_memory_limiting0": "tests the byte limiter of a stock handler that it makes itself",
+    "test_memory_limiting1": "tests the byte limiter of a stock handler that it makes itself",
+    "test_legacy_api": "tests a handler that it makes itself",
+    "test_composite_handler": "tests the stock handlers that Orbax chooses from the args",
+    "test_composite_handler_metadata": "tests the stock handlers that Orbax chooses from the args",
+    "test_save_with_failing_array_metadata_store_in_finalize": "expects two processes",
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
+@pytest.mark.filterwarnings("ignore:jax.experimental.pjit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*Mesh.*context manager:DeprecationWarning")
+class Upstream:
+    """What the two classes below share."""
+
+    @pytest.fixture(autouse=True)
+    def with_our_handlers(self, request, monkeypatch, tmp_path):
+        if reason := NOT_OURS.get(request.node.name):
+            pytest.skip(reason)
+        self.tmp_path = tmp_path
+        monkeypatch.setattr(upstream, "PyTreeCheckpointHandler", lazy_orbax.pytree_handler)
+
+    def create_tempdir(self, name):
+        """Takes the place of absl's, which needs parsed flags and leaves its directories behind."""
+        return types.SimpleNamespace(full_path=str(self.tmp_path / name))
+
+
+class TestCheckpointer(Upstream, upstream.CheckpointerTestBase.Test):
+    def checkpointer(self, handler, **kwargs):
+        return ocp.Checkpointer(handler, **kwargs)
+
+
+class TestAsyncCheckpointer(Upstream, upstream.CheckpointerTestBase.Test):
+    def checkpointer(self, handler, **kwargs):
+        return ocp.AsyncCheckpointer(handler, **kwargs)
