@@ -122,8 +122,6 @@ def run(job: Job, on_tick: Callable[[], None]) -> tuple[list[Sample], str]:
     Raises:
         RuntimeError: the process failed; the message ends with the last lines that it printed.
     """
-    samples: list[Sample] = []
-    accelerator = "unknown"
     with (
         tempfile.TemporaryFile("w+") as errors,
         # Nothing stays, even of a process that was killed.
@@ -139,24 +137,32 @@ def run(job: Job, on_tick: Callable[[], None]) -> tuple[list[Sample], str]:
             cwd=_ROOT,
             text=True,
         )
-        assert process.stdout is not None
         try:
-            for line in process.stdout:
-                message = json.loads(line)
-                if "sample" in message:
-                    samples.append(Sample(**message["sample"]))
-                elif "accelerator" in message:
-                    accelerator = message["accelerator"]
-                else:
-                    on_tick()
-        finally:
-            if sys.exc_info()[0] is not None:
-                process.kill()
-            status = process.wait()
-        if status:
+            found = _listen(process, on_tick)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        if status := process.wait():
             errors.seek(0)
             last = "".join(errors.readlines()[-15:])
             raise RuntimeError(f"{job.title}: the process ended with {status}:\n{last}")
+    return found
+
+
+def _listen(process: subprocess.Popen[str], on_tick: Callable[[], None]) -> tuple[Any, str]:
+    """Reads what a process says until it ends."""
+    samples: list[Sample] = []
+    accelerator = "unknown"
+    assert process.stdout is not None
+    for line in process.stdout:
+        message = json.loads(line)
+        if "sample" in message:
+            samples.append(Sample(**message["sample"]))
+        elif "accelerator" in message:
+            accelerator = message["accelerator"]
+        else:
+            on_tick()
     return samples, accelerator
 
 

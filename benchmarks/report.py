@@ -51,8 +51,9 @@ METRICS: dict[str, dict[str, str]] = {
         "budget": "host budget",
         "peak": "peak above the state",
         "growth": "growth, from the middle or the 5th save to the last",
+        "kept_first": "kept after the first save",
         "kept": "kept after the last save",
-        "first_save_kept": "kept after the very first save",
+        "in_use": "the same, without what malloc keeps to reuse",
         "device_peak": "peak of device memory above the state",
     },
     "scale": {
@@ -65,7 +66,7 @@ METRICS: dict[str, dict[str, str]] = {
 }
 _SECONDS = ((1, "s"), (1e-3, "ms"), (1e-6, "µs"))
 _BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
-_NO_RATIO = {"state", "budget", "growth", "files"} | {
+_NO_RATIO = {"state", "budget", "growth", "in_use", "files"} | {
     *("loop", "steps_overlapped", "tail", "step_otherwise_median"),
 }
 _CEILINGS = {

@@ -43,9 +43,13 @@ class Commit:
             if timeout is None or not isinstance(error, TimeoutError) or self.save.is_over:
                 # Orbax may have given up before `Save.write` ran, which would have cleaned up.
                 self.save.abandon(error)
-                self._told = True
+                self._handed_on()
             raise
+        self._handed_on()
+
+    def _handed_on(self) -> None:
         self._told = True
+        self.save.forget()
 
     def outcome(self) -> BaseException | None:
         """Waits for the end and returns what went wrong, if nobody was told yet."""

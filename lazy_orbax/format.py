@@ -167,7 +167,7 @@ def _stored(
 def _check_path(name: str) -> None:
     """Refuses a name that, as a path, would leave the directory."""
     parts = name.removesuffix("/").split("/")
-    odd = any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts)
+    odd = name and any(p in ("", ".", "..") or len(p.encode()) > 255 for p in parts)
     if odd or "\0" in name or "\\" in name or parts[0] in _RESERVED:
         raise ValueError(f"the name {name!r} cannot be a directory there; use OCDBT or rename it")
 

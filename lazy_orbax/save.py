@@ -106,6 +106,10 @@ class Save:
         if not self._write_began:
             self._drop()
 
+    def forget(self) -> None:
+        """Takes the save off the list that `wait_until_staged` goes through: it was told of."""
+        _IN_FLIGHT.discard(self)
+
     @property
     def write_began(self) -> bool:
         """Whether the directory existed in time for `write`."""
@@ -130,8 +134,8 @@ class Save:
         """
         if not self._past_staging.wait(timeout_s):
             raise TimeoutError(f"{self._path} was not staged within {timeout_s} s.")
+        self.forget()
         if self._error is not None:
-            _IN_FLIGHT.discard(self)
             raise self._error
 
     # The caller's thread.
@@ -170,7 +174,7 @@ class Save:
             self._snapshot_raised = True
             self._on_device.put(None)
             self.abandon(error)
-            _IN_FLIGHT.discard(self)
+            self.forget()
             if isinstance(error, Exception) and self._error is not None:
                 raise self._error  # noqa: B904 - It has its own cause, perhaps of another thread.
             raise
@@ -287,4 +291,3 @@ def wait_until_staged(timeout_s: float | None = None) -> None:
     """
     for save in list(_IN_FLIGHT):
         save.wait_until_staged(timeout_s)
-        _IN_FLIGHT.discard(save)
