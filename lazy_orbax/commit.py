@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import inspect
 from typing import Any
 
 from orbax.checkpoint import future
@@ -26,8 +27,9 @@ class Commit:
         self.save = save
         self._told = False
         self._operation = _orbax.operation_id()
+        self._coroutine = _write(save, directory, custom_metadata)
         self._future = future.CommitFutureAwaitingContractedSignals(
-            _write(save, directory, custom_metadata), name="lazy_orbax-write"
+            self._coroutine, name="lazy_orbax-write"
         )
 
     def result(self, timeout: float | None = None) -> None:
@@ -42,7 +44,7 @@ class Commit:
         except BaseException as error:
             if timeout is None or not isinstance(error, TimeoutError) or self.save.is_over:
                 # Orbax may have given up before `Save.write` ran, which would have cleaned up.
-                self.save.abandon(error)
+                self._abandon(error)
                 self._handed_on()
             raise
         self._handed_on()
@@ -53,10 +55,9 @@ class Commit:
 
     def outcome(self) -> BaseException | None:
         """Waits for the end and returns what went wrong, if nobody was told yet."""
-        if self._told:
-            return None
         try:
-            self.result()
+            if not self._told:
+                self.result()
         except Exception as error:  # noqa: BLE001 - `close` raises it.
             return error
         finally:
@@ -82,12 +83,18 @@ class Commit:
         if self.save.write_began or self.save.is_over or self._operation == _orbax.operation_id():
             return
         if _parents(self.save.recorder.timeline.directory) & _parents(place):
-            self.save.abandon(SaveError("Orbax could not create the directory"))
+            self._abandon(SaveError("Orbax could not create the directory"))
 
     def cancel(self) -> None:
         """Stops writing and returns the host memory."""
-        self.save.abandon(concurrent.futures.CancelledError("The save was cancelled."))
         self._future.cancel()
+        self._abandon(concurrent.futures.CancelledError("The save was cancelled."))
+
+    def _abandon(self, error: BaseException) -> None:
+        self.save.abandon(error)
+        # Where Orbax's thread will not run it any more, Python would complain of that.
+        if inspect.getcoroutinestate(self._coroutine) == inspect.CORO_CREATED:
+            self._coroutine.close()
 
 
 def _parents(place: str) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 
@@ -221,6 +222,8 @@ def saved(tmp_path, face):
         manager.wait_until_finished()
         yield manager, restore
         assert_same(manager.restore(1), GOOD)
+    # Stock Orbax leaves reads behind when a restore fails; here, and not in some later test.
+    gc.collect()
 
 
 def shape(*dims, dtype=np.float64):
@@ -235,6 +238,7 @@ def arguments(restore, target):
     return restore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_target_of_other_shape(saved):
     manager, restore = saved
     target = {"w": shape(3, 2, dtype=np.float32), "b": shape(3, dtype=np.float32)}
