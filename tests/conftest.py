@@ -1,4 +1,4 @@
-"""What every test shares: eight emulated devices, real meshes, and the state of the process after."""
+"""What every test shares: eight emulated devices, meshes, and the state of the process after."""
 
 from __future__ import annotations
 

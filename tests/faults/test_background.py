@@ -488,7 +488,7 @@ def test_one_item_fails_and_the_other_does_not(tmp_path, mesh, mode):
 @pytest.mark.parametrize("asynchronously", [True, False])
 @pytest.mark.parametrize("how", ["deleted", "copy fails"])
 def test_the_second_item_cannot_be_saved(tmp_path, mesh, mode, how, asynchronously):
-    """Orbax drops the first item's save without telling it: its memory must come back all the same."""
+    """Orbax drops the first item's save without a word: its memory must come back all the same."""
     state = make_state(mesh)
     bad = {"y": jax.numpy.ones(3)}
     async_options = ocp.AsyncOptions(create_directories_asynchronously=asynchronously)

@@ -17,6 +17,7 @@ SCRIPT = """
     from orbax.checkpoint._src.handlers import handler_type_registry
     from orbax.checkpoint._src.serialization import type_handler_registry
 
+    LOGGERS = (None, "absl", "jax", "lazy_orbax")
     kept = []  # Ids are compared: nothing that was seen may be replaced at the same address.
 
     def names_in(scope, whole):
@@ -49,10 +50,10 @@ SCRIPT = """
             "type handler entries": [
                 [id(part) for part in entry] for entry in types_._type_registry
             ],
-            "configuration": sorted((name, repr(value)) for name, value in jax.config.values.items()),
+            "configuration": sorted((n, repr(value)) for n, value in jax.config.values.items()),
             "warnings": list(warnings.filters),
-            "log handlers": [list(logging.getLogger(n).handlers) for n in (None, "absl", "jax", "lazy_orbax")],
-            "log levels": [logging.getLogger(n).level for n in (None, "absl", "jax", "lazy_orbax")],
+            "log handlers": [list(logging.getLogger(n).handlers) for n in LOGGERS],
+            "log levels": [logging.getLogger(n).level for n in LOGGERS],
             "threads": [t.name for t in threading.enumerate()],
             "save args": dict(checkpoint_args._SAVE_ARG_TO_HANDLER),
             "restore args": dict(checkpoint_args._RESTORE_ARG_TO_HANDLER),
