@@ -169,10 +169,10 @@ def _route(leaf: Leaf, layout: Layout) -> tuple[Kind, jax.sharding.Mesh | None]:
     shard_bytes = math.prod(layout.write_shape) * leaf.dtype.itemsize
     if repeated and shard_bytes > _LARGEST_REPEATED_BYTES:
         return "shards", None
-    if isinstance(sharding, jax.sharding.SingleDeviceSharding):
-        return "mesh", mesh_of_one(device)
-    if isinstance(sharding, jax.sharding.NamedSharding):
+    if isinstance(sharding, jax.sharding.NamedSharding) and sharding.mesh.axis_names:
         return "mesh", sharding.mesh  # type: ignore[return-value]
+    if len(sharding.device_set) == 1:
+        return "mesh", mesh_of_one(device)
     return "shards", None
 
 
