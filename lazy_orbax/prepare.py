@@ -235,10 +235,11 @@ def _refuse(problems: list[str], what: str) -> None:
 def _unsupported(handler: Any, keypaths: Sequence[str], leaves: Sequence[Any]) -> list[str]:
     problems = []
     for keypath, leaf in zip(keypaths, leaves, strict=True):
-        if _orbax.type_handler_for(handler, type(leaf)) is None:
+        type_ = type(leaf)
+        if _orbax.type_handler_for(handler, type_) is None:
             problems.append(
-                f"{keypath}: {type(leaf).__name__}: TypeHandler lookup failed; convert it to an "
-                "array, a number or a string, or register a type handler for it"
+                f"{keypath}: {type_.__name__}: TypeHandler lookup failed for: type={type_}; "
+                "convert it to an array, a number or a string, or register a type handler for it"
             )
         elif isinstance(leaf, jax.Array | np.ndarray) and leaf.size == 0:
             problems.append(
