@@ -64,26 +64,25 @@ class Commit:
             self.save.recorder.end()
         return None
 
-    def is_running(self) -> bool:
-        """Whether the save goes on. One that has ended lets go of everything."""
-        if not self.save.is_over:
-            return True
-        self.save.recorder.end()
-        return False
+    def is_past(self, place: str) -> bool:
+        """Whether nothing more will come of the save, now that the next one begins.
 
-    def give_up_if_passed_over(self, place: str) -> None:
-        """Ends the save if its directory never came and Orbax is busy with the next one.
-
-        Orbax says nothing to a handler when it cannot create a directory. But it starts no save
-        below the same directory before it has done with the one before.
+        Orbax says nothing to a handler when it cannot create a directory, nor, on a process that
+        does not publish, when it has published one. But it starts no save below the same
+        directory before it has done with the one before.
 
         Args:
             place: where the next save goes.
         """
-        if self.save.write_began or self.save.is_over or self._operation == _orbax.operation_id():
-            return
-        if _parents(self.save.recorder.timeline.directory) & _parents(place):
+        recorder = self.save.recorder
+        passed_over = self._operation != _orbax.operation_id() and bool(
+            _parents(recorder.timeline.directory) & _parents(place)
+        )
+        if passed_over and not self.save.write_began and not self.save.is_over:
             self._abandon(SaveError("Orbax could not create the directory"))
+        if passed_over and self.save.is_over:
+            recorder.end()
+        return recorder.is_complete
 
     def cancel(self) -> None:
         """Stops writing and returns the host memory."""

@@ -70,6 +70,11 @@ class Recorder:
         """The timeline so far."""
         return self._timeline
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the timeline was reported and will not change."""
+        return self._reported
+
     def since_start_s(self) -> float:
         """Seconds since `save()` was entered."""
         return time.perf_counter() - self._start_s

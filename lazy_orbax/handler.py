@@ -106,7 +106,8 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             return await super().async_save(directory, args=stock_args)
         custom_metadata = _own_json(args.custom_metadata)
         path = stock.path_of(directory)
-        self._forget_ended_saves(final_directory(path))
+        place = final_directory(path)
+        self._commits = [commit for commit in self._commits if not commit.is_past(place)]
         prepared, leaves = prepare(
             self,
             args.item,
@@ -163,12 +164,6 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         super().close()
         if errors:
             raise errors[0]
-
-    def _forget_ended_saves(self, place: str) -> None:
-        """Lets go of saves that are over, also of those that Orbax gave up without a word."""
-        for commit in self._commits:
-            commit.give_up_if_passed_over(place)
-        self._commits = [commit for commit in self._commits if commit.is_running()]
 
 
 def _own_json(custom_metadata: Any) -> Any:

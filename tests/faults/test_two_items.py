@@ -1,0 +1,41 @@
+"""Two items of one step that share a handler."""
+
+import threading
+
+import numpy as np
+import orbax.checkpoint as ocp
+from faults.gates import within
+from trees import on_mesh
+
+import lazy_orbax
+from lazy_orbax import handler as handler_module
+
+
+def test_an_item_that_is_durable_before_the_next_is_enqueued_is_still_told_committed(
+    tmp_path, mesh, monkeypatch
+):
+    timelines, began, durable = [], [], threading.Event()
+    options = lazy_orbax.LazyOptions(on_timeline=timelines.append)
+    handler = lazy_orbax.pytree_handler(options=options)
+    path_of, write = handler_module.stock.path_of, handler_module.Save.write
+
+    def write_and_tell(self, *args):
+        write(self, *args)
+        durable.set()
+
+    def path_when_the_item_before_is_durable(directory):
+        assert not began or durable.wait(30)
+        began.append(directory)
+        return path_of(directory)
+
+    monkeypatch.setattr(handler_module.Save, "write", write_and_tell)
+    monkeypatch.setattr(handler_module.stock, "path_of", path_when_the_item_before_is_durable)
+    tree = {"w": on_mesh(np.ones((8, 8), np.float32), mesh, "a")}
+    args = ocp.args.Composite(a=ocp.args.PyTreeSave(tree), b=ocp.args.PyTreeSave(tree))
+    handlers = {"a": handler, "b": handler}
+    with ocp.CheckpointManager(tmp_path, item_handlers=handlers) as manager:
+        for step in (1, 2):
+            within(manager.save, step, args=args)
+            within(manager.wait_until_finished)
+    assert [timeline.committed_s is not None for timeline in timelines] == [True] * 4
+    assert len({timeline.directory for timeline in timelines}) == 4
