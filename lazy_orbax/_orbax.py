@@ -63,25 +63,26 @@ HANDLER_BASE: type = ocp.PyTreeCheckpointHandler if MISSING else _SRC["base"]
 PLACEHOLDER_DIRECTORY = "/lazy-orbax-directory"
 
 
-def warn_if_stock() -> bool:
+def warn_if_stock(missing: Sequence[str] = MISSING) -> bool:
     """Returns whether only the stock way is open, after warning about it."""
-    if MISSING:
+    if missing:
         warnings.warn(
             f"lazy_orbax does not know this orbax-checkpoint ({ocp.__version__}): "
-            f"{', '.join(MISSING)} is missing. Saves are stock saves: correct, but blocking. "
+            f"{', '.join(missing)} is missing. Saves are stock saves: correct, but blocking. "
             "Install a lazy_orbax made for this release, or an older orbax-checkpoint.",
             StockFallbackWarning,
             stacklevel=3,
         )
-    return bool(MISSING)
+    return bool(missing)
 
 
 def put_inside_standard_handler(
     standard: ocp.StandardCheckpointHandler, pytree: ocp.PyTreeCheckpointHandler
-) -> bool:
-    """Makes `standard` save and restore through `pytree`. Returns whether it could."""
+) -> None:
+    """Makes `standard` save and restore through `pytree`, or warns that it cannot."""
     if not isinstance(getattr(standard, "_impl", None), ocp.PyTreeCheckpointHandler):
-        return False
+        warn_if_stock(["StandardCheckpointHandler._impl"])
+        return
     standard._impl = pytree
     validate = getattr(standard, "_validate_save_state", None)
     supported = getattr(standard, "_supported_types", None)
@@ -101,7 +102,6 @@ def put_inside_standard_handler(
             return issubclass(type_, supported) and not hasattr(type_, "__array__")
 
         standard._validate_save_state = validate_by_type
-    return True
 
 
 def process_index() -> int:

@@ -61,7 +61,7 @@ class _Signature:
     avals: list[Any]
     shardings: list[Any]
     hosts: list[tuple[Any, Any]]
-    save_args: list[Any] | None
+    save_args: tuple[list[Any], Any] | None
     config: tuple[Any, ...]
 
 
@@ -124,11 +124,12 @@ def prepare(
             "Found empty item: a tree with no leaves. Save at least one array or scalar."
         )
     types = list(map(type, leaves))
-    array_types = _array_types(set(types))
+    kinds = set(types)
+    array_types = _array_types(kinds)
     arrays = [leaf for leaf, type_ in zip(leaves, types, strict=True) if type_ in array_types]
     _refuse_deleted(item, arrays)
     config = (
-        *_settings(handler, set(types)),
+        *_settings(handler, kinds),
         ocdbt_target_data_file_size,
         slab_bytes,
         jax.process_index(),
@@ -139,8 +140,8 @@ def prepare(
         types,
         list(map(_aval, arrays)),
         list(map(_sharding, arrays)),
-        _host_shapes(leaves, types, array_types),
-        None if save_args is None else list(map(copy.copy, jax.tree.leaves(save_args))),
+        _host_shapes(leaves, kinds - array_types),
+        None if save_args is None else jax.tree.flatten(jax.tree.map(copy.copy, save_args)),
         config,
     )
     prepared = PLAN_CACHE.find(signature)
@@ -150,11 +151,9 @@ def prepare(
     return prepared, leaves
 
 
-def _host_shapes(
-    leaves: Sequence[Any], types: Sequence[type], array_types: set[type]
-) -> list[tuple[Any, Any]]:
-    """Returns dtype and shape of NumPy arrays and numbers, as NumPy stores them."""
-    numeric = tuple({t for t in types if issubclass(t, _HOST_TYPES)} - array_types)
+def _host_shapes(leaves: Sequence[Any], kinds: set[type]) -> list[tuple[Any, Any]]:
+    """Returns dtype and shape of the leaves of these types that are NumPy arrays or numbers."""
+    numeric = tuple(kind for kind in kinds if issubclass(kind, _HOST_TYPES))
     if not numeric:
         return []
     hosts = [np.asarray(leaf) for leaf in leaves if isinstance(leaf, numeric)]

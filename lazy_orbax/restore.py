@@ -43,10 +43,11 @@ def _misfits(handler: Any, directory: Any, target: Any) -> list[str]:
     """Names the leaves whose shape differs from what is stored."""
     if target is None:
         return []
-    stored = {
-        _names(path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(handler.metadata(directory).tree)
-    }
+    try:
+        metadata = handler.metadata(directory).tree
+    except Exception:  # noqa: BLE001 - A broken checkpoint: what restoring said of it is raised.
+        return []
+    stored = {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(metadata)}
     problems = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(target):
         found, wanted = (

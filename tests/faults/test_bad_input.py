@@ -22,6 +22,7 @@ from lazy_orbax.errors import (
     SaveError,
     TreeError,
 )
+from lazy_orbax.restore import explained
 
 
 @pytest.fixture(params=["standard", "pytree", "lazy"])
@@ -274,3 +275,17 @@ def test_a_missing_step(saved):
     manager, restore = saved
     with pytest.raises(FileNotFoundError, match="7"):
         within(manager.restore, 7, args=restore())
+
+
+def test_a_checkpoint_without_metadata_is_complained_of_as_such(tmp_path):
+    """The search for a misfit must not put its own failure in the place of the first one."""
+
+    class Broken:
+        def metadata(self, directory):
+            raise AssertionError("asked for the metadata of what is broken")
+
+    with (
+        pytest.raises(OSError, match="the first failure"),
+        explained(Broken(), tmp_path, lazy_orbax.args.LazyRestore(item=GOOD)),
+    ):
+        raise OSError("the first failure")

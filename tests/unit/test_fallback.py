@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from lazy_orbax import _orbax
+from lazy_orbax import _orbax, errors
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -25,7 +25,7 @@ SCRIPT = """
     delattr(module, symbol)
     warnings.simplefilter("error")
     import lazy_orbax
-    from lazy_orbax import _orbax
+    from lazy_orbax import _orbax, errors
     # Orbax itself still needs it: in a release without it nothing of Orbax would ask for it.
     setattr(module, symbol, taken)
     warnings.simplefilter("default")
@@ -127,3 +127,11 @@ def test_a_module_that_is_gone_is_missing_too(monkeypatch):
 def test_with_the_orbax_that_is_installed_nothing_is_missing():
     assert _orbax.MISSING == []
     assert not _orbax.warn_if_stock()  # A warning would be an error here.
+
+
+def test_a_standard_handler_that_cannot_be_filled_says_so():
+    class WithoutImpl:
+        pass
+
+    with pytest.warns(errors.StockFallbackWarning, match="StandardCheckpointHandler._impl"):
+        _orbax.put_inside_standard_handler(WithoutImpl(), None)

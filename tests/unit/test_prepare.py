@@ -357,3 +357,18 @@ def test_a_name_like_a_path_is_restored_by_stock_or_refused(tmp_path, name, use_
             return
     with ocp.PyTreeCheckpointer() as stock:
         assert_same(stock.restore(tmp_path / "1"), tree)
+
+
+def test_save_args_of_one_leaf_are_not_those_of_another(tmp_path):
+    """`None` where a leaf has no `SaveArgs`: which leaf has them is in the structure alone."""
+    tree = {"a": np.arange(4, dtype=np.float32), "b": np.arange(4, dtype=np.float32)}
+    cast = ocp.SaveArgs(dtype=np.dtype("float16"))
+    with ocp.Checkpointer(lazy_orbax.pytree_handler()) as checkpointer:
+        for name, other in (("a", "b"), ("b", "a")):
+            args = ocp.args.PyTreeSave(tree, save_args={name: cast, other: None})
+            checkpointer.save(tmp_path / name, args=args)
+    with ocp.PyTreeCheckpointer() as stock:
+        for name, other in (("a", "b"), ("b", "a")):
+            found = stock.restore(tmp_path / name)
+            assert found[name].dtype == np.float16
+            assert found[other].dtype == np.float32
