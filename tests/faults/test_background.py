@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import errno
 import gc
 import os
@@ -22,6 +23,7 @@ import lazy_orbax
 from lazy_orbax import snapshot
 from lazy_orbax.errors import SaveError
 from lazy_orbax.host_budget import HOST_BUDGET
+from lazy_orbax.save import Save
 
 MODES = ("stage", "direct", "accelerator")
 _FAULTS = [
@@ -216,15 +218,28 @@ def test_a_stage_that_hangs_stops_nobody(tmp_path, mesh, mode, place, request):
 
 
 @pytest.mark.parametrize("mode", ["accelerator"], indirect=True)
-def test_a_failure_is_raised_by_wait_until_staged_and_then_forgotten(tmp_path, mesh, mode):
+def test_a_failure_is_raised_by_wait_until_staged_and_then_forgotten(
+    tmp_path, mesh, mode, monkeypatch
+):
+    entered, wait = threading.Event(), Save.wait_until_staged
+
+    def enter_and_wait(self, timeout_s):
+        entered.set()
+        wait(self, timeout_s)
+
+    monkeypatch.setattr(Save, "wait_until_staged", enter_and_wait)
     state = make_state(mesh)
     wanted = Steps(state).bytes_of(state)
     with manager_of(tmp_path, handler_of(mode)) as manager:
         with failing_at("to the host"), held_at("to the host") as gate:
             save(manager, 2, state)
-            gate.opened.set()
-            with pytest.raises(SaveError) as caught:
-                within(lazy_orbax.wait_until_staged)
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                waiting = pool.submit(lazy_orbax.wait_until_staged, 30)
+                # Waiting before it fails: after that Orbax's thread may be told first.
+                assert entered.wait(30)
+                gate.opened.set()
+                with pytest.raises(SaveError) as caught:
+                    waiting.result(30)
             assert_told(caught.value, 2)
             with pytest.raises(SaveError):
                 within(manager.wait_until_finished)
