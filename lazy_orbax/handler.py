@@ -15,8 +15,10 @@ import orbax.checkpoint as ocp
 
 from lazy_orbax import _orbax, stock
 from lazy_orbax.commit import Commit
+from lazy_orbax.drain import Pace
 from lazy_orbax.errors import OptionError
 from lazy_orbax.events import await_publication, final_directory
+from lazy_orbax.host_budget import HOST_BUDGET
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.prepare import prepare
 from lazy_orbax.restore import explained
@@ -24,6 +26,8 @@ from lazy_orbax.save import Save
 
 _GB = 10**9
 _STOCK_CONCURRENT_GB = 96
+# Slabs that fit the budget at once: some are copied while others are written.
+_LEAST_SLABS = 4
 
 
 class LazyCheckpointHandler(_orbax.HANDLER_BASE):
@@ -74,6 +78,12 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
                 raise OptionError(f"{name}={value!r} must be a positive number of GB.")
             if not name.startswith("restore"):
                 self._limit_bytes = min(self._limit_bytes, int(value * _GB))
+        self._slab_bytes = min(
+            self._options.slab_bytes,
+            self._limit_bytes // _LEAST_SLABS,
+            self._options.write_bytes_per_s or self._options.slab_bytes,
+        )
+        self._pace = Pace(self._options.write_bytes_per_s)
         self._commits: list[Commit] = []
         restore_gb = restore_concurrent_gb or _STOCK_CONCURRENT_GB
         self.settings = _hashable({**keywords, "use_compression": use_compression})
@@ -113,9 +123,11 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             args.item,
             args.save_args,
             ocdbt_target_data_file_size=args.ocdbt_target_data_file_size,
-            slab_bytes=self._options.slab_bytes,
+            slab_bytes=self._slab_bytes,
         )
-        save = Save(prepared, self._options, limit_bytes=self._limit_bytes, path=path)
+        save = Save(
+            prepared, self._options, limit_bytes=self._limit_bytes, pace=self._pace, path=path
+        )
         others = await stock.serialize_others(prepared.others, leaves, directory)
         # Created before the snapshot: a state larger than the budget is written while it is taken.
         commit = Commit(save, directory, custom_metadata)
@@ -154,13 +166,14 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
                 await_publication(commit.save.recorder)
 
     def close(self) -> None:
-        """Waits for what is being saved. A second call does nothing.
+        """Waits for what is being saved, and gives host memory back. A second call does nothing.
 
         Raises:
             SaveError: a save failed, and nobody was told yet.
         """
         commits, self._commits = self._commits, []
         errors = [error for commit in commits if (error := commit.outcome())]
+        HOST_BUDGET.drop_idle()
         super().close()
         if errors:
             raise errors[0]

@@ -36,7 +36,11 @@ class LazyOptions:
             once. `None` is half of this machine's (or container's) memory. A state larger than
             this streams through: `save()` then waits for the part that fits nowhere.
         slab_bytes: size of the pieces in which a snapshot is copied and written, in bytes over
-            all local devices. A leaf larger than this makes a piece of its own.
+            all local devices. A leaf larger than this makes a piece of its own. At most a quarter
+            of `host_bytes`, and a second's worth of `write_bytes_per_s`.
+        write_bytes_per_s: most bytes a second that one handler writes, on average. `None` is as
+            fast as the storage takes them. For training steps that suffer while a save is in
+            flight.
         on_timeline: called once per saved item, from a background thread, when it was committed
             or has failed. It must not raise, save or wait.
 
@@ -47,14 +51,15 @@ class LazyOptions:
     mode: Mode = "auto"
     host_bytes: int | None = None
     slab_bytes: int = 64 * _MIB
+    write_bytes_per_s: int | None = None
     on_timeline: Callable[[SaveTimeline], None] | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in _MODES:
             raise OptionError(f"mode={self.mode!r} is not one of {', '.join(map(repr, _MODES))}.")
-        for name in ("host_bytes", "slab_bytes"):
+        for name in ("host_bytes", "slab_bytes", "write_bytes_per_s"):
             value = getattr(self, name)
-            if value is None and name == "host_bytes":
+            if value is None and name != "slab_bytes":
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < _MIB:
                 raise OptionError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -13,18 +15,58 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lazy_orbax.plan import Plan, Slab, carrier_of
 
 
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+    """A packed slab's memory: what a program may write into again.
+
+    Attributes:
+        sharding: over every device of the slab's mesh, in one dimension.
+        dtype: in which the leaves travel.
+        size: elements over all devices.
+    """
+
+    sharding: NamedSharding
+    dtype: np.dtype
+    size: int
+
+    def fresh(self) -> jax.Array:
+        """Allocates one."""
+        return _zeros(self)()
+
+
+@functools.lru_cache(maxsize=1024)
+def _zeros(buffer: Buffer) -> Any:
+    return jax.jit(lambda: jnp.zeros((buffer.size,), buffer.dtype), out_shardings=buffer.sharding)
+
+
 @functools.lru_cache(maxsize=4096)
-def program(plan: Plan, slab: Slab) -> tuple[Any, jax.Array]:
+def buffer_of(plan: Plan, slab: Slab) -> Buffer:
+    """Returns what the program of a slab writes into."""
+    assert slab.mesh is not None
+    dtype = carrier_of(plan.leaves[slab.leaves[0]].dtype)
+    each = sum(math.prod(plan.layouts[i].write_shape) for i in slab.leaves)
+    sharding = NamedSharding(slab.mesh, PartitionSpec(slab.mesh.axis_names))
+    return Buffer(sharding, dtype, each * slab.mesh.devices.size)
+
+
+@functools.lru_cache(maxsize=4096)
+def program(plan: Plan, slab: Slab, *, into: bool) -> tuple[Any, jax.Array]:
     """Returns the program that packs a slab, and its first argument.
 
     The program takes the table and the arrays of the slab's leaves, and returns one array of one
     dimension: on each device, its parts of the leaves one after the other.
+
+    Args:
+        plan: the plan that `slab` is from.
+        slab: a slab of kind `mesh`.
+        into: whether the program takes one more argument, after the table: memory to write into,
+            which it donates.
     """
     assert slab.mesh is not None
     shardings = [plan.leaves[i].sharding for i in slab.leaves]
     specs = tuple(s.spec if isinstance(s, NamedSharding) else PartitionSpec() for s in shardings)
     cuts, table = _replica_table(plan, slab)
-    return _packer(slab.mesh, specs, cuts), table
+    return _packer(slab.mesh, specs, cuts, into), table
 
 
 @functools.lru_cache(maxsize=1024)
@@ -32,13 +74,14 @@ def _packer(
     mesh: jax.sharding.Mesh,
     specs: tuple[PartitionSpec, ...],
     cuts: tuple[tuple[int, int, int] | None, ...],
+    into: bool,
 ) -> Any:
     """Returns the program that packs leaves with these specs; slabs that look alike share it."""
     every_axis = PartitionSpec(mesh.axis_names)
 
     def pack(table: jax.Array, *shards: jax.Array) -> jax.Array:
         parts = []
-        for shard, cut in zip(shards, cuts, strict=True):
+        for shard, cut in zip(shards[into:], cuts, strict=True):
             if cut is not None:
                 axis, size, column = cut
                 start = table[0, column] * size
@@ -49,12 +92,15 @@ def _packer(
     mapped = jax.shard_map(
         pack,
         mesh=mesh,
-        in_specs=(PartitionSpec(mesh.axis_names, None), *specs),
+        in_specs=(PartitionSpec(mesh.axis_names, None), *[every_axis] * into, *specs),
         out_specs=every_axis,
         check_vma=False,
     )
     # Said again, because under a mesh that mixes axis types JAX would infer a part of it.
-    return jax.jit(mapped, out_shardings=NamedSharding(mesh, every_axis))
+    sharding = NamedSharding(mesh, every_axis)
+    if into:  # What is donated is aliased to the output, though nothing reads it.
+        return jax.jit(mapped, out_shardings=sharding, donate_argnums=1, keep_unused=True)
+    return jax.jit(mapped, out_shardings=sharding)
 
 
 def _carried(shard: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import enum
 import queue
 import threading
@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from lazy_orbax import snapshot
+from lazy_orbax.drain import Pace, drain
 from lazy_orbax.errors import SaveError
 from lazy_orbax.events import Recorder
 from lazy_orbax.host_budget import HOST_BUDGET, Lease, ReservationAborted
@@ -24,9 +25,6 @@ from lazy_orbax.prepare import Prepared
 from lazy_orbax.room import Room
 from lazy_orbax.snapshot import Held
 from lazy_orbax.write import Writer, save_error
-
-# Slabs that may be with TensorStore at once: one being written while the next is handed over.
-_MOST_WRITING = 2
 
 
 class State(enum.Enum):
@@ -49,24 +47,33 @@ class Save:
     is `DURABLE` or `FAILED` no lease of host memory is added.
     """
 
-    def __init__(self, prepared: Prepared, options: LazyOptions, *, limit_bytes: int, path: str):
+    def __init__(
+        self,
+        prepared: Prepared,
+        options: LazyOptions,
+        *,
+        limit_bytes: int,
+        pace: Pace,
+        path: str,
+    ):
         """Starts the clock; `snapshot` starts the work.
 
         Args:
             prepared: the plan.
             options: how to take the snapshot.
             limit_bytes: most bytes of snapshot in host memory.
+            pace: how fast it may be written.
             path: the item's directory, which need not exist yet.
         """
         self.recorder = Recorder(path, options.on_timeline)
         self._prepared, self._mode, self._limit_bytes = prepared, options.mode, limit_bytes
-        self._path = path
+        self._path, self._pace = path, pace
         self._lock = threading.Lock()
         self._state = State.SNAPSHOT
         self._error: SaveError | None = None
         self._write_began = False
         self._snapshot_raised = False
-        self._past_staging = threading.Event()
+        self._past_staging, self._ended = threading.Event(), threading.Event()
         self._leases: list[Lease] = []
         self._arriving: list[weakref.ref[Any]] = []
         self._on_device: queue.SimpleQueue[Held | None] = queue.SimpleQueue()
@@ -86,6 +93,8 @@ class Save:
             if self._state in _OVER:
                 return False
             self._state, self._error = state, error
+            if state in _OVER:
+                self._ended.set()
         self._past_staging.set()
         HOST_BUDGET.wake()
         return True
@@ -165,8 +174,9 @@ class Save:
                     self._on_device.put(snapshot.take(plan, slab, mine, mode))
                 else:
                     # Not through our thread: it may be waiting for the very bytes of this slab.
-                    lease = self._reserve(slab)
-                    held = snapshot.take(plan, slab, mine, mode)
+                    kind = snapshot.reusable(plan, slab) if mode == "stage" else None
+                    lease = self._reserve(slab, kind)
+                    held = snapshot.take(plan, slab, mine, mode, lease.buffer)
                     self._arriving += [weakref.ref(array) for array in held.arrays]
                     self._on_host.put((held, lease))
                     del held
@@ -183,10 +193,10 @@ class Save:
         self.recorder.note(mode="+".join(device_modes) or "host", bytes_written=plan.n_bytes)
         self.recorder.mark("enqueued")
 
-    def _reserve(self, slab: Slab) -> Lease:
+    def _reserve(self, slab: Slab, kind: Any = None) -> Lease:
         start_s = time.perf_counter()
         lease = HOST_BUDGET.reserve(
-            slab.n_bytes, limit_bytes=self._limit_bytes, aborted=lambda: self.is_over
+            slab.n_bytes, limit_bytes=self._limit_bytes, aborted=lambda: self.is_over, kind=kind
         )
         if threading.current_thread() is not self._stager:
             waited_s = self.recorder.timeline.waited_s + time.perf_counter() - start_s
@@ -208,7 +218,7 @@ class Save:
                 self._on_host.put((snapshot.to_host(held), lease))
                 del held  # The device copy dies here.
             for arriving in self._arriving:
-                jax.block_until_ready(arriving())  # A dead one was written already.
+                _wait_for(arriving())
             if self._move(State.STAGED):
                 self.recorder.mark("staged")
         except BaseException as error:  # noqa: BLE001 - `write` raises it, in Orbax's thread.
@@ -232,9 +242,16 @@ class Save:
         try:
             if not self.is_over:
                 writer = Writer(self._prepared.plan, self._prepared.format, directory)
-                self._write_slabs(writer)
-                if not self.is_over:
-                    writer.finish(custom_metadata)
+                with contextlib.closing(writer):
+                    drain(
+                        self._on_host,
+                        writer,
+                        self._prepared.plan,
+                        pace=self._pace,
+                        ended=self._ended,
+                    )
+                    if not self.is_over:
+                        writer.finish(custom_metadata)
                 self._move(State.DURABLE)
         except BaseException as error:  # noqa: BLE001 - Raised below.
             self.fail(error)
@@ -245,33 +262,14 @@ class Save:
         elif not self._snapshot_raised:
             raise self._error
 
-    def _write_slabs(self, writer: Writer) -> None:
-        plan = self._prepared.plan
-        writing: collections.deque[tuple[list[Any], Held, Lease]] = collections.deque()
 
-        def settle_oldest() -> None:
-            futures, held, lease = writing.popleft()
-            writer.wait(futures, held.slab)
-            del futures, held  # The host copy dies here, and only then is its lease returned.
-            lease.release()
-
-        try:
-            while True:
-                while writing and (len(writing) == _MOST_WRITING or self._on_host.empty()):
-                    settle_oldest()
-                item = self._on_host.get()
-                if item is None:
-                    break
-                held, lease = snapshot.to_host(item[0]), item[1]
-                writing.append((writer.write(snapshot.views(plan, held)), held, lease))
-                del item, held
-            while writing and not self.is_over:
-                settle_oldest()
-        finally:
-            for futures, _, _ in writing:
-                for unneeded in futures:
-                    unneeded.cancel()
-            writing.clear()
+def _wait_for(array: jax.Array | None) -> None:
+    """Waits until our copy has arrived. One that is gone was written already."""
+    try:
+        jax.block_until_ready(array)
+    except RuntimeError:
+        if array is None or not array.is_deleted():
+            raise
 
 
 _IN_FLIGHT: weakref.WeakSet[Save] = weakref.WeakSet()

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from lazy_orbax.layout import Device
-from lazy_orbax.pack import program
+from lazy_orbax.pack import Buffer, buffer_of, program
 from lazy_orbax.plan import Piece, Plan, Slab, mesh_of_one
 
 _PINNED_HOST = "pinned_host"
@@ -34,15 +34,19 @@ class Held:
             buffer. They die when the write of the slab has committed.
         sources: for arrays that are not packed: per piece, which of `arrays` has its shard.
         on_host: whether `arrays` already count as host memory.
+        buffer: the packed array, where the next save may write into its memory.
     """
 
     slab: Slab
     arrays: tuple[Any, ...]
     sources: tuple[int, ...] | None
     on_host: bool
+    buffer: jax.Array | None = None
 
 
-def take(plan: Plan, slab: Slab, leaves: Sequence[Any], mode: str) -> Held:
+def take(
+    plan: Plan, slab: Slab, leaves: Sequence[Any], mode: str, buffer: jax.Array | None = None
+) -> Held:
     """Puts a slab out of reach of donation, by the mode that `Room` chose.
 
     Args:
@@ -51,23 +55,39 @@ def take(plan: Plan, slab: Slab, leaves: Sequence[Any], mode: str) -> Held:
         leaves: the values of `plan.leaves`, in order. They may be donated, deleted or changed
             when this returned.
         mode: `host`, `stage` or `direct`.
+        buffer: for `stage`, a buffer of the kind `reusable` that nobody uses any more.
     """
-    return {"host": copy_host, "stage": stage, "direct": direct}[mode](plan, slab, leaves)
+    if mode == "stage":
+        return stage(plan, slab, leaves, buffer)
+    return (copy_host if mode == "host" else direct)(plan, slab, leaves)
 
 
-def stage(plan: Plan, slab: Slab, leaves: Sequence[Any]) -> Held:
+def reusable(plan: Plan, slab: Slab) -> Buffer | None:
+    """Returns the kind of buffer that staging a slab may write into, where that is host memory.
+
+    Device memory is given back instead: the next step may need it.
+    """
+    return buffer_of(plan, slab) if is_in_host_memory(slab) else None
+
+
+def stage(plan: Plan, slab: Slab, leaves: Sequence[Any], buffer: jax.Array | None = None) -> Held:
     """Copies a slab on its devices: one program, one packed buffer per device.
 
     Args:
         plan: the plan that `slab` is from.
         slab: a slab of kind `mesh`.
         leaves: the arrays of `plan.leaves`, in order. They may be donated when this returned.
+        buffer: a buffer of the kind `reusable`, which is donated.
     """
     assert slab.mesh is not None
-    pack, table = program(plan, slab)
+    kind = reusable(plan, slab)
+    mine = [leaves[i] for i in slab.leaves]
+    pack, table = program(plan, slab, into=kind is not None)
     with jax.set_mesh(slab.mesh):
-        packed = pack(table, *[leaves[i] for i in slab.leaves])
-    return Held(slab, (packed,), None, on_host=is_in_host_memory(slab))
+        if kind is None:
+            return Held(slab, (pack(table, *mine),), None, on_host=False)
+        packed = pack(table, kind.fresh() if buffer is None else buffer, *mine)
+    return Held(slab, (packed,), None, on_host=True, buffer=packed)
 
 
 def direct(plan: Plan, slab: Slab, leaves: Sequence[Any]) -> Held:

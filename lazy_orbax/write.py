@@ -1,9 +1,7 @@
-"""Host to storage: views of slabs go to TensorStore as they are, and are synced once."""
+"""Host to storage: views of slabs go to TensorStore as they are."""
 
 from __future__ import annotations
 
-import concurrent.futures
-import errno
 import json
 import os
 import re
@@ -18,15 +16,15 @@ from lazy_orbax.errors import SaveError
 from lazy_orbax.events import final_directory, step_of
 from lazy_orbax.format import Format
 from lazy_orbax.plan import Piece, Plan, Slab
+from lazy_orbax.sync import Syncer
 
 # A fresh context for each save, as stock Orbax has it: a shared cache would keep slabs alive.
-# TensorStore is told not to sync: `finish` does, once, before Orbax commits the directory.
+# TensorStore is told not to sync: we do, beside the next slab, and before Orbax commits.
 _CONTEXT = {
     "file_io_concurrency": {"limit": 128},
     "cache_pool#ocdbt": {"total_bytes_limit": 100_000_000},
     "file_io_sync": False,
 }
-_SYNC_THREADS = 8
 
 
 class Writer:
@@ -49,6 +47,7 @@ class Writer:
         self._stores: dict[int, Any] = {}
         self._files = self._open(format_.directory) if format_.is_primary or format_.files else None
         self._kvstores = [self._open(spec) for spec in format_.kvstores]
+        self._syncer = Syncer(directory) if os.path.isabs(directory) else None
 
     def _open(self, spec: str) -> ts.KvStore:
         here = json.loads(
@@ -91,8 +90,13 @@ class Writer:
                 futures.append(self._files.write(name, content))
         self.wait(futures)
         self._stores.clear()
-        if os.path.isabs(self._directory):
-            _sync_tree(self._directory)
+        if self._syncer is not None:
+            self._syncer.finish()
+
+    def close(self) -> None:
+        """Joins the threads that sync. A writer that was not finished left things unsynced."""
+        if self._syncer is not None:
+            self._syncer.close()
 
     def wait(self, futures: Sequence[Any], slab: Slab | None = None) -> None:
         """Waits for futures of `write`.
@@ -110,6 +114,8 @@ class Writer:
             except (ValueError, OSError) as error:
                 leaf = self._leaf_at_fault(str(error), slab)
                 raise save_error(self._directory, error, leaf=leaf) from error
+        if slab is not None and self._syncer is not None:
+            self._syncer.begin()
 
     def _leaf_at_fault(self, text: str, slab: Slab | None) -> str | None:
         """Returns the leaf whose path is in an error's text, else those that were written."""
@@ -134,38 +140,3 @@ def save_error(directory: str, error: BaseException, *, leaf: str | None = None)
         leaf=leaf,
         file=file,
     )
-
-
-def _sync_tree(directory: str) -> None:
-    """Makes every file and directory under a local `directory` durable."""
-    files, directories = [], []
-    for path, _, names in os.walk(directory):
-        directories.append(path)
-        files += [os.path.join(path, name) for name in names]
-    if len(files) <= _SYNC_THREADS:
-        _sync_all(files)
-    else:
-        with concurrent.futures.ThreadPoolExecutor(
-            _SYNC_THREADS, thread_name_prefix="lazy_orbax-sync"
-        ) as pool:
-            list(pool.map(_sync, files))
-    _sync_all(reversed(directories))
-
-
-def _sync_all(paths: Iterable[str]) -> None:
-    for path in paths:
-        _sync(path)
-
-
-def _sync(path: str) -> None:
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return  # Another process's temporary file, renamed since the directory was listed.
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # Some file systems cannot sync a directory.
-            raise
-    finally:
-        os.close(descriptor)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lazy_orbax import save, snapshot, write
+from lazy_orbax import save, snapshot, sync, write
 from lazy_orbax.host_budget import HOST_BUDGET
 
 HANG_S = 15
@@ -23,7 +23,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "hand over": (write.Writer, "write"),
     "wait": (write.Writer, "wait"),
     "finish": (write.Writer, "finish"),
-    "sync": (write, "_sync"),
+    "sync": (sync, "_sync"),
 }
 
 

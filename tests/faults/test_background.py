@@ -422,14 +422,14 @@ def observe_waiting(monkeypatch):
     waiting = threading.Event()
     reserve = HOST_BUDGET.reserve
 
-    def observed(n_bytes, *, limit_bytes, aborted):
+    def observed(n_bytes, *, limit_bytes, aborted, kind=None):
         def asked():
             # Asked first before it waits at all, and again on every change.
             if HOST_BUDGET.in_flight_bytes and HOST_BUDGET.in_flight_bytes + n_bytes > limit_bytes:
                 waiting.set()
             return aborted()
 
-        return reserve(n_bytes, limit_bytes=limit_bytes, aborted=asked)
+        return reserve(n_bytes, limit_bytes=limit_bytes, aborted=asked, kind=kind)
 
     monkeypatch.setattr(HOST_BUDGET, "reserve", observed)
     return waiting

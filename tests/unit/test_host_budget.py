@@ -194,3 +194,69 @@ def test_many_threads_stay_under_the_limit_and_all_come_through(budget):
     assert sorted(done) == sorted(sizes)
     assert max(seen) <= budget.peak_bytes <= 100
     assert budget.in_flight_bytes == 0
+
+
+def lease_of(budget, n_bytes, kind, *, limit_bytes=100):
+    return budget.reserve(n_bytes, limit_bytes=limit_bytes, aborted=never, kind=kind)
+
+
+def test_a_buffer_that_was_written_goes_to_the_next_lease_of_its_kind(budget):
+    lease = lease_of(budget, 10, "a")
+    assert lease.buffer is None
+    lease.release("memory")
+    assert (budget.in_flight_bytes, budget.idle_bytes) == (0, 10)
+    other, none = lease_of(budget, 10, "b"), lease_of(budget, 10, None)
+    assert other.buffer is none.buffer is None
+    again = lease_of(budget, 10, "a")
+    assert again.buffer == "memory"
+    assert (budget.in_flight_bytes, budget.idle_bytes) == (30, 0)
+
+
+def test_a_buffer_is_given_to_one_lease_only(budget):
+    lease_of(budget, 10, "a").release("memory")
+    assert [lease_of(budget, 10, "a").buffer for _ in range(2)] == ["memory", None]
+
+
+def test_a_buffer_of_no_kind_is_not_kept_for_leases_of_no_kind(budget):
+    lease_of(budget, 10, None).release("memory")
+    assert lease_of(budget, 10, None).buffer is None
+
+
+def test_idle_buffers_make_room_the_longest_unused_first(budget):
+    leases = [lease_of(budget, 30, kind) for kind in "abc"]
+    for lease, kind in zip(leases, "abc"):
+        lease.release(kind)
+    assert budget.idle_bytes == 90
+    large = lease_of(budget, 50, "large")
+    assert budget.in_flight_bytes + budget.idle_bytes <= 100
+    assert lease_of(budget, 30, "c").buffer == "c"
+    assert lease_of(budget, 10, "a").buffer is None
+    large.release()
+
+
+def test_what_a_lease_takes_over_is_not_counted_twice(budget):
+    lease_of(budget, 60, "a").release("a")
+    lease_of(budget, 40, "b").release("b")
+    assert lease_of(budget, 60, "a").buffer == "a"
+    assert lease_of(budget, 40, "b").buffer == "b"
+    assert budget.in_flight_bytes == 100
+
+
+def test_a_second_release_keeps_no_buffer(budget):
+    lease = lease_of(budget, 10, "a")
+    lease.release()
+    lease.release("memory")
+    assert budget.idle_bytes == 0
+
+
+def test_a_piece_larger_than_the_limit_is_not_kept_beside_others(budget):
+    lease_of(budget, 1000, "huge").release("huge")
+    lease_of(budget, 1, "a")
+    assert budget.idle_bytes == 0
+
+
+def test_idle_memory_is_given_back_when_asked(budget):
+    lease_of(budget, 10, "a").release("memory")
+    budget.drop_idle()
+    assert budget.idle_bytes == 0
+    assert lease_of(budget, 10, "a").buffer is None

@@ -29,6 +29,9 @@ MIB = 2**20
         ("slab_bytes", None),
         ("slab_bytes", 1e9),
         ("slab_bytes", True),
+        ("write_bytes_per_s", MIB - 1),
+        ("write_bytes_per_s", 1e9),
+        ("write_bytes_per_s", True),
         ("on_timeline", 3),
         ("on_timeline", "print"),
     ],
@@ -50,6 +53,8 @@ def test_a_value_out_of_range_is_named_with_its_field(field, value):
         ("host_bytes", MIB),
         ("slab_bytes", MIB),
         ("slab_bytes", 2**40),
+        ("write_bytes_per_s", None),
+        ("write_bytes_per_s", MIB),
         ("on_timeline", None),
         ("on_timeline", print),
     ],
@@ -141,3 +146,19 @@ def test_an_unknown_keyword_is_refused(make):
 def test_the_smallest_limit_counts(kwargs, expected_bytes):
     handler = lazy_orbax.LazyCheckpointHandler(options=LazyOptions(host_bytes=4 * 10**9), **kwargs)
     assert handler._limit_bytes == expected_bytes
+
+
+@pytest.mark.parametrize(
+    ("given", "expected_bytes"),
+    [
+        ({}, 64 * MIB),
+        ({"slab_bytes": 7 * MIB}, 7 * MIB),
+        ({"host_bytes": 40 * MIB}, 10 * MIB),
+        ({"write_bytes_per_s": 8 * MIB}, 8 * MIB),
+        ({"write_bytes_per_s": 8 * MIB, "host_bytes": MIB}, MIB // 4),
+    ],
+)
+def test_a_slab_is_small_enough_for_the_budget_and_for_the_pace(given, expected_bytes):
+    options = LazyOptions(**{"host_bytes": 4 * 10**9, **given})
+    handler = lazy_orbax.LazyCheckpointHandler(options=options)
+    assert handler._slab_bytes == expected_bytes

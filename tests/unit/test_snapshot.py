@@ -178,6 +178,52 @@ def _check_device_copy_is_dropped(monkeypatch, *, pinned):
     assert len(snapshot.views(plan, held)) == len(plan.slabs[0].pieces)
 
 
+def test_staging_into_a_buffer_uses_its_memory_again():
+    first, second = ([on_mesh(np.full((8, 6), i, np.float32), MESH, "a")] for i in (1, 2))
+    plan = plan_of(first)
+    (slab,) = plan.slabs
+    held = snapshot.stage(plan, slab, first)
+    jax.block_until_ready(held.arrays)
+    before = pointers(held.buffer)
+    assert_same(collected(plan, [held]), [np.full((8, 6), 1, np.float32)])
+    again = snapshot.stage(plan, slab, second, held.buffer)
+    assert held.buffer.is_deleted()
+    assert pointers(again.buffer) == before
+    assert_same(collected(plan, [again]), [np.full((8, 6), 2, np.float32)])
+
+
+def test_a_buffer_that_somebody_still_reads_is_not_written_over():
+    first, second = ([on_mesh(np.full((8, 6), i, np.float32), MESH, "a")] for i in (1, 2))
+    plan = plan_of(first)
+    (slab,) = plan.slabs
+    held = snapshot.to_host(snapshot.stage(plan, slab, first))
+    kept = snapshot.views(plan, held)
+    again = snapshot.stage(plan, slab, second, held.buffer)
+    assert_same(collected(plan, [again]), [np.full((8, 6), 2, np.float32)])
+    assert all((view == 1).all() for _, view in kept)
+
+
+def test_buffers_are_of_a_kind_when_their_slabs_look_alike():
+    leaves = [on_mesh(np.ones((8, 6), np.float32), MESH, "a") for _ in range(4)]
+    leaves += [on_mesh(np.ones((8, 7), np.float32), MESH, "a")]
+    plan = plan_of(leaves, slab_bytes=2 * leaves[0].nbytes)
+    first, second, other = (snapshot.reusable(plan, slab) for slab in plan.slabs)
+    assert first == second != other
+    assert first.fresh().nbytes == plan.slabs[0].n_bytes
+
+
+def test_device_memory_is_not_kept_for_the_next_save(monkeypatch):
+    monkeypatch.setattr(snapshot, "is_in_host_memory", lambda slab: False)
+    leaves = [on_mesh(np.ones((8, 6), np.float32), MESH, "a")]
+    plan = plan_of(leaves)
+    assert snapshot.reusable(plan, plan.slabs[0]) is None
+    assert snapshot.stage(plan, plan.slabs[0], leaves).buffer is None
+
+
+def pointers(array):
+    return [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
+
+
 def test_direct_takes_no_device_memory_without_pinned_memory(monkeypatch):
     """It waits for the copy to the host, and what it holds then is in host memory."""
     monkeypatch.setattr(snapshot, "has_pinned_host", lambda device: False)

@@ -1,0 +1,94 @@
+"""Host to storage, slab by slab, and no faster than allowed."""
+
+from __future__ import annotations
+
+import collections
+import queue
+import threading
+import time
+from typing import Any
+
+from lazy_orbax import snapshot
+from lazy_orbax.host_budget import Lease
+from lazy_orbax.plan import Plan
+from lazy_orbax.snapshot import Held
+from lazy_orbax.write import Writer
+
+# Slabs that may be with TensorStore at once: one being written while the next is handed over.
+_MOST_WRITING = 2
+
+
+class Pace:
+    """A limit to the speed of writing, shared by all that one handler saves.
+
+    Invariant, under the lock: `_free_at_s` is when what was let through so far has had its time.
+    """
+
+    def __init__(self, bytes_per_s: int | None):
+        """Sets the limit.
+
+        Args:
+            bytes_per_s: the limit; `None` lets everything through at once.
+        """
+        self._bytes_per_s = bytes_per_s
+        self._lock = threading.Lock()
+        self._free_at_s = 0.0
+
+    def await_turn(self, n_bytes: int, ended: threading.Event) -> None:
+        """Waits until `n_bytes` may be written, or until `ended` is set."""
+        if self._bytes_per_s is None:
+            return
+        with self._lock:
+            now_s = time.monotonic()
+            turn_s = max(now_s, self._free_at_s)
+            self._free_at_s = turn_s + n_bytes / self._bytes_per_s
+        ended.wait(turn_s - now_s)
+
+
+def drain(
+    arriving: queue.SimpleQueue[tuple[Held, Lease] | None],
+    writer: Writer,
+    plan: Plan,
+    *,
+    pace: Pace,
+    ended: threading.Event,
+) -> None:
+    """Writes slabs as they arrive, and returns their host memory as they are written.
+
+    Args:
+        arriving: the slabs with their leases; `None` comes last.
+        writer: where to.
+        plan: the plan that the slabs are from.
+        pace: how fast.
+        ended: set when the save is over, in which case nothing more needs to be written.
+
+    Raises:
+        SaveError: the storage refused something.
+    """
+    writing: collections.deque[tuple[list[Any], Held, Lease]] = collections.deque()
+
+    def settle_oldest() -> None:
+        futures, held, lease = writing.popleft()
+        writer.wait(futures, held.slab)
+        buffer = held.buffer
+        del futures, held  # The host copy dies here, and only then is its lease returned.
+        lease.release(buffer)
+
+    try:
+        while True:
+            while writing and (len(writing) == _MOST_WRITING or arriving.empty()):
+                settle_oldest()
+            item = arriving.get()
+            if item is None:
+                break
+            pace.await_turn(item[0].slab.n_bytes, ended)
+            held, lease = snapshot.to_host(item[0]), item[1]
+            writing.append((writer.write(snapshot.views(plan, held)), held, lease))
+            del item, held
+        while writing and not ended.is_set():
+            settle_oldest()
+    finally:
+        for futures, _, _ in writing:
+            for unneeded in futures:
+                unneeded.cancel()
+        writing.clear()

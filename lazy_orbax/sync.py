@@ -1,0 +1,98 @@
+"""Makes what was written to a local directory durable, while more is being written."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import errno
+import os
+from collections.abc import Iterator
+
+_THREADS = 8
+# A directory of more files than this is not looked through again and again while it is written.
+_MOST_WATCHED = 1000
+
+_Version = tuple[int, int, int]
+
+
+class Syncer:
+    """Syncs the files under a local directory, each once, as they appear.
+
+    Waiting with all of it until the end would leave the disk idle while the last bytes are copied
+    to the kernel. Used by one thread at a time, after which `close` must be called.
+    """
+
+    def __init__(self, directory: str):
+        """Starts no thread yet.
+
+        Args:
+            directory: an existing local directory.
+        """
+        self._directory = directory
+        self._pool = concurrent.futures.ThreadPoolExecutor(
+            _THREADS, thread_name_prefix="lazy_orbax-sync"
+        )
+        self._begun: dict[str, _Version] = {}
+        self._syncing: list[concurrent.futures.Future[None]] = []
+        self._walk: concurrent.futures.Future[None] | None = None
+
+    def begin(self) -> None:
+        """Starts to sync the files that are there and were not synced yet. Does not wait."""
+        walking = self._walk is not None and not self._walk.done()
+        if not walking and len(self._begun) <= _MOST_WATCHED:
+            self._walk = self._pool.submit(self._sync_new)
+
+    def finish(self) -> None:
+        """Waits until everything under the directory is durable, the directories too.
+
+        Raises:
+            OSError: the storage refused.
+        """
+        self._collect()
+        self._sync_new()
+        self._collect()
+        for path in reversed([path for path, _, _ in os.walk(self._directory)]):
+            _sync(path)
+
+    def close(self) -> None:
+        """Joins the threads."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _collect(self) -> None:
+        """Waits for what began, and raises what went wrong."""
+        if self._walk is not None:
+            self._walk.result()
+        for future in self._syncing:
+            future.result()
+        self._syncing.clear()
+
+    def _sync_new(self) -> None:
+        for path, version in _files(self._directory):
+            # A file that was replaced or that grew since then is not the one that was synced.
+            if self._begun.get(path) != version:
+                self._begun[path] = version
+                self._syncing.append(self._pool.submit(_sync, path))
+
+
+def _files(directory: str) -> Iterator[tuple[str, _Version]]:
+    for path, _, names in os.walk(directory):
+        for name in names:
+            file = os.path.join(path, name)
+            try:
+                found = os.stat(file, follow_symlinks=False)
+            except FileNotFoundError:
+                continue  # A temporary file, renamed since the directory was listed.
+            yield file, (found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _sync(path: str) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return  # As above.
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # Some file systems cannot sync a directory.
+            raise
+    finally:
+        os.close(descriptor)

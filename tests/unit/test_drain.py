@@ -1,0 +1,68 @@
+"""The pace of writing, on a clock of the test's own."""
+
+import threading
+
+import pytest
+
+from lazy_orbax import drain
+
+
+class Clock(threading.Event):
+    """A clock that waiting moves on."""
+
+    def __init__(self):
+        super().__init__()
+        self.now_s = 100.0
+        self.waits = []
+
+    def wait(self, timeout=None):
+        self.waits.append(timeout)
+        self.now_s += max(0.0, timeout)
+        return False
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(drain.time, "monotonic", lambda: clock.now_s)
+    return clock
+
+
+def test_what_is_let_through_is_as_fast_as_asked_on_average(clock):
+    pace = drain.Pace(10)
+    for _ in range(5):
+        pace.await_turn(20, clock)
+    assert clock.waits == [0, 2, 2, 2, 2]
+
+
+def test_time_in_which_nothing_was_written_is_not_saved_up(clock):
+    pace = drain.Pace(10)
+    pace.await_turn(20, clock)
+    clock.now_s += 1000
+    clock.waits.clear()
+    for _ in range(3):
+        pace.await_turn(20, clock)
+    assert clock.waits == [0, 2, 2]
+
+
+def test_items_of_one_handler_share_the_pace(clock):
+    pace = drain.Pace(10)
+    other = Clock()
+    pace.await_turn(20, clock)
+    pace.await_turn(20, other)
+    pace.await_turn(20, clock)
+    assert (clock.waits, other.waits) == ([0, 4], [2])
+
+
+def test_without_a_limit_nobody_waits(clock):
+    pace = drain.Pace(None)
+    for _ in range(3):
+        pace.await_turn(10**12, clock)
+    assert clock.waits == []
+
+
+def test_a_save_that_is_over_does_not_wait_for_its_turn():
+    pace, ended = drain.Pace(1), threading.Event()
+    pace.await_turn(10**9, ended)
+    ended.set()
+    pace.await_turn(10**9, ended)  # Would be in thirty years.

@@ -1,0 +1,119 @@
+"""What is synced, when, and how often."""
+
+import errno
+import os
+import threading
+
+import pytest
+
+from lazy_orbax import sync
+
+WAIT_S = 30
+
+
+class Synced:
+    """Notes what is synced, by its path."""
+
+    def __init__(self):
+        self.paths, self.failing, self.began = [], {}, threading.Semaphore(0)
+
+    def fsync(self, descriptor):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        self.paths.append(path)
+        self.began.release()
+        if path in self.failing:
+            raise self.failing[path]
+
+
+@pytest.fixture
+def synced(monkeypatch):
+    noted = Synced()
+    monkeypatch.setattr(sync.os, "fsync", noted.fsync)
+    return noted
+
+
+@pytest.fixture
+def syncer(tmp_path):
+    syncer = sync.Syncer(str(tmp_path))
+    yield syncer
+    syncer.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("lazy_orbax-sync")]
+
+
+def test_everything_is_synced_files_before_their_directories(tmp_path, synced, syncer):
+    (tmp_path / "d").mkdir()
+    files = [tmp_path / "a", tmp_path / "d" / "b"]
+    for file in files:
+        file.write_text("x")
+    syncer.finish()
+    assert set(synced.paths[:2]) == set(map(str, files))
+    assert synced.paths[2:] == [str(tmp_path / "d"), str(tmp_path)]
+
+
+def test_what_was_synced_while_writing_is_not_synced_again(tmp_path, synced, syncer):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_text("x")
+    syncer.begin()
+    assert synced.began.acquire(timeout=WAIT_S)
+    second.write_text("x")
+    syncer.finish()
+    assert sorted(synced.paths) == [str(tmp_path), str(first), str(second)]
+
+
+@pytest.mark.parametrize("how", ["grew", "was replaced"])
+def test_a_file_that_changed_since_is_synced_again(tmp_path, synced, syncer, how):
+    file = tmp_path / "file"
+    file.write_text("x")
+    syncer.begin()
+    assert synced.began.acquire(timeout=WAIT_S)
+    if how == "grew":
+        file.write_text("xx")
+    else:
+        (tmp_path / "new").write_text("y")
+        (tmp_path / "new").rename(file)
+    syncer.finish()
+    assert synced.paths.count(str(file)) == 2
+
+
+def test_a_storage_that_refuses_while_writing_is_told_at_the_end(tmp_path, synced, syncer):
+    file = tmp_path / "file"
+    file.write_text("x")
+    synced.failing[str(file)] = OSError(errno.EIO, "no more", str(file))
+    syncer.begin()
+    assert synced.began.acquire(timeout=WAIT_S)
+    with pytest.raises(OSError, match="no more"):
+        syncer.finish()
+
+
+def test_a_directory_that_cannot_be_synced_is_no_error(tmp_path, synced, syncer):
+    synced.failing[str(tmp_path)] = OSError(errno.EINVAL, "a directory")
+    syncer.finish()
+    assert synced.paths == [str(tmp_path)]
+
+
+def test_a_temporary_file_that_is_gone_is_no_error(tmp_path, synced, syncer, monkeypatch):
+    (tmp_path / "gone").write_text("x")
+    opened = os.open
+
+    def vanish(path, *args):
+        if path.endswith("gone"):
+            os.unlink(path)
+        return opened(path, *args)
+
+    monkeypatch.setattr(sync.os, "open", vanish)
+    syncer.finish()
+    assert synced.paths == [str(tmp_path)]
+
+
+def test_a_directory_of_very_many_files_is_looked_through_once(tmp_path, synced, syncer):
+    for i in range(sync._MOST_WATCHED + 1):
+        (tmp_path / f"{i}").touch()
+    syncer.begin()
+    assert synced.began.acquire(timeout=WAIT_S)
+    syncer._collect()
+    (tmp_path / "late").touch()
+    syncer.begin()
+    syncer._collect()
+    assert str(tmp_path / "late") not in synced.paths
+    syncer.finish()
+    assert synced.paths.count(str(tmp_path / "late")) == 1
