@@ -4,6 +4,7 @@ from lazy_orbax import args, errors
 from lazy_orbax.events import SaveTimeline
 from lazy_orbax.handler import LazyCheckpointHandler, pytree_handler, standard_handler
 from lazy_orbax.options import LazyOptions
+from lazy_orbax.prewarm import prewarm
 from lazy_orbax.save import wait_until_staged
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "SaveTimeline",
     "args",
     "errors",
+    "prewarm",
     "pytree_handler",
     "standard_handler",
     "wait_until_staged",

@@ -78,11 +78,15 @@ def warn_if_stock(missing: Sequence[str] = MISSING) -> bool:
 
 def put_inside_standard_handler(
     standard: ocp.StandardCheckpointHandler, pytree: ocp.PyTreeCheckpointHandler
-) -> None:
-    """Makes `standard` save and restore through `pytree`, or warns that it cannot."""
+) -> bool:
+    """Makes `standard` save and restore through `pytree`, or warns that it cannot.
+
+    Returns:
+        Whether `standard` saves lazily now.
+    """
     if not isinstance(getattr(standard, "_impl", None), ocp.PyTreeCheckpointHandler):
         warn_if_stock(["StandardCheckpointHandler._impl"])
-        return
+        return False
     standard._impl = pytree
     validate = getattr(standard, "_validate_save_state", None)
     supported = getattr(standard, "_supported_types", None)
@@ -102,6 +106,7 @@ def put_inside_standard_handler(
             return issubclass(type_, supported) and not hasattr(type_, "__array__")
 
         standard._validate_save_state = validate_by_type
+    return not MISSING
 
 
 def process_index() -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import weakref
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -20,6 +21,7 @@ from lazy_orbax.errors import OptionError
 from lazy_orbax.events import await_publication, final_directory
 from lazy_orbax.host_budget import HOST_BUDGET
 from lazy_orbax.options import LazyOptions
+from lazy_orbax.plan import Plan
 from lazy_orbax.prepare import prepare
 from lazy_orbax.restore import explained
 from lazy_orbax.save import Save
@@ -28,6 +30,8 @@ _GB = 10**9
 _STOCK_CONCURRENT_GB = 96
 # Slabs that fit the budget at once: some are copied while others are written.
 _LEAST_SLABS = 4
+# What is inside the handlers that `pytree_handler` and `standard_handler` returned.
+_INSIDE: weakref.WeakKeyDictionary[Any, LazyCheckpointHandler] = weakref.WeakKeyDictionary()
 
 
 class LazyCheckpointHandler(_orbax.HANDLER_BASE):
@@ -61,10 +65,10 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         Raises:
             OptionError: a value is out of range.
         """
-        self._options = options or LazyOptions()
-        if not isinstance(self._options, LazyOptions):
+        self.options = options or LazyOptions()
+        if not isinstance(self.options, LazyOptions):
             raise OptionError(f"options={options!r} is not a lazy_orbax.LazyOptions.")
-        self._limit_bytes = self._options.host_limit_bytes
+        self.limit_bytes = self.options.host_limit_bytes
         limits = keywords.get("memory_limit_options")
         for name, value in (
             ("save_concurrent_gb", save_concurrent_gb),
@@ -77,13 +81,13 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             if not isinstance(value, int | float) or value <= 0:
                 raise OptionError(f"{name}={value!r} must be a positive number of GB.")
             if not name.startswith("restore"):
-                self._limit_bytes = min(self._limit_bytes, int(value * _GB))
+                self.limit_bytes = min(self.limit_bytes, int(value * _GB))
         self._slab_bytes = min(
-            self._options.slab_bytes,
-            self._limit_bytes // _LEAST_SLABS,
-            self._options.write_bytes_per_s or self._options.slab_bytes,
+            self.options.slab_bytes,
+            self.limit_bytes // _LEAST_SLABS,
+            self.options.write_bytes_per_s or self.options.slab_bytes,
         )
-        self._pace = Pace(self._options.write_bytes_per_s)
+        self._pace = Pace(self.options.write_bytes_per_s)
         self._commits: list[Commit] = []
         restore_gb = restore_concurrent_gb or _STOCK_CONCURRENT_GB
         self.settings = _hashable({**keywords, "use_compression": use_compression})
@@ -124,9 +128,10 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             args.save_args,
             ocdbt_target_data_file_size=args.ocdbt_target_data_file_size,
             slab_bytes=self._slab_bytes,
+            abstract=False,
         )
         save = Save(
-            prepared, self._options, limit_bytes=self._limit_bytes, pace=self._pace, path=path
+            prepared, self.options, limit_bytes=self.limit_bytes, pace=self._pace, path=path
         )
         others = await stock.serialize_others(prepared.others, leaves, directory)
         # Created before the snapshot: a state larger than the budget is written while it is taken.
@@ -139,6 +144,22 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             raise
         self._commits.append(commit)
         return [commit, *others]
+
+    def plan_for(self, item: Any, save_args: Any, ocdbt_target_data_file_size: int | None) -> Plan:
+        """Returns the plan with which a tree like `item`, whose values are not read, is saved.
+
+        Raises:
+            TreeError: such a tree cannot be saved.
+        """
+        prepared, _ = prepare(
+            self,
+            item,
+            save_args,
+            ocdbt_target_data_file_size=ocdbt_target_data_file_size,
+            slab_bytes=self._slab_bytes,
+            abstract=True,
+        )
+        return prepared.plan
 
     def restore(self, directory: Any, args: Any = None) -> Any:
         """Restores a tree, by Orbax's own path.
@@ -211,7 +232,9 @@ def pytree_handler(
     shared = {name: value for name, value in kwargs.items() if name in accepted}
     if _orbax.MISSING:
         return ocp.PyTreeCheckpointHandler(aggregate_filename, **shared)
-    return ocp.PyTreeCheckpointHandler(aggregate_filename, handler_impl=lazy, **shared)
+    handler = ocp.PyTreeCheckpointHandler(aggregate_filename, handler_impl=lazy, **shared)
+    _INSIDE[handler] = lazy
+    return handler
 
 
 def standard_handler(
@@ -232,5 +255,22 @@ def standard_handler(
     accepted = inspect.signature(ocp.StandardCheckpointHandler).parameters
     shared = {name: value for name, value in kwargs.items() if name in accepted}
     standard = ocp.StandardCheckpointHandler(**shared)
-    _orbax.put_inside_standard_handler(standard, pytree)
+    if _orbax.put_inside_standard_handler(standard, pytree):
+        _INSIDE[standard] = _INSIDE[pytree]
     return standard
+
+
+def lazy_part_of(handler: Any) -> LazyCheckpointHandler | None:
+    """Returns what saves lazily in a handler; `None` where only the stock way is open.
+
+    Raises:
+        OptionError: it is not one of lazy_orbax.
+    """
+    if isinstance(handler, LazyCheckpointHandler):
+        return None if _orbax.MISSING else handler
+    if handler not in _INSIDE and not _orbax.MISSING:
+        raise OptionError(
+            f"{handler!r} does not save lazily. Give what lazy_orbax.standard_handler() or "
+            "pytree_handler() returned, or a LazyCheckpointHandler."
+        )
+    return _INSIDE.get(handler)

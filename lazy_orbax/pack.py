@@ -89,18 +89,17 @@ def _packer(
             parts.append(_carried(shard).reshape(-1))
         return jnp.concatenate(parts)
 
+    in_specs = (PartitionSpec(mesh.axis_names, None), *[every_axis] * into, *specs)
     mapped = jax.shard_map(
-        pack,
-        mesh=mesh,
-        in_specs=(PartitionSpec(mesh.axis_names, None), *[every_axis] * into, *specs),
-        out_specs=every_axis,
-        check_vma=False,
+        pack, mesh=mesh, in_specs=in_specs, out_specs=every_axis, check_vma=False
     )
-    # Said again, because under a mesh that mixes axis types JAX would infer a part of it.
-    sharding = NamedSharding(mesh, every_axis)
+    # The output's is said again, because under a mesh that mixes axis types JAX would infer a part
+    # of it; the inputs', so that it does not matter whether they are committed to their devices.
+    place = functools.partial(NamedSharding, mesh)
+    given = {"in_shardings": tuple(map(place, in_specs)), "out_shardings": place(every_axis)}
     if into:  # What is donated is aliased to the output, though nothing reads it.
-        return jax.jit(mapped, out_shardings=sharding, donate_argnums=1, keep_unused=True)
-    return jax.jit(mapped, out_shardings=sharding)
+        return jax.jit(mapped, donate_argnums=1, keep_unused=True, **given)
+    return jax.jit(mapped, **given)
 
 
 def _carried(shard: jax.Array) -> jax.Array:

@@ -52,7 +52,7 @@ class Prepared:
     positions: tuple[int, ...]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Signature:
     """What must be equal for a plan to serve again. The values of the leaves are not in it."""
 
@@ -63,6 +63,19 @@ class _Signature:
     hosts: list[tuple[Any, Any]]
     save_args: tuple[list[Any], Any] | None
     config: tuple[Any, ...]
+
+    def __eq__(self, other: object) -> bool:
+        """Compares avals last: most often they are the same objects, which is quick to see."""
+        assert isinstance(other, _Signature)
+        cheap = operator.attrgetter("treedef", "types", "shardings", "hosts", "save_args", "config")
+        if cheap(self) != cheap(other):
+            return False
+        return self.avals == other.avals or _shapes(self.avals) == _shapes(other.avals)
+
+
+def _shapes(avals: list[Any]) -> list[tuple[Any, ...]]:
+    """What counts of avals: they also tell how an array came about."""
+    return [(aval.shape, aval.dtype) for aval in avals]
 
 
 class PlanCache:
@@ -111,8 +124,17 @@ def prepare(
     *,
     ocdbt_target_data_file_size: int | None,
     slab_bytes: int,
+    abstract: bool,
 ) -> tuple[Prepared, list[Any]]:
     """Returns the plan for `item`, and its leaves.
+
+    Args:
+        handler: the handler that saves, for its settings.
+        item: the tree.
+        save_args: what the caller wants of each leaf, or `None`.
+        ocdbt_target_data_file_size: as in stock Orbax, in bytes.
+        slab_bytes: most bytes of a slab.
+        abstract: whether the arrays only stand for others, and may be deleted ones.
 
     Raises:
         TreeError: the tree cannot be saved; every reason is named with its key path.
@@ -127,7 +149,8 @@ def prepare(
     kinds = set(types)
     array_types = _array_types(kinds)
     arrays = [leaf for leaf, type_ in zip(leaves, types, strict=True) if type_ in array_types]
-    _refuse_deleted(item, arrays)
+    if not abstract:
+        _refuse_deleted(item, arrays)
     config = (
         *_settings(handler, kinds),
         ocdbt_target_data_file_size,

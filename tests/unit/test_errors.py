@@ -106,7 +106,14 @@ def refused():
 
     def refuse(tree, cls):
         with pytest.raises(cls) as raised:
-            prepare(handler, tree, None, ocdbt_target_data_file_size=None, slab_bytes=2**20)
+            prepare(
+                handler,
+                tree,
+                None,
+                ocdbt_target_data_file_size=None,
+                slab_bytes=2**20,
+                abstract=False,
+            )
         return str(raised.value)
 
     return refuse

@@ -37,6 +37,7 @@ RANKS = {
     "commit": 8,
     "handler": 9,
     "args": 10,
+    "prewarm": 10,
     "__init__": 11,
 }
 LEAST_IMPORTS = {

@@ -145,7 +145,7 @@ def test_an_unknown_keyword_is_refused(make):
 )
 def test_the_smallest_limit_counts(kwargs, expected_bytes):
     handler = lazy_orbax.LazyCheckpointHandler(options=LazyOptions(host_bytes=4 * 10**9), **kwargs)
-    assert handler._limit_bytes == expected_bytes
+    assert handler.limit_bytes == expected_bytes
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,12 @@ def handler():
 
 def prepared_of(handler, tree, save_args=None, *, target=None, slab_bytes=MIB):
     prepared, leaves = prepare(
-        handler, tree, save_args, ocdbt_target_data_file_size=target, slab_bytes=slab_bytes
+        handler,
+        tree,
+        save_args,
+        ocdbt_target_data_file_size=target,
+        slab_bytes=slab_bytes,
+        abstract=False,
     )
     assert all(a is b for a, b in zip(leaves, jax.tree.leaves(tree), strict=True))
     return prepared
