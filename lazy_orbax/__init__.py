@@ -3,18 +3,22 @@
 from lazy_orbax import args, errors
 from lazy_orbax.events import SaveTimeline
 from lazy_orbax.handler import LazyCheckpointHandler, pytree_handler, standard_handler
+from lazy_orbax.in_step import SnapshotStep
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.prewarm import prewarm
 from lazy_orbax.save import wait_until_staged
+from lazy_orbax.split import split_step
 
 __all__ = [
     "LazyCheckpointHandler",
     "LazyOptions",
     "SaveTimeline",
+    "SnapshotStep",
     "args",
     "errors",
     "prewarm",
     "pytree_handler",
+    "split_step",
     "standard_handler",
     "wait_until_staged",
 ]

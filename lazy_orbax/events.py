@@ -28,7 +28,9 @@ class SaveTimeline:
     Attributes:
         directory: the item's final directory.
         step: the step, where the path tells it.
-        mode: `"stage"`, `"direct"`, `"stage+direct"`, or `"host"` if no leaf was on a device.
+        mode: `"stage"`, `"direct"`, `"in_step"` (the step had copied already), several joined by
+            `+`, or `"host"` if no leaf was on a device.
+        reason: why, for each of them.
         bytes_written: bytes that this process wrote, before compression.
         waited_s: how long `save()` waited for host memory.
         enqueued_s: `save()` returned; the arrays may be donated.
@@ -41,6 +43,7 @@ class SaveTimeline:
     directory: str
     step: int | None
     mode: str = "host"
+    reason: str = ""
     bytes_written: int = 0
     waited_s: float = 0.0
     enqueued_s: float | None = None

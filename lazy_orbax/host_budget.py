@@ -138,6 +138,22 @@ class HostBudget:
         with self._changed:
             self._idle.clear()
 
+    def count(self, n_bytes: int, *, limit_bytes: int) -> Lease:
+        """Counts bytes that are in host memory already, whatever the limit: waiting frees none.
+
+        Args:
+            n_bytes: bytes to count.
+            limit_bytes: idle buffers are dropped until all fits it, or none is left.
+
+        Returns:
+            The lease, to be released when the bytes are written or dropped.
+        """
+        with self._changed:
+            self._in_flight_bytes += n_bytes
+            self._peak_bytes = max(self._peak_bytes, self._in_flight_bytes)
+            self._make_room(limit_bytes)
+        return Lease(self, n_bytes, None, None)
+
     def wake(self) -> None:
         """Makes every waiting `reserve` ask its `aborted` again."""
         with self._changed:

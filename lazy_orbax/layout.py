@@ -27,6 +27,7 @@ class Leaf:
         shape: global shape of what is stored.
         dtype: dtype of what is stored.
         sharding: sharding of what is stored, or `None` for a leaf in host memory.
+        is_given: whether it is a snapshot in pinned host memory already, of what was there.
     """
 
     position: int
@@ -35,6 +36,7 @@ class Leaf:
     shape: Shape
     dtype: np.dtype
     sharding: jax.sharding.Sharding | None
+    is_given: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ import numpy as np
 
 from lazy_orbax.layout import Device, Layout, Leaf, ReplicaPolicy, Shape, layout_of
 
-Kind = Literal["mesh", "shards", "host"]
+Kind = Literal["mesh", "shards", "host", "given"]
 
 # Leaves a slab may hold: XLA's compile time of the pack grows with the number of its operands.
 _MOST_LEAVES = 256
@@ -69,7 +69,8 @@ class Slab:
 
     Attributes:
         kind: `mesh`: packed on every device of `mesh` by one program; `shards`: copied shard by
-            shard; `host`: copied from NumPy arrays and scalars.
+            shard; `host`: copied from NumPy arrays and scalars; `given`: not copied, for the
+            arrays are snapshots already.
         leaves: indices into `Plan.leaves`.
         cuts: for `mesh`, per leaf `None` (the whole shard is packed) or the axis and the size of
             the share of each replica.
@@ -127,7 +128,9 @@ def make_plan(
         carrier = carrier_of(leaf.dtype) if kind == "mesh" else None
         groups.setdefault((kind, mesh, carrier), []).append(i)
     slabs = []
-    for (kind, mesh, _), members in groups.items():
+    # What is given fills the host budget without asking: after the others, which would wait for it.
+    in_order = sorted(groups.items(), key=lambda group: group[0][0] == "given")
+    for (kind, mesh, _), members in in_order:
         devices = [] if mesh is None else list(mesh.devices.flat)
         by_process = collections.Counter(device.process_index for device in devices)
         n_local = by_process[process_index]
@@ -162,6 +165,8 @@ def _route(leaf: Leaf, layout: Layout) -> tuple[Kind, jax.sharding.Mesh | None]:
     sharding = leaf.sharding
     if sharding is None:
         return "host", None
+    if leaf.is_given:
+        return "given", None
     device = next(iter(sharding.device_set))
     if sharding.memory_kind not in (None, device.default_memory().kind):
         return "shards", None

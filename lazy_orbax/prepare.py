@@ -22,6 +22,7 @@ import numpy as np
 from lazy_orbax import _orbax
 from lazy_orbax.errors import DeletedArrayError, TreeError, summarize
 from lazy_orbax.format import Format, make_format
+from lazy_orbax.given import given_of, origins
 from lazy_orbax.layout import Leaf
 from lazy_orbax.plan import Plan, make_plan
 from lazy_orbax.tree import LeafInfo, TreeInfo
@@ -29,7 +30,6 @@ from lazy_orbax.tree import LeafInfo, TreeInfo
 _MOST_CACHED = 32
 _HOST_TYPES = (np.ndarray, np.generic, int, float, bytes)
 _aval = operator.attrgetter("aval")
-_sharding = operator.attrgetter("sharding")
 _is_deleted = operator.methodcaller("is_deleted")
 
 
@@ -162,7 +162,7 @@ def prepare(
         treedef,
         types,
         list(map(_aval, arrays)),
-        list(map(_sharding, arrays)),
+        origins(arrays),
         _host_shapes(leaves, kinds - array_types),
         None if save_args is None else jax.tree.flatten(jax.tree.map(copy.copy, save_args)),
         config,
@@ -230,13 +230,17 @@ def _make(
         if info.route == "other":
             others.append((position, info))
             continue
+        given = given_of(value)
         if isinstance(value, jax.Array) and _is_key(value):
             key_metadata[position] = _orbax.key_metadata(value)
             value = jax.random.key_data(value)
         sharding = value.sharding if isinstance(value, jax.Array) else None
+        if given is not None:  # Stored as the original would be.
+            sharding = given.sharding
         stored = value if isinstance(value, jax.Array) else np.asarray(value)
         shape = tuple(stored.shape)
-        planned.append(Leaf(position, info.name, keypath, shape, stored.dtype, sharding))
+        names = (position, info.name, keypath)
+        planned.append(Leaf(*names, shape, stored.dtype, sharding, is_given=given is not None))
     arrays = [leaf.position for leaf in planned if leaf.sharding is not None]
     policy = _orbax.replica_policy(tree.leaves[arrays[0]].type_handler if arrays else None)
     plan = make_plan(planned, policy, process_index=jax.process_index(), slab_bytes=slab_bytes)

@@ -12,6 +12,11 @@ from lazy_orbax.snapshot import is_in_host_memory
 
 # Some memory is always lost to fragmentation.
 _USABLE_FRACTION = 0.95
+_ONLY_WAY = {
+    "host": ("host", "not on a device"),
+    "given": ("in_step", "the step had copied it to pinned host memory"),
+    "shards": ("direct", "its layout or memory is not one that is packed"),
+}
 
 
 class Room:
@@ -25,28 +30,41 @@ class Room:
         """
         self._mode = mode
         self._free_bytes: dict[Device, float] = {}
+        self._reasons: dict[str, str] = {}
+
+    @property
+    def reason(self) -> str:
+        """Why each mode that `mode_for` returned was chosen, for the first slab that got it."""
+        return "; ".join(f"{mode}: {why}" for mode, why in self._reasons.items())
 
     def mode_for(self, slab: Slab) -> str:
-        """Returns `host`, `stage` or `direct`, and counts the device memory that it takes."""
-        if slab.kind == "host":
-            return "host"
-        if slab.kind == "shards":
-            return "direct"
-        if self._mode != "auto" or is_in_host_memory(slab):
-            return self._mode if self._mode != "auto" else "stage"
+        """Returns `host`, `stage`, `direct` or `in_step`; counts the device memory it takes."""
+        mode, why = self._choose(slab)
+        self._reasons.setdefault(mode, why)
+        return mode
+
+    def _choose(self, slab: Slab) -> tuple[str, str]:
+        if slab.kind in _ONLY_WAY:
+            return _ONLY_WAY[slab.kind]
+        if self._mode != "auto":
+            return self._mode, "asked for"
+        if is_in_host_memory(slab):
+            return "stage", "device memory is host memory here"
         if jax.process_count() > 1:
             # Staging is one program for all processes, so all would have to agree to run it.
-            return "direct"
+            return "direct", f"{jax.process_count()} processes would have to agree to stage"
         assert slab.mesh is not None
         devices = list(slab.mesh.devices.flat)
         for device in devices:
             if device not in self._free_bytes:
                 self._free_bytes[device] = _free_device_bytes(device)
-        if any(self._free_bytes[device] < slab.device_bytes for device in devices):
-            return "direct"
+        least_bytes = min(self._free_bytes[device] for device in devices)
+        why = f"a device had {max(0, least_bytes):.0f} bytes free for {slab.device_bytes}"
+        if least_bytes < slab.device_bytes:
+            return "direct", why
         for device in devices:
             self._free_bytes[device] -= slab.device_bytes
-        return "stage"
+        return "stage", why if least_bytes < math.inf else "device memory is not counted here"
 
 
 def _free_device_bytes(device: Device) -> float:

@@ -175,7 +175,7 @@ class Save:
                 else:
                     # Not through our thread: it may be waiting for the very bytes of this slab.
                     kind = snapshot.reusable(plan, slab) if mode == "stage" else None
-                    lease = self._reserve(slab, kind)
+                    lease = self._reserve(slab, kind, exists=mode == "in_step")
                     held = snapshot.take(plan, slab, mine, mode, lease.buffer)
                     self._arriving += [weakref.ref(array) for array in held.arrays]
                     self._on_host.put((held, lease))
@@ -190,14 +190,19 @@ class Save:
             raise
         self._on_device.put(None)
         device_modes = sorted(modes - {"host"}, reverse=True)
-        self.recorder.note(mode="+".join(device_modes) or "host", bytes_written=plan.n_bytes)
+        mode = "+".join(device_modes) or "host"
+        self.recorder.note(mode=mode, reason=room.reason, bytes_written=plan.n_bytes)
         self.recorder.mark("enqueued")
 
-    def _reserve(self, slab: Slab, kind: Any = None) -> Lease:
+    def _reserve(self, slab: Slab, kind: Any = None, *, exists: bool = False) -> Lease:
         start_s = time.perf_counter()
-        lease = HOST_BUDGET.reserve(
-            slab.n_bytes, limit_bytes=self._limit_bytes, aborted=lambda: self.is_over, kind=kind
-        )
+        limit_bytes = self._limit_bytes
+        if exists:
+            lease = HOST_BUDGET.count(slab.n_bytes, limit_bytes=limit_bytes)
+        else:
+            lease = HOST_BUDGET.reserve(
+                slab.n_bytes, limit_bytes=limit_bytes, aborted=lambda: self.is_over, kind=kind
+            )
         if threading.current_thread() is not self._stager:
             waited_s = self.recorder.timeline.waited_s + time.perf_counter() - start_s
             self.recorder.note(waited_s=waited_s)

@@ -54,12 +54,12 @@ def take(
         slab: what to copy.
         leaves: the values of `plan.leaves`, in order. They may be donated, deleted or changed
             when this returned.
-        mode: `host`, `stage` or `direct`.
+        mode: `host`, `stage`, `direct` or `in_step`.
         buffer: for `stage`, a buffer of the kind `reusable` that nobody uses any more.
     """
     if mode == "stage":
         return stage(plan, slab, leaves, buffer)
-    return (copy_host if mode == "host" else direct)(plan, slab, leaves)
+    return {"host": copy_host, "direct": direct, "in_step": given}[mode](plan, slab, leaves)
 
 
 def reusable(plan: Plan, slab: Slab) -> Buffer | None:
@@ -100,6 +100,30 @@ def direct(plan: Plan, slab: Slab, leaves: Sequence[Any]) -> Held:
         slab: a slab of kind `mesh` or `shards`.
         leaves: the arrays of `plan.leaves`, in order. They may be donated when this returned.
     """
+    arrays, sources = _sources(plan, slab, leaves, cut=True)
+    return Held(slab, tuple(_enqueue_to_host(arrays)), tuple(sources), on_host=True)
+
+
+def given(plan: Plan, slab: Slab, leaves: Sequence[Any]) -> Held:
+    """Keeps the shards of a slab, which are snapshots in pinned host memory, as they are.
+
+    Args:
+        plan: the plan that `slab` is from.
+        slab: a slab of kind `given`.
+        leaves: the arrays of `plan.leaves`, in order. They may be dropped, but not donated or
+            deleted, when this returned.
+    """
+    arrays, sources = _sources(plan, slab, leaves, cut=False)
+    return Held(slab, tuple(arrays), tuple(sources), on_host=True)
+
+
+def _sources(
+    plan: Plan, slab: Slab, leaves: Sequence[Any], *, cut: bool
+) -> tuple[list[jax.Array], list[int]]:
+    """Returns the arrays that hold the pieces of a slab, each once, and for each piece which.
+
+    Where other processes write a part of a shard, `cut` leaves that part out.
+    """
     copied: dict[tuple[Any, ...], int] = {}
     arrays: list[jax.Array] = []
     sources = []
@@ -117,11 +141,11 @@ def direct(plan: Plan, slab: Slab, leaves: Sequence[Any]) -> Held:
             if layout.replicated:
                 device = _device_of(plan, piece)
                 array = next(s.data for s in array.addressable_shards if s.device == device)
-                if not layout.holds_whole_shards:
+                if cut and not layout.holds_whole_shards:
                     array = _share(array, piece, device)
             arrays.append(array)
         sources.append(copied[key])
-    return Held(slab, tuple(_enqueue_to_host(arrays)), tuple(sources), on_host=True)
+    return arrays, sources
 
 
 def _share(shard: jax.Array, piece: Piece, device: Device) -> jax.Array:

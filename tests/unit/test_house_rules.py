@@ -21,6 +21,8 @@ RANKS = {
     "host_budget": 2,
     "layout": 2,
     "tree": 2,
+    "given": 2,
+    "split": 2,
     "_orbax": 3,
     "stock": 3,
     "sync": 3,
@@ -32,6 +34,7 @@ RANKS = {
     "write": 5,
     "room": 6,
     "drain": 6,
+    "in_step": 6,
     "save": 7,
     "restore": 7,
     "commit": 8,
@@ -52,6 +55,9 @@ LEAST_IMPORTS = {
     "snapshot": {"jax", "numpy"},
     "pack": {"jax", "numpy"},
     "room": {"jax"},
+    "given": {"jax"},
+    "split": {"jax"},
+    "in_step": {"jax"},
 }
 
 
@@ -227,7 +233,9 @@ def test_what_is_public_is_documented(name):
                 assert function.__doc__, f"{name}.{method}"
 
 
-@pytest.mark.parametrize("name", ["pytree_handler", "standard_handler", "wait_until_staged"])
+@pytest.mark.parametrize(
+    "name", ["pytree_handler", "split_step", "standard_handler", "wait_until_staged"]
+)
 def test_every_parameter_and_error_of_a_public_function_is_documented(name):
     function = getattr(lazy_orbax, name)
     doc = inspect.getdoc(function)
