@@ -16,6 +16,7 @@ ROOT = pathlib.Path(__file__).parents[2]
         ["train_lm.py", "--demo", "--steps", "12", "--save-every", "4"],
         ["resume_on_another_mesh.py"],
         ["linen_train_state.py"],
+        ["hidden_copy.py"],
     ],
     ids=lambda command: command[0],
 )

@@ -156,6 +156,17 @@ def test_an_aborted_that_raises_leaves_the_queue_as_it_was(budget):
     budget.reserve(1, limit_bytes=100, aborted=never).release()
 
 
+def test_bytes_that_exist_are_counted_at_once_and_others_wait_for_them(budget):
+    existing = budget.count(150)
+    assert (budget.in_flight_bytes, budget.peak_bytes) == (150, 150)
+    waiting = Request(budget, 80)
+    budget.count(1).release()  # Is not behind the one that waits.
+    waiting.assert_waits(in_flight_bytes=150)
+    existing.release()
+    waiting.admitted().release()
+    assert budget.in_flight_bytes == 0
+
+
 def test_a_second_release_returns_nothing_more(budget):
     first = budget.reserve(10, limit_bytes=100, aborted=never)
     second = budget.reserve(5, limit_bytes=100, aborted=never)

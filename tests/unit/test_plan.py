@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import math
 
 import jax
@@ -44,6 +45,23 @@ def test_slabs_are_filled_up_to_their_limit_and_in_order():
     assert members(plan) == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)]
     assert [slab.n_bytes for slab in plan.slabs] == [1024, 1024, 512]
     assert [slab.device_bytes for slab in plan.slabs] == [128, 128, 64]
+
+
+def test_what_is_given_is_not_packed_and_comes_last():
+    sharded, replicated = ((64,), F32, on(MESH, "a")), ((64,), F32, on(MESH))
+    first, second, third = leaves_of(sharded, sharded, replicated)
+    given = [dataclasses.replace(leaf, is_given=True) for leaf in (first, third)]
+    plan = plan_of([given[0], second, given[1]])
+    assert [(slab.kind, slab.leaves) for slab in plan.slabs] == [("mesh", (1,)), ("given", (0, 2))]
+    # What is on disk does not depend on it.
+    copied = plan_of([first, second, third])
+    assert plan.layouts == copied.layouts
+    assert regions(plan) == regions(copied)
+    assert plan.slabs[1].n_bytes == 2 * 64 * 4
+
+
+def regions(plan):
+    return {(p.leaf, p.device, p.start, p.shape) for slab in plan.slabs for p in slab.pieces}
 
 
 def test_a_leaf_larger_than_a_slab_has_one_of_its_own():

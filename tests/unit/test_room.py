@@ -94,7 +94,9 @@ def test_a_mode_that_was_asked_for_is_used_whatever_is_free(accelerator, mode):
 
 
 @pytest.mark.parametrize("mode", ["auto", "stage", "direct"])
-@pytest.mark.parametrize(("kind", "expected"), [("host", "host"), ("shards", "direct")])
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("host", "host"), ("shards", "direct"), ("given", "in_step")]
+)
 def test_slabs_that_cannot_be_packed_have_one_mode(mode, kind, expected):
     slab = Slab(kind, (0,), (None,), (), 64, 64)
     assert Room(mode).mode_for(slab) == expected
@@ -108,6 +110,33 @@ def test_on_cpu_auto_stages(monkeypatch):
 def test_with_several_processes_auto_agrees_without_asking(accelerator, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert Room("auto").mode_for(slabs_of(1)[0]) == "direct"
+
+
+def test_the_reason_has_one_clause_for_each_mode(accelerator):
+    accelerator.free.update(dict.fromkeys(HALF.devices.flat, 250))
+    chosen = Room("auto")
+    assert chosen.reason == ""
+    for slab in [*slabs_of(4), Slab("host", (0,), (None,), (), 64, 64)]:
+        chosen.mode_for(slab)
+    assert chosen.reason == (
+        "stage: a device had 250 bytes free for 100; "
+        "direct: a device had 50 bytes free for 100; host: not on a device"
+    )
+
+
+def test_the_reason_says_what_else_decides(accelerator, monkeypatch):
+    def reason(mode):
+        chosen = Room(mode)
+        chosen.mode_for(slabs_of(1)[0])
+        return chosen.reason
+
+    assert reason("auto") == "stage: device memory is not counted here"
+    assert reason("direct") == "direct: asked for"
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "process_count", lambda: 2)
+        assert reason("auto") == "direct: 2 processes would have to agree to stage"
+    monkeypatch.undo()
+    assert reason("auto") == "stage: device memory is host memory here"
 
 
 @pytest.mark.parametrize(
