@@ -7,6 +7,7 @@ up forward and backward as well, and it is the time of the step that tells.
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import time
 from collections.abc import Callable
@@ -19,9 +20,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lazy_orbax
-from benchmarks import stall, workloads
+from benchmarks import meters, stall, workloads
 from benchmarks.jobs import Channel, Job, Settings, scratch
-from benchmarks.peers import DEFAULT, NONE, PEERS, manager, save_args
+from benchmarks.peers import DEFAULT, NONE, PEERS, Peer, manager, rotated, save_args
 
 _RAW = "raw"
 _GB = 10**9
@@ -42,7 +43,10 @@ _UNUSED_FRACTION = 0.05
 def jobs(settings: Settings) -> list[Job]:
     """One process per measurement: the peak of device memory is counted per process."""
     chosen = (NONE, *settings.peers_or("floor", *DEFAULT, "lazy_stage", "lazy_direct"))
-    ticks = {"fused_step": settings.repeats * len(chosen)}
+    ticks = {
+        "fused_step": settings.repeats * len(chosen),
+        "modes": settings.repeats * len(_WAYS),
+    }
     return [
         Job(
             part="gpu",
@@ -72,18 +76,26 @@ def _build(settings: Settings) -> Any:
     return jax.block_until_ready(state)
 
 
-def _fused(side: int) -> tuple[Callable[..., Any], jax.Array]:
-    """Returns the body of the step and the matrix that it multiplies; on each device the same."""
+def _matrix(side: int) -> jax.Array:
+    """Returns the matrix that a step multiplies; on each device the same."""
     everywhere = NamedSharding(workloads.mesh_of_all_devices(), P())
-    matrix = jax.device_put(jnp.eye(side, dtype=jnp.bfloat16), everywhere)
+    return jax.device_put(jnp.eye(side, dtype=jnp.bfloat16), everywhere)
 
-    def body(state: Any, x: jax.Array, count: int) -> Any:
-        y = jax.lax.fori_loop(0, count, lambda _, y: y @ x, x)
-        # Needs the result of the last product, so that it comes after it.
-        rate = 1e-6 * y[0, 0].astype(jnp.float32)
-        return jax.tree.map(lambda leaf: leaf + rate, state)
 
-    return body, matrix
+def _gradients(state: Any, x: jax.Array, count: int) -> tuple[jax.Array, None]:
+    """Stands for forward and backward: products of matrices. Its gradient is one number."""
+    del state
+    y = jax.lax.fori_loop(0, count, lambda _, y: y @ x, x)
+    # Needs the result of the last product, so that it comes after it.
+    return 1e-6 * y[0, 0].astype(jnp.float32), None
+
+
+def _update(state: Any, rate: jax.Array) -> Any:
+    return jax.tree.map(lambda leaf: leaf + rate, state)
+
+
+def _body(state: Any, x: jax.Array, count: int) -> Any:
+    return _update(state, _gradients(state, x, count)[0])
 
 
 def _timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
@@ -94,8 +106,8 @@ def _timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
 
 def _calibrate(settings: Settings, state: Any) -> tuple[Any, workloads.Step, int]:
     """Returns the state, the fused donating step, and its number of products."""
-    body, matrix = _fused(_LEAF_SIDE[settings.size])
-    fused = jax.jit(body, donate_argnums=0)
+    matrix = _matrix(_LEAF_SIDE[settings.size])
+    fused = jax.jit(_body, donate_argnums=0)
     _, state = _timed(fused, state, matrix, 1)
     short_s, state = _timed(fused, state, matrix, 1)
     long_s, state = _timed(fused, state, matrix, 33)
@@ -165,16 +177,147 @@ def _fused_step(job: Job, channel: Channel) -> None:
     stall.compare(job, channel, step, state, _SCHEDULES[job.settings.size])
 
 
+@dataclasses.dataclass(frozen=True)
+class _Way:
+    """One way to train and save.
+
+    Attributes:
+        peer: whose handler saves.
+        step: takes the state, returns the next one when that is computed.
+        copying: the step to save with, where the step makes the copy; else the state is saved.
+    """
+
+    peer: Peer
+    step: workloads.Step
+    copying: Callable[[Any], tuple[Any, Any]] | None = None
+
+
+_WAYS = (NONE, "lazy_stage", "lazy_direct", "no_donation", "split", "in_step")
+
+
+def _modes(job: Job, channel: Channel) -> None:
+    """The stall of each mode, in turns: a fused step, without donation, split, in-step."""
+    state, fused, count = _calibrate(job.settings, _build(job.settings))
+    ways = _ways(fused, _matrix(_LEAF_SIDE[job.settings.size]), count)
+    schedule = _SCHEDULES[job.settings.size]
+    channel.sample(_RAW, "state", workloads.state_bytes(state), "bytes")
+    loops: dict[str, list[stall.Loop]] = {name: [] for name in _WAYS}
+    for repeat in range(job.settings.repeats):
+        for name in rotated(_WAYS, repeat):
+            if name == NONE:
+                state, loop = stall.run_loop(None, None, fused, fused(state), schedule)
+            else:
+                state, loop = _run_way(job, channel, name, ways[name], state)
+            loops[name].append(loop)
+            channel.tick()
+    stall.report(channel, loops, schedule)
+
+
+def _ways(fused: workloads.Step, matrix: jax.Array, count: int) -> dict[str, _Way]:
+    keeping = jax.jit(_body)
+    split = lazy_orbax.split_step(_gradients, _update)
+    in_step = lazy_orbax.SnapshotStep(_body)
+
+    def copying(state: Any) -> tuple[Any, Any]:
+        after, snapshot = in_step.with_snapshot(state, matrix, count)
+        return jax.block_until_ready(after), snapshot
+
+    return {
+        "lazy_stage": _Way(PEERS["lazy_stage"], fused),
+        "lazy_direct": _Way(PEERS["lazy_direct"], fused),
+        "no_donation": _Way(
+            PEERS["lazy_direct"],
+            lambda state: jax.block_until_ready(keeping(state, matrix, count)),
+        ),
+        "split": _Way(
+            PEERS["lazy_direct"],
+            lambda state: jax.block_until_ready(split(state, matrix, count)[0]),
+        ),
+        "in_step": _Way(
+            PEERS["lazy"],
+            lambda state: jax.block_until_ready(in_step(state, matrix, count)),
+            copying,
+        ),
+    }
+
+
+def _run_way(
+    job: Job, channel: Channel, name: str, way: _Way, state: Any
+) -> tuple[Any, stall.Loop]:
+    schedule = _SCHEDULES[job.settings.size]
+    timelines: list[lazy_orbax.SaveTimeline] = []
+    n_bytes = workloads.state_bytes(state)
+    with (
+        scratch(job.settings) as directory,
+        manager(
+            way.peer,
+            directory,
+            state_bytes=n_bytes,
+            on_timeline=timelines.append,
+            max_to_keep=schedule.max_to_keep,
+        ) as opened,
+    ):
+        state = way.step(state)
+        state, _, _ = _save_and_step(way, opened, 0, state)  # Plans and compiles.
+        opened.wait_until_finished()
+        state, loop = _loop(way, opened, way.step(state), schedule)
+    for timeline in timelines[1:]:
+        channel.sample(name, "mode", f"{timeline.mode} ({timeline.reason})", "text")
+    return state, loop
+
+
+def _save_and_step(way: _Way, opened: Any, i: int, state: Any) -> tuple[Any, float, float]:
+    """Returns the next state, the seconds inside `save()` and those of the step beside it."""
+    start_s = time.perf_counter()
+    if way.copying is None:
+        opened.save(i, args=save_args(way.peer, state))
+        between_s = time.perf_counter()
+        state = way.step(state)
+        return state, between_s - start_s, time.perf_counter() - between_s
+    state, snapshot = way.copying(state)
+    between_s = time.perf_counter()
+    opened.save(i, args=save_args(way.peer, snapshot))
+    return state, time.perf_counter() - between_s, between_s - start_s
+
+
+def _loop(way: _Way, opened: Any, state: Any, schedule: stall.Schedule) -> tuple[Any, stall.Loop]:
+    """As `stall.run_loop`, but the step that saves may be another one."""
+    saves: list[tuple[float, float]] = []
+    steps: list[stall.StepTime] = []
+    cpu_before_s, begin_s = meters.cpu_s(), time.perf_counter()
+    for i in range(schedule.saves * schedule.steps):
+        in_flight = opened.is_saving_in_progress()
+        start_s = time.perf_counter()
+        if i % schedule.steps == 0:
+            state, save_s, step_s = _save_and_step(way, opened, i + 1, state)
+            saves.append((start_s - begin_s, save_s))
+            in_flight = True
+        else:
+            state = way.step(state)
+            step_s = time.perf_counter() - start_s
+        steps.append(stall.StepTime(start_s - begin_s, step_s, in_flight))
+    end_s = time.perf_counter()
+    opened.wait_until_finished()
+    tail_s = time.perf_counter() - end_s
+    cpu_s = meters.cpu_s() - cpu_before_s
+    return state, stall.Loop(end_s - begin_s, tail_s, cpu_s, tuple(saves), tuple(steps))
+
+
 def _in_step(job: Job, channel: Channel) -> None:
     """Whether a copy to the host inside the step hides behind its compute."""
     state, step, count = _calibrate(job.settings, _build(job.settings))
     targets = _in_pinned_host(state)
-    body, matrix = _fused(_LEAF_SIDE[job.settings.size])
+    matrix = _matrix(_LEAF_SIDE[job.settings.size])
 
     def with_copy(tree: Any, x: jax.Array, n: int) -> Any:
-        return body(tree, x, n), jax.device_put(tree, targets)
+        return _body(tree, x, n), jax.device_put(tree, targets)
 
     copying = jax.jit(with_copy, donate_argnums=0)
+    for peer, program in (("in_step", copying), (_RAW, jax.jit(_body, donate_argnums=0))):
+        # Whether the compiler copies on the device first, because the state is updated in place.
+        memory = program.lower(state, matrix, count).compile().memory_analysis()
+        if memory is not None:
+            channel.sample(peer, "temporary_device_memory", memory.temp_size_in_bytes, "bytes")
     state, copied = copying(state, matrix, count)
     del copied
     for _ in range(job.settings.repeats):
@@ -246,6 +389,7 @@ MEASUREMENTS: dict[str, Callable[[Job, Channel], None]] = {
     "transfers": _transfers,
     "view_of_pinned": _view_of_pinned,
     "fused_step": _fused_step,
+    "modes": _modes,
     "in_step": _in_step,
     "headroom": _headroom,
 }

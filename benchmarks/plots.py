@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.stall import MOMENTS
@@ -14,6 +16,10 @@ _COLORS = {
     "stock_best": "#ee7733",
     "lazy": "#0077bb",
 }
+_VARIANT_COLORS = (
+    *("#009988", "#aa3377", "#ddaa33", "#332288", "#117733", "#88ccee", "#882255", "#999933"),
+    *("#44aa99", "#cc6677", "#6699cc", "#994455"),
+)
 _MOMENT_COLORS = {"enqueued": "#cc3311", "staged": "#ee9955", "durable": "#88bbdd"} | {
     "committed": "#bbbbbb"
 }
@@ -24,6 +30,12 @@ _MEANINGS = {
     "committed": "until committed",
 }
 _BEFORE_S = 0.5
+
+
+def colors(names: Iterable[str]) -> dict[str, str]:
+    """Returns a color for each peer: its own, or the next that no peer before it has."""
+    variants = itertools.cycle(_VARIANT_COLORS)
+    return {name: _COLORS.get(name) or next(variants) for name in names}
 
 
 def draw(records: dict[tuple[str, str, str, str], dict[str, Any]], directory: Any) -> list[Any]:
@@ -112,6 +124,7 @@ def _timelines(traces: dict[str, dict[str, Any]], path: pathlib.Path) -> pathlib
 def _steps(traces: dict[str, dict[str, Any]], path: pathlib.Path) -> pathlib.Path:
     """The time of each step around a save; a cross is the time inside `save()`."""
     figure, axes = _figure(len(traces), 3.0)
+    color_of = colors(dict.fromkeys(name for peers in traces.values() for name in peers))
     for axis, (workload, peers) in zip(axes, traces.items()):
         for name, trace in peers.items():
             begin_s, save_s = _last_save(trace)
@@ -125,9 +138,9 @@ def _steps(traces: dict[str, dict[str, Any]], path: pathlib.Path) -> pathlib.Pat
                 times_s.insert(first, 0.0)
                 took_ms.insert(first, float("nan"))
             label = name.replace("_", " ")
-            (line,) = axis.plot(times_s, took_ms, marker=".", color=_COLORS.get(name), label=label)
+            axis.plot(times_s, took_ms, marker=".", color=color_of[name], label=label)
             if save_s:
-                axis.plot([0], [1e3 * save_s], marker="x", markersize=9, color=line.get_color())
+                axis.plot([0], [1e3 * save_s], marker="x", markersize=9, color=color_of[name])
         axis.set(title=workload, xlabel="seconds since save() was called", yscale="log")
         axis.set_ylabel("ms: step, or save() (x)")
         axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))

@@ -109,7 +109,7 @@ def compare(
                     state, loop = _run_peer(channel, PEERS[name], step, state, schedule, directory)
             loops[name].append(loop)
             channel.tick()
-    _report(channel, loops, schedule)
+    report(channel, loops, schedule)
 
 
 def _warm(step: workloads.Step, state: Any) -> Any:
@@ -197,7 +197,8 @@ def run_loop(
     return state, Loop(end_s - begin_s, tail_s, cpu_s, tuple(saves), tuple(steps))
 
 
-def _report(channel: Channel, loops: dict[str, list[Loop]], schedule: Schedule) -> None:
+def report(channel: Channel, loops: dict[str, list[Loop]], schedule: Schedule) -> None:
+    """Reports what each peer's loops add to those without a checkpoint."""
     plain_s = statistics.median(loop.loop_s for loop in loops[NONE])
     plain_cpu_s = statistics.median(loop.cpu_s for loop in loops[NONE])
     for name, found in loops.items():

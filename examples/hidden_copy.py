@@ -31,7 +31,7 @@ from jax.sharding import PartitionSpec as P
 
 import lazy_orbax
 
-MESH = jax.make_mesh((4,), ("d",))
+MESH = jax.sharding.Mesh(np.array(jax.devices()), ("d",))
 STEPS, SAVE_EVERY = 9, 3
 OPTIMIZER = optax.adam(1e-2)
 
@@ -149,7 +149,7 @@ def main(directory: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Split and in-step, beside a fused step.")
     parser.add_argument("--directory", type=pathlib.Path, help="where to write; default: temporary")
     chosen = parser.parse_args().directory
     with tempfile.TemporaryDirectory() as temporary:

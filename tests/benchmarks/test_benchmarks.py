@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from benchmarks import plots
+
 ROOT = pathlib.Path(__file__).parents[2]
 SAVING = {"stock_default", "stock_best", "lazy"}
 FIELDS = {"part", "workload", "peer", "metric", "unit", "values", "median", "min", "max", "trace"}
@@ -46,7 +48,7 @@ def measured(tmp_path_factory) -> pathlib.Path:
     for parts, workloads, repeats in (
         ("stall,throughput", "many_small,transformer", 2),
         ("memory,scale", "many_small", 1),
-        ("gpu", "transfers,view_of_pinned,fused_step,in_step,headroom", 1),
+        ("gpu", "transfers,view_of_pinned,fused_step,modes,in_step,headroom", 1),
     ):
         chosen = ("--parts", parts, "--workloads", workloads, "--repeats", repeats)
         run("benchmarks", "--out", out, *flags, *chosen)
@@ -84,6 +86,50 @@ def test_every_peer_has_every_metric(records, part):
     for peer in SAVING:
         found = {r["metric"] for r in records if r["part"] == part and r["peer"] == peer}
         assert found >= METRICS[part], peer
+
+
+WAYS = {
+    "lazy_stage": "stage",
+    "lazy_direct": "direct",
+    "no_donation": "direct",
+    "split": "direct",
+    "in_step": "in_step",
+}
+
+
+def test_every_mode_is_measured_beside_the_others(records):
+    found = {
+        (r["peer"], r["metric"]): r
+        for r in records
+        if (r["part"], r["workload"]) == ("gpu", "modes")
+    }
+    for way, mode in WAYS.items():
+        for metric in ("added_loop", "save", "step_after_save", "step_otherwise_median"):
+            assert found[way, metric]["unit"] == "s"
+        told = set(found[way, "mode"]["values"])
+        assert {text.split(" (")[0] for text in told} == {mode}
+    assert found["none", "loop"]["median"] > 0
+
+
+def test_what_the_copy_in_the_step_costs_is_told(records):
+    found = {
+        (r["peer"], r["metric"])
+        for r in records
+        if (r["part"], r["workload"]) == ("gpu", "in_step")
+    }
+    wanted = {("in_step", "step_with_copy"), ("in_step", "copy_hidden")}
+    wanted |= {("raw", "step"), ("raw", "copy_alone")}
+    assert found >= wanted
+    assert {("raw", "temporary_device_memory"), ("in_step", "temporary_device_memory")} <= found
+
+
+def test_every_peer_of_a_picture_has_a_color_of_its_own():
+    names = ["none", "floor", *SAVING, "lazy_stage", "lazy_direct", "lazy_zarr3", "split"]
+    names += ["in_step", "no_donation", "lazy_files", "lazy_zarr3_files", "lazy_compressed"]
+    found = plots.colors(names)
+    assert list(found) == names
+    assert len(set(found.values())) == len(names)
+    assert plots.colors(names[:5]) == {name: found[name] for name in names[:5]}
 
 
 def test_one_run_for_each_repeat(records):
