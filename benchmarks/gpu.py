@@ -177,6 +177,9 @@ def _fused_step(job: Job, channel: Channel) -> None:
     stall.compare(job, channel, step, state, _SCHEDULES[job.settings.size])
 
 
+_Span = tuple[float, float]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Way:
     """One way to train and save.
@@ -263,35 +266,40 @@ def _run_way(
         state, loop = _loop(way, opened, way.step(state), schedule)
     for timeline in timelines[1:]:
         channel.sample(name, "mode", f"{timeline.mode} ({timeline.reason})", "text")
-    return state, loop
+    moments = [
+        stall.since_call(timeline, enqueued_s=save_s)
+        for timeline, (_, save_s) in zip(timelines[1:], loop.saves)
+    ]
+    return state, dataclasses.replace(loop, moments=tuple(moments))
 
 
-def _save_and_step(way: _Way, opened: Any, i: int, state: Any) -> tuple[Any, float, float]:
-    """Returns the next state, the seconds inside `save()` and those of the step beside it."""
+def _save_and_step(way: _Way, opened: Any, i: int, state: Any) -> tuple[Any, _Span, _Span]:
+    """Returns the next state, and of `save()` and of the step when it began and what it took."""
     start_s = time.perf_counter()
     if way.copying is None:
         opened.save(i, args=save_args(way.peer, state))
         between_s = time.perf_counter()
         state = way.step(state)
-        return state, between_s - start_s, time.perf_counter() - between_s
+        end_s = time.perf_counter()
+        return state, (start_s, between_s - start_s), (between_s, end_s - between_s)
     state, snapshot = way.copying(state)
     between_s = time.perf_counter()
     opened.save(i, args=save_args(way.peer, snapshot))
-    return state, time.perf_counter() - between_s, between_s - start_s
+    end_s = time.perf_counter()
+    return state, (between_s, end_s - between_s), (start_s, between_s - start_s)
 
 
 def _loop(way: _Way, opened: Any, state: Any, schedule: stall.Schedule) -> tuple[Any, stall.Loop]:
     """As `stall.run_loop`, but the step that saves may be another one."""
-    saves: list[tuple[float, float]] = []
+    saves: list[_Span] = []
     steps: list[stall.StepTime] = []
     cpu_before_s, begin_s = meters.cpu_s(), time.perf_counter()
     for i in range(schedule.saves * schedule.steps):
-        in_flight = opened.is_saving_in_progress()
+        in_flight = i % schedule.steps == 0 or opened.is_saving_in_progress()
         start_s = time.perf_counter()
         if i % schedule.steps == 0:
-            state, save_s, step_s = _save_and_step(way, opened, i + 1, state)
-            saves.append((start_s - begin_s, save_s))
-            in_flight = True
+            state, save, (start_s, step_s) = _save_and_step(way, opened, i + 1, state)
+            saves.append((save[0] - begin_s, save[1]))
         else:
             state = way.step(state)
             step_s = time.perf_counter() - start_s

@@ -205,13 +205,17 @@ def by_metric(records: Records, part: str) -> str:
 
 
 def _gpu(records: Records) -> str:
-    """The comparison of peers, then everything else as it is."""
-    rows = [(title, "fused_step", metric) for metric, title in _STEPS.items()]
-    text = compared(records, "gpu", rows, _peers_of(records, "gpu"))
+    """The comparison of peers and of modes, then everything else as it is."""
+    text = ""
+    for workload in ("fused_step", "modes"):
+        rows = [(title, workload, metric) for metric, title in _STEPS.items()]
+        rows.append(("mode", workload, "mode"))
+        table = compared(records, "gpu", rows, _peers_of(records, "gpu"))
+        text += f"**{workload}**\n\n{table}\n"
     others = [
         [workload, _title(peer), metric.replace("_", " "), cell(found)]
         for (part, workload, peer, metric), found in records.items()
-        if part == "gpu" and workload != "fused_step"
+        if part == "gpu" and workload not in ("fused_step", "modes")
     ]
     return f"{text}\n{_markdown(['measurement', 'peer', 'metric', ''], others)}"
 

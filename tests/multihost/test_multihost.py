@@ -70,7 +70,7 @@ def _values():
     }
 
 
-MODES = ("stage", "direct", "auto")
+MODES = ("stage", "direct", "auto", "in_step")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -118,6 +118,11 @@ def test_an_array_without_a_shard_here_is_refused_on_both(job):
     assert "process 0 alone" in first["elsewhere"]
     assert "['bad']" in second["elsewhere"]
     assert "no shard on process 1" in second["elsewhere"]
+
+
+def test_what_the_step_copied_is_not_copied_again(job):
+    _, reports = job
+    assert [report["in_step"] for report in reports] == [["in_step"], ["in_step"]]
 
 
 def test_no_host_memory_is_kept(job):

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import sys
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
@@ -59,6 +60,26 @@ def refused(manager: ocp.CheckpointManager, step: int, state: object) -> str:
     return "not refused"
 
 
+def save_what_the_step_copied(root: pathlib.Path, mesh: jax.sharding.Mesh, report: Any) -> None:
+    lines: list[lazy_orbax.SaveTimeline] = []
+    options = lazy_orbax.LazyOptions(slab_bytes=2**20, on_timeline=lines.append)
+    state = {name: on_mesh(mesh, name, value) for name, value in values(1).items()}
+    step = lazy_orbax.SnapshotStep(
+        lambda tree: jax.tree.map(lambda x: x + jnp.ones((), x.dtype), tree)
+    )
+    handler = lazy_orbax.standard_handler(options=options)
+    with ocp.CheckpointManager(root, item_handlers=handler) as manager:
+        state, snapshot = step.with_snapshot(state)
+        manager.save(1, args=ocp.args.StandardSave(snapshot))
+        state = step(state)
+        state, snapshot = step.with_snapshot(state)
+        manager.save(4, args=ocp.args.StandardSave(snapshot))
+        manager.wait_until_finished()
+        report["modes"]["in_step"] = manager.all_steps()
+    report["bytes"]["in_step"] = [line.bytes_written for line in lines if line.error is None]
+    report["in_step"] = sorted({line.mode for line in lines})
+
+
 def main(root: pathlib.Path) -> dict[str, object]:
     # Both axes go over both processes for some device of each.
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b"))
@@ -95,6 +116,7 @@ def main(root: pathlib.Path) -> dict[str, object]:
             manager.wait_until_finished()
             report["modes"][mode] = manager.all_steps()
         report["bytes"][mode] = [line.bytes_written for line in lines if line.error is None]
+    save_what_the_step_copied(root / "in_step", mesh, report)
     report["in_flight"] = HOST_BUDGET.in_flight_bytes
     return report
 

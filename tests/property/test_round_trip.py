@@ -6,7 +6,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from property.strategies import DTYPES, devices, divided, meshes, sharding_of
 from trees import assert_same, random_array
@@ -27,10 +27,10 @@ PHASES = [phase for phase in Phase if phase is not Phase.shrink]
 
 
 @st.composite
-def states(draw):
+def states(draw, most_meshes=2):
     """A tree of sharded arrays and what else stock Orbax takes, and its values on the host."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    some_meshes = draw(st.lists(meshes(devices()), min_size=1, max_size=2))
+    some_meshes = draw(st.lists(meshes(devices()), min_size=1, max_size=most_meshes))
 
     def array():
         dtype = draw(st.sampled_from(DTYPES))
@@ -130,3 +130,31 @@ def test_the_state_may_be_donated_as_soon_as_save_returns(pair, mode):
                     leaf[...] = 0
             checkpointer.wait_until_finished()
         assert_same(restored(f"{directory}/1", state, lambda leaf: leaf.sharding), wanted)
+
+
+@settings(max_examples=25, phases=PHASES)
+@given(states(most_meshes=1), st.booleans(), st.booleans())
+def test_what_a_step_copied_is_what_stock_orbax_restores(pair, use_ocdbt, use_zarr3):
+    # A program runs on one set of devices and takes no strings: the arrays of the tree.
+    both = zip(*map(jax.tree.leaves, pair), strict=True)
+    arrays = [(leaf, host) for leaf, host in both if isinstance(leaf, jax.Array)]
+    assume(arrays)
+    state, wanted = map(list, zip(*arrays, strict=True))
+    shardings = [leaf.sharding for leaf in state]
+    may_change = [leaf.ndim > 0 and leaf.sharding.memory_kind == "device" for leaf in state]
+    step = lazy_orbax.SnapshotStep(
+        lambda tree: [x[::-1] if may else x for x, may in zip(tree, may_change, strict=True)]
+    )
+    abstract = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in state]
+    options = lazy_orbax.LazyOptions(slab_bytes=MIB, host_bytes=MIB)
+    handler = lazy_orbax.pytree_handler(options=options, use_ocdbt=use_ocdbt, use_zarr3=use_zarr3)
+    with tempfile.TemporaryDirectory() as directory:
+        with ocp.AsyncCheckpointer(handler) as checkpointer:
+            after, snapshot = step.with_snapshot(state)
+            checkpointer.save(f"{directory}/1", args=ocp.args.PyTreeSave(snapshot))
+            step(after)
+            checkpointer.wait_until_finished()
+        with ocp.PyTreeCheckpointer() as stock:
+            args = [ocp.ArrayRestoreArgs(sharding=sharding) for sharding in shardings]
+            found = stock.restore(f"{directory}/1", item=abstract, restore_args=args)
+        assert_same(found, wanted)

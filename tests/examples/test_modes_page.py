@@ -1,0 +1,48 @@
+"""The snippets of `examples/modes.md` are one program, and it does what the page says."""
+
+import pathlib
+import re
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import lazy_orbax
+
+PAGE = pathlib.Path(__file__).parents[2] / "examples" / "modes.md"
+
+
+@pytest.fixture
+def after(tmp_path, monkeypatch):
+    """The names that the snippets define, and the timelines of their saves."""
+    timelines = []
+    options = lazy_orbax.LazyOptions
+
+    def recorded(**keywords):
+        return options(on_timeline=timelines.append, **keywords)
+
+    monkeypatch.setattr(lazy_orbax, "LazyOptions", recorded)
+    snippets = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    assert len(snippets) == 4
+    names = {"path": tmp_path}
+    for snippet in snippets:
+        exec(compile(snippet, PAGE.name, "exec"), names)
+    return names, timelines
+
+
+def test_the_snippets_save_what_the_page_says(after, tmp_path):
+    names, timelines = after
+    found = {}
+    for way in ("split", "in_step", "no_donation"):
+        with ocp.CheckpointManager(tmp_path / way) as stock:
+            assert stock.all_steps() == [0, 2, 4]
+            found[way] = stock.restore(4)
+        found[way + " mode"] = {t.mode for t in timelines if f"/{way}/" in t.directory}
+    assert found["split mode"] == found["no_donation mode"] == {"direct"}
+    assert found["in_step mode"] == {"in_step"}
+    # After batch 4, and before it.
+    assert [int(found[w]["step"]) for w in ("split", "in_step", "no_donation")] == [5, 4, 5]
+    state = names["new_state"]()
+    for batch in names["batches"][:4]:
+        state, _ = names["train_step"](state, batch)
+    np.testing.assert_allclose(found["in_step"]["params"]["w"], state["params"]["w"], rtol=1e-5)
