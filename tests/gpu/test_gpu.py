@@ -100,3 +100,27 @@ def test_the_timeline_makes_sense(tmp_path, mode):
     assert len(lines) == 2
     # The second save compiles nothing: it returns long before the bytes are written.
     assert lines[1].enqueued_s < 0.5 * lines[1].durable_s
+
+
+def test_a_step_that_copies_its_input(tmp_path):
+    step = lazy_orbax.SnapshotStep(lambda state: _step(dict(state)))
+    copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
+    state = step(make_state())
+    step.compile(state)
+    lines = []
+    options = lazy_orbax.LazyOptions(on_timeline=lines.append)
+    handler = lazy_orbax.standard_handler(options=options)
+    with ocp.CheckpointManager(tmp_path, item_handlers=handler) as manager:
+        for i in range(3):
+            own = copy(state)
+            before = _pointers(state)
+            state, snapshot = step.with_snapshot(state)
+            assert _pointers(state) == before
+            manager.save(i, args=ocp.args.StandardSave(snapshot))
+            del snapshot
+            state = step(step(state))
+            assert _pointers(state) == before
+            manager.wait_until_finished()
+            with ocp.StandardCheckpointer() as stock:
+                assert_same(stock.restore(tmp_path / str(i) / "default"), own)
+    assert [line.mode for line in lines] == ["in_step"] * 3

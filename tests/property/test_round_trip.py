@@ -132,7 +132,7 @@ def test_the_state_may_be_donated_as_soon_as_save_returns(pair, mode):
         assert_same(restored(f"{directory}/1", state, lambda leaf: leaf.sharding), wanted)
 
 
-@settings(max_examples=25, phases=PHASES)
+@settings(max_examples=12, phases=PHASES)
 @given(states(most_meshes=1), st.booleans(), st.booleans())
 def test_what_a_step_copied_is_what_stock_orbax_restores(pair, use_ocdbt, use_zarr3):
     # A program runs on one set of devices and takes no strings: the arrays of the tree.
