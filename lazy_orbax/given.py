@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import weakref
 from collections.abc import Sequence
 
 import jax
+
+_sharding = operator.attrgetter("sharding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,5 +54,5 @@ def given_of(array: object) -> Given | None:
 def origins(arrays: Sequence[jax.Array]) -> list[jax.sharding.Sharding | Given]:
     """Returns what each array was given as a snapshot of, or where it is."""
     if not _GIVEN:
-        return [array.sharding for array in arrays]
+        return list(map(_sharding, arrays))
     return [given_of(array) or array.sharding for array in arrays]

@@ -50,9 +50,9 @@ class SnapshotStep:
             else:
                 state = step(state, batch)
 
-    The snapshot is of the state *before* the batch: resume with batch `i`. It takes no device
-    memory of its own, and as much host memory as the state has bytes on all devices of this
-    process, replicas counted each, until it is dropped and written.
+    The snapshot is of the state *before* the batch: resume with batch `i`. It asks for no device
+    memory, and for as much host memory as the state has bytes on all devices of this process,
+    replicas counted each, until it is dropped and written.
     """
 
     def __init__(
