@@ -157,14 +157,23 @@ def test_an_aborted_that_raises_leaves_the_queue_as_it_was(budget):
 
 
 def test_bytes_that_exist_are_counted_at_once_and_others_wait_for_them(budget):
-    existing = budget.count(150)
+    existing = budget.count(150, limit_bytes=100)
     assert (budget.in_flight_bytes, budget.peak_bytes) == (150, 150)
     waiting = Request(budget, 80)
-    budget.count(1).release()  # Is not behind the one that waits.
+    budget.count(1, limit_bytes=100).release()  # Is not behind the one that waits.
     waiting.assert_waits(in_flight_bytes=150)
     existing.release()
     waiting.admitted().release()
     assert budget.in_flight_bytes == 0
+
+
+def test_bytes_that_exist_take_the_place_of_idle_buffers(budget):
+    for lease in [budget.reserve(40, limit_bytes=100, aborted=never, kind="k") for _ in "ab"]:
+        lease.release(object())
+    assert budget.idle_bytes == 80
+    existing = budget.count(50, limit_bytes=100)
+    assert budget.idle_bytes == 40
+    existing.release()
 
 
 def test_a_second_release_returns_nothing_more(budget):
