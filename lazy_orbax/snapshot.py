@@ -8,10 +8,12 @@ make the next donating step copy instead of alias, and on GPU refuse to run.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +24,7 @@ from lazy_orbax.pack import Buffer, buffer_of, program
 from lazy_orbax.plan import Piece, Plan, Slab, mesh_of_one
 
 _PINNED_HOST = "pinned_host"
+_LOG = logging.getLogger("lazy_orbax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,9 +178,10 @@ def _enqueue_to_host(arrays: Sequence[jax.Array]) -> Sequence[Any]:
     if not arrays:
         return ()
     if has_pinned_host(next(iter(arrays[0].sharding.addressable_devices))):
-        targets = [_in_pinned_host(array.sharding) for array in arrays]
-        # may_alias=False: an array that is in pinned host memory already would not be copied.
-        return jax.device_put(list(arrays), targets, may_alias=False)
+        with _unless_refused():
+            targets = [_in_pinned_host(array.sharding) for array in arrays]
+            # may_alias=False: an array that is in pinned host memory already would not be copied.
+            return jax.device_put(list(arrays), targets, may_alias=False)
     return [_HostShards(_own_copies(array)) for array in arrays]
 
 
@@ -219,14 +223,30 @@ def to_host(held: Held) -> Held:
     arrays = held.arrays
     if held.slab.kind == "host":
         return held
-    if not held.on_host:
-        (packed,) = arrays
-        if has_pinned_host(packed.addressable_shards[0].device):
-            arrays = (jax.device_put(packed, _in_pinned_host(packed.sharding)),)
-        else:
-            packed.copy_to_host_async()
-    hosts = tuple(array if isinstance(array, _HostShards) else _shards(array) for array in arrays)
+    if held.on_host:
+        hosts = tuple(x if isinstance(x, _HostShards) else _shards(x) for x in arrays)
+    else:
+        hosts = (_packed_to_host(arrays[0]),)
     return dataclasses.replace(held, arrays=hosts, on_host=True)
+
+
+def _packed_to_host(packed: jax.Array) -> _HostShards:
+    if has_pinned_host(packed.addressable_shards[0].device):
+        with _unless_refused():
+            return _shards(jax.device_put(packed, _in_pinned_host(packed.sharding)))
+    packed.copy_to_host_async()
+    return _shards(packed)
+
+
+@contextlib.contextmanager
+def _unless_refused() -> Iterator[None]:
+    """Goes on with pageable host memory where pinned memory is refused: slower, and correct."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _LOG.warning("No pinned host memory left; copying through pageable memory: %s", error)
 
 
 def _shards(array: jax.Array) -> _HostShards:

@@ -224,6 +224,38 @@ def pointers(array):
     return [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
 
 
+@pytest.mark.parametrize("mode", ["stage", "direct"])
+def test_where_pinned_memory_is_refused_pageable_memory_is_used(monkeypatch, caplog, mode):
+    monkeypatch.setattr(snapshot, "has_pinned_host", lambda device: True)
+    monkeypatch.setattr(snapshot, "is_in_host_memory", lambda slab: False)
+    monkeypatch.setattr(snapshot, "_in_pinned_host", refuse("RESOURCE_EXHAUSTED: pinned pool"))
+    wanted = np.arange(48, dtype=np.float32).reshape(8, 6)
+    leaves = [on_mesh(wanted, MESH, "a"), on_mesh(wanted, MESH)]
+    plan = plan_of(leaves)
+    held = [snapshot.take(plan, slab, leaves, mode) for slab in plan.slabs]
+    spoil(leaves)
+    assert_same(collected(plan, held), [wanted, wanted])
+    assert "pageable" in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["stage", "direct"])
+def test_another_failure_of_the_copy_is_not_hidden(monkeypatch, mode):
+    monkeypatch.setattr(snapshot, "has_pinned_host", lambda device: True)
+    monkeypatch.setattr(snapshot, "is_in_host_memory", lambda slab: False)
+    monkeypatch.setattr(snapshot, "_in_pinned_host", refuse("INTERNAL: broken"))
+    leaves = [on_mesh(np.ones((8, 6), np.float32), MESH, "a")]
+    plan = plan_of(leaves)
+    with pytest.raises(RuntimeError, match="broken"):
+        snapshot.to_host(snapshot.take(plan, plan.slabs[0], leaves, mode))
+
+
+def refuse(text):
+    def raise_it(sharding):
+        raise RuntimeError(text)
+
+    return raise_it
+
+
 def test_direct_takes_no_device_memory_without_pinned_memory(monkeypatch):
     """It waits for the copy to the host, and what it holds then is in host memory."""
     monkeypatch.setattr(snapshot, "has_pinned_host", lambda device: False)
