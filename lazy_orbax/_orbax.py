@@ -32,6 +32,8 @@ _NEEDED = {
     ),
     "array_metadata_serializer": ("metadata.array_metadata_store", "Serializer"),
     "tree_metadata": ("metadata.tree", "InternalTreeMetadata"),
+    "array_metadata_store": ("metadata.array_metadata_store", "Store"),
+    "key_value_store": ("futures.signaling_client", "get_signaling_client"),
     "random_key_impl": ("metadata.array_metadata", "RANDOM_KEY_IMPL"),
     "sharding_metadata": ("metadata.sharding", "from_jax_sharding"),
     "process_index": ("multihost.multihost", "process_index"),
@@ -119,6 +121,16 @@ def operation_id() -> str:
     return _SRC["operation_ids"].get_current_operation_id()
 
 
+def key_value_store() -> Any:
+    """Returns the small store that the processes of a job share."""
+    return _SRC["key_value_store"]()
+
+
+def array_metadata_store() -> Any:
+    """Returns a store for what an `ArrayHandler` keeps beside arrays."""
+    return _SRC["array_metadata_store"]()
+
+
 def is_primary_host(primary_host: int | None) -> bool:
     """Returns whether this process writes what is written once."""
     return _SRC["is_primary_host"](primary_host)
@@ -147,14 +159,9 @@ def describe_tree(
         ocdbt_target_data_file_size=ocdbt_target_data_file_size,
     )
     is_leaf = _SRC["is_empty_or_leaf"]
-    values = jax.tree.leaves(item, is_leaf=is_leaf)
+    flat = [jax.tree.leaves(tree, is_leaf=is_leaf) for tree in (item, infos, filled)]
     leaves = []
-    for value, info, arg in zip(
-        values,
-        jax.tree.leaves(infos, is_leaf=is_leaf),
-        jax.tree.leaves(filled, is_leaf=is_leaf),
-        strict=True,
-    ):
+    for value, info, arg in zip(*flat, strict=True):
         if not _SRC["is_empty_node"](value):
             type_handler = handler._type_handler_registry.get(type(value))
             route = _route(value, type_handler)

@@ -39,6 +39,8 @@ class SaveError(LazyOrbaxError, RuntimeError):
         directory: the item's directory.
         leaf: the leaves that were being written, as Orbax names them.
         file: the file or key the storage named, if it named one.
+        process: the process that failed, where there are several; it need not be this one.
+        what: what went wrong there.
     """
 
     def __init__(
@@ -49,9 +51,12 @@ class SaveError(LazyOrbaxError, RuntimeError):
         directory: str | None = None,
         leaf: str | None = None,
         file: str | None = None,
+        process: int | None = None,
     ):
         self.step, self.directory, self.leaf, self.file = step, directory, leaf, file
+        self.process, self.what = process, what
         places = [
+            f"process {process}" if process is not None else "",
             f"step {step}" if step is not None else "",
             f"leaf {leaf}" if leaf else "",
             f"file {file}" if file else "",

@@ -15,6 +15,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from lazy_orbax import _orbax, stock
+from lazy_orbax.agreement import agreement_on
 from lazy_orbax.commit import Commit
 from lazy_orbax.drain import Pace
 from lazy_orbax.errors import OptionError
@@ -89,6 +90,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         )
         self._pace = Pace(self.options.write_bytes_per_s)
         self._commits: list[Commit] = []
+        self._multiprocessing_options = keywords.get("multiprocessing_options")
         restore_gb = restore_concurrent_gb or _STOCK_CONCURRENT_GB
         self.settings = _hashable({**keywords, "use_compression": use_compression})
         if _orbax.warn_if_stock():
@@ -134,16 +136,31 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             prepared, self.options, limit_bytes=self.limit_bytes, pace=self._pace, path=path
         )
         others = await stock.serialize_others(prepared.others, leaves, directory)
+        agreement = agreement_on(
+            prepared.processes,
+            self._multiprocessing_options,
+            operation=_orbax.operation_id(),
+            item=place.rpartition("/")[2],
+        )
         # Created before the snapshot: a state larger than the budget is written while it is taken.
-        commit = Commit(save, directory, custom_metadata)
+        commit = Commit(
+            save,
+            directory,
+            custom_metadata,
+            others=others,
+            agreement=agreement,
+            merge=super().finalize,
+        )
         try:
             save.snapshot(leaves)
-        except BaseException:
-            for other in others:
-                other.cancel()
-            raise
+        except BaseException as error:
+            # The other processes are in the middle of `save()`: this one must go through it too.
+            if agreement is None or not isinstance(error, Exception):
+                for other in others:
+                    other.cancel()
+                raise
         self._commits.append(commit)
-        return [commit, *others]
+        return [commit]
 
     def plan_for(self, item: Any, save_args: Any, ocdbt_target_data_file_size: int | None) -> Plan:
         """Returns the plan with which a tree like `item`, whose values are not read, is saved.
@@ -180,11 +197,12 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
 
     def finalize(self, directory: Any) -> None:
         """Lets Orbax merge what the processes wrote. Orbax publishes the step after this."""
-        super().finalize(directory)
         place = final_directory(str(directory))
-        for commit in self._commits:
-            if commit.save.recorder.timeline.directory == place:
-                await_publication(commit.save.recorder)
+        here = [c for c in self._commits if c.save.recorder.timeline.directory == place]
+        if not (here and here[-1].is_merged):
+            super().finalize(directory)
+        for commit in here:
+            await_publication(commit.save.recorder)
 
     def close(self) -> None:
         """Waits for what is being saved, and gives host memory back. A second call does nothing.

@@ -85,6 +85,7 @@ class Layout:
         holds_whole_shards: whether this process writes all of each shard that it writes of, and
             not a share of it.
         regions: what this process writes.
+        processes: every process that writes something of the leaf.
     """
 
     write_shape: Shape
@@ -93,6 +94,7 @@ class Layout:
     replicated: bool
     holds_whole_shards: bool
     regions: tuple[Region, ...]
+    processes: frozenset[int]
 
 
 def layout_of(leaf: Leaf, policy: ReplicaPolicy, process_index: int) -> Layout:
@@ -106,7 +108,7 @@ def layout_of(leaf: Leaf, policy: ReplicaPolicy, process_index: int) -> Layout:
     if leaf.sharding is None:
         origin = (0,) * len(leaf.shape)
         regions = (Region(0, origin, origin),) if process_index == 0 else ()
-        return Layout(leaf.shape, None, (), False, True, regions)
+        return Layout(leaf.shape, None, (), False, True, regions, frozenset())
     return _layout(leaf.sharding, leaf.shape, leaf.dtype.itemsize, policy, process_index)
 
 
@@ -146,6 +148,11 @@ def _layout(
             start[axis] += replica_ids[i] * write_shape[axis]
             regions.append(Region(i, tuple(start), starts[i]))
     shares = collections.Counter(region.shard_start for region in regions)
+    processes = frozenset(
+        device.process_index
+        for device, replica in zip(devices, replica_ids, strict=True)
+        if (policy.replica_id in (None, replica) if axis is None else replica < n_shares)
+    )
     return Layout(
         write_shape,
         axis,
@@ -153,6 +160,7 @@ def _layout(
         replicated=n_replicas > 1,
         holds_whole_shards=axis is None or set(shares.values()) <= {n_shares},
         regions=tuple(regions),
+        processes=processes,
     )
 
 

@@ -120,6 +120,11 @@ class Save:
         _IN_FLIGHT.discard(self)
 
     @property
+    def failure(self) -> SaveError | None:
+        """What the save failed with, if it has."""
+        return self._error
+
+    @property
     def write_began(self) -> bool:
         """Whether the directory existed in time for `write`."""
         return self._write_began

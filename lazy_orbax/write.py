@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import tensorstore as ts
 
@@ -139,4 +140,5 @@ def save_error(directory: str, error: BaseException, *, leaf: str | None = None)
         directory=directory,
         leaf=leaf,
         file=file,
+        process=jax.process_index() if jax.process_count() > 1 else None,
     )

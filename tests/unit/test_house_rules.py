@@ -26,6 +26,7 @@ RANKS = {
     "_orbax": 3,
     "stock": 3,
     "sync": 3,
+    "agreement": 4,
     "pack": 4,
     "plan": 3,
     "format": 4,

@@ -124,7 +124,7 @@ def test_the_table_has_shared_and_unshared_layouts():
 def test_a_leaf_in_host_memory_is_written_whole_by_process_zero(shape):
     leaf = Leaf(0, "x", "['x']", shape, np.dtype(np.int16), None)
     origin = (0,) * len(shape)
-    whole = Layout(shape, None, (), False, True, (Region(0, origin, origin),))
+    whole = Layout(shape, None, (), False, True, (Region(0, origin, origin),), frozenset())
     assert layout_of(leaf, ReplicaPolicy(), 0) == whole
     assert layout_of(leaf, ReplicaPolicy(), 1).regions == ()
 
