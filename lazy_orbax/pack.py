@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,9 +21,9 @@ class Buffer:
     """A packed slab's memory: what a program may write into again.
 
     Attributes:
-        sharding: over every device of the slab's mesh, in one dimension.
+        sharding: over this process's devices of the slab's mesh, in one dimension.
         dtype: in which the leaves travel.
-        size: elements over all devices.
+        size: elements over those devices.
     """
 
     sharding: NamedSharding
@@ -45,15 +46,17 @@ def buffer_of(plan: Plan, slab: Slab) -> Buffer:
     assert slab.mesh is not None
     dtype = carrier_of(plan.leaves[slab.leaves[0]].dtype)
     each = sum(math.prod(plan.layouts[i].write_shape) for i in slab.leaves)
-    sharding = NamedSharding(slab.mesh, PartitionSpec(slab.mesh.axis_names))
-    return Buffer(sharding, dtype, each * slab.mesh.devices.size)
+    mesh = local_mesh(slab.mesh)
+    return Buffer(
+        NamedSharding(mesh, PartitionSpec(mesh.axis_names)), dtype, each * mesh.devices.size
+    )
 
 
 @functools.lru_cache(maxsize=4096)
 def program(plan: Plan, slab: Slab, *, into: bool) -> tuple[Any, jax.Array]:
-    """Returns the program that packs a slab, and its first argument.
+    """Returns the program that packs a slab on `local_mesh`, and its first argument.
 
-    The program takes the table and the arrays of the slab's leaves, and returns one array of one
+    The program takes the table and the `operands` of the slab, and returns one array of one
     dimension: on each device, its parts of the leaves one after the other.
 
     Args:
@@ -66,7 +69,49 @@ def program(plan: Plan, slab: Slab, *, into: bool) -> tuple[Any, jax.Array]:
     shardings = [plan.leaves[i].sharding for i in slab.leaves]
     specs = tuple(s.spec if isinstance(s, NamedSharding) else PartitionSpec() for s in shardings)
     cuts, table = _replica_table(plan, slab)
-    return _packer(slab.mesh, specs, cuts, into), table
+    mesh = local_mesh(slab.mesh)
+    if mesh is not slab.mesh:
+        specs = (PartitionSpec(),) * len(specs)
+    return _packer(mesh, specs, cuts, into), table
+
+
+@functools.lru_cache(maxsize=1024)
+def local_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+    """Returns the mesh of this process's devices: `mesh` itself, if it has no others.
+
+    A program over the devices of several processes would have to be run by all of them: they would
+    have to agree on every save, slab by slab, also when one of them fails.
+    """
+    local = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    return mesh if len(local) == mesh.size else jax.sharding.Mesh(np.array(local), ("device",))
+
+
+def operands(slab: Slab, leaves: Sequence[Any]) -> list[jax.Array]:
+    """Returns what the program of a slab packs.
+
+    Args:
+        slab: a slab of kind `mesh`.
+        leaves: the arrays of the plan's leaves, in order.
+    """
+    assert slab.mesh is not None
+    arrays, mesh = [leaves[i] for i in slab.leaves], local_mesh(slab.mesh)
+    if mesh is slab.mesh:
+        return arrays
+    anyhow = NamedSharding(mesh, PartitionSpec())
+    return [_local(array, anyhow) for array in arrays]
+
+
+def _local(array: jax.Array, anyhow: NamedSharding) -> jax.Array:
+    """Returns this process's shards as an array of their shape.
+
+    It is declared to be replicated, which it is not: each device brings its own shard, of any
+    number of dimensions, to the program that packs it, and nothing else ever sees it.
+    """
+    if array.is_fully_replicated:  # Then `addressable_data` is the first shard, whatever is asked.
+        shards = [shard.data for shard in array.addressable_shards]
+    else:
+        shards = [array.addressable_data(i) for i in range(anyhow.mesh.size)]
+    return jax.make_array_from_single_device_arrays(shards[0].shape, anyhow, shards)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -113,7 +158,10 @@ def _carried(shard: jax.Array) -> jax.Array:
 @functools.lru_cache(maxsize=1024)
 def _cached_table(mesh: jax.sharding.Mesh, columns: tuple[tuple[int, ...], ...]) -> jax.Array:
     table = np.array(columns, dtype=np.int32).reshape(len(columns), mesh.devices.size).T
-    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names, None))
+    local = local_mesh(mesh)
+    if local is not mesh:
+        table = table[[d.process_index == jax.process_index() for d in mesh.devices.flat]]
+    sharding = NamedSharding(local, PartitionSpec(local.axis_names, None))
     return jax.make_array_from_callback(table.shape, sharding, lambda index: table[index])
 
 

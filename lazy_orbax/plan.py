@@ -7,7 +7,6 @@ of the leaf, contiguous in the buffer.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import math
@@ -131,14 +130,11 @@ def make_plan(
     # What is given fills the host budget without asking: after the others, which would wait for it.
     in_order = sorted(groups.items(), key=lambda group: group[0][0] == "given")
     for (kind, mesh, _), members in in_order:
-        devices = [] if mesh is None else list(mesh.devices.flat)
-        by_process = collections.Counter(device.process_index for device in devices)
-        n_local = by_process[process_index]
+        devices = [] if mesh is None else mesh.devices.flat
+        n_local = sum(device.process_index == process_index for device in devices)
         if mesh is not None and n_local == 0:
             continue
-        # Every process must cut the same slabs, for staging is one program for all of them.
-        n_most = max(by_process.values(), default=0)
-        carried = [_carried_bytes(leaves[i], layouts[i], kind, n_most) for i in members]
+        carried = [_carried_bytes(leaves[i], layouts[i], kind, n_local) for i in members]
         for run in _runs(members, carried, slab_bytes):
             slabs.append(_make_slab(kind, mesh, run, leaves, layouts, n_local))
     return Plan(tuple(leaves), layouts, tuple(slabs))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 
-import jax
-
 from lazy_orbax.layout import Device
+from lazy_orbax.pack import local_mesh
 from lazy_orbax.plan import Slab
 from lazy_orbax.snapshot import is_in_host_memory
 
@@ -50,11 +49,8 @@ class Room:
             return self._mode, "asked for"
         if is_in_host_memory(slab):
             return "stage", "device memory is host memory here"
-        if jax.process_count() > 1:
-            # Staging is one program for all processes, so all would have to agree to run it.
-            return "direct", f"{jax.process_count()} processes would have to agree to stage"
         assert slab.mesh is not None
-        devices = list(slab.mesh.devices.flat)
+        devices = list(local_mesh(slab.mesh).devices.flat)
         for device in devices:
             if device not in self._free_bytes:
                 self._free_bytes[device] = _free_device_bytes(device)

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from lazy_orbax.layout import Device
-from lazy_orbax.pack import Buffer, buffer_of, program
+from lazy_orbax.pack import Buffer, buffer_of, local_mesh, operands, program
 from lazy_orbax.plan import Piece, Plan, Slab, mesh_of_one
 
 _PINNED_HOST = "pinned_host"
@@ -84,9 +84,9 @@ def stage(plan: Plan, slab: Slab, leaves: Sequence[Any], buffer: jax.Array | Non
     """
     assert slab.mesh is not None
     kind = reusable(plan, slab)
-    mine = [leaves[i] for i in slab.leaves]
+    mine = operands(slab, leaves)
     pack, table = program(plan, slab, into=kind is not None)
-    with jax.set_mesh(slab.mesh):
+    with jax.set_mesh(local_mesh(slab.mesh)):
         if kind is None:
             return Held(slab, (pack(table, *mine),), None, on_host=False)
         packed = pack(table, kind.fresh() if buffer is None else buffer, *mine)

@@ -177,32 +177,6 @@ def test_a_process_without_a_device_of_the_mesh_has_nothing_to_do():
     assert not [slab for slab in plans[2].slabs if slab.kind == "mesh"]
 
 
-def test_every_process_plans_the_same_programs():
-    """Packing is one program of all processes: each must run the same ones in the same order."""
-    mesh = fake_mesh([0, 0, 0, 0, 1, 1, 1, 1], (4, 2), "ab")
-    leaves = leaves_of(
-        *[
-            ((8 * (1 + i % 5), 2 * (1 + i % 3)), (F32, BF16)[i % 2], on(mesh, "a"))
-            for i in range(40)
-        ]
-    )
-    first, second = (
-        [(slab.leaves, slab.cuts) for slab in plan_of(leaves, process_index=p).slabs]
-        for p in (0, 1)
-    )
-    assert len(first) > 2
-    assert first == second
-
-
-def test_processes_with_unequal_numbers_of_devices_plan_the_same_programs():
-    mesh = fake_mesh([0, 0, 0, 1], (4,), "a")
-    leaves = leaves_of(*[((64,), F32, on(mesh, "a"))] * 20)
-    first, second = (
-        [slab.leaves for slab in plan_of(leaves, process_index=p).slabs] for p in (0, 1)
-    )
-    assert first == second
-
-
 def test_a_plan_of_the_same_leaves_is_equal():
     leaves = leaves_of(((8, 6), F32, on(MESH, "a")), ((3,), F32, None))
 

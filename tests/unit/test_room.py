@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from unit.fake_devices import fake_mesh
 
 from lazy_orbax import room
 from lazy_orbax.plan import Slab
@@ -107,9 +108,13 @@ def test_on_cpu_auto_stages(monkeypatch):
     assert Room("auto").mode_for(slabs_of(1)[0]) == "stage"
 
 
-def test_with_several_processes_auto_agrees_without_asking(accelerator, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert Room("auto").mode_for(slabs_of(1)[0]) == "direct"
+def test_devices_of_other_processes_do_not_decide(accelerator):
+    mesh = fake_mesh([0, 0, 1, 1], (4,), "a")
+    here, elsewhere = list(mesh.devices.flat[:2]), list(mesh.devices.flat[2:])
+    accelerator.free.update({**dict.fromkeys(here, 100), **dict.fromkeys(elsewhere, 0)})
+    chosen = Room("auto")
+    assert [chosen.mode_for(slab) for slab in slabs_of(2, mesh=mesh)] == ["stage", "direct"]
+    assert accelerator.asked == here
 
 
 def test_the_reason_has_one_clause_for_each_mode(accelerator):
