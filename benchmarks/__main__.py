@@ -22,7 +22,7 @@ from benchmarks.jobs import Job, Settings, run
 from benchmarks.peers import PEERS
 from benchmarks.workloads import SIZES, WORKLOADS
 
-PARTS = ("stall", "throughput", "memory", "scale")
+PARTS = ("stall", "throughput", "memory", "scale", "pods")
 ON_REQUEST = ("gpu",)
 
 

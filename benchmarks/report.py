@@ -62,6 +62,11 @@ METRICS: dict[str, dict[str, str]] = {
         "later_committed": "later, to committed",
         "later_cpu": "later, CPU seconds",
     },
+    "pods": {
+        "save": "time inside `save()`, slowest process",
+        "committed": "to committed",
+        "cpu": "CPU seconds of all processes",
+    },
     "gpu": _STEPS,
 }
 _SECONDS = ((1, "s"), (1e-3, "ms"), (1e-6, "µs"))

@@ -4,6 +4,7 @@ from lazy_orbax import args, errors
 from lazy_orbax.events import SaveTimeline
 from lazy_orbax.handler import LazyCheckpointHandler, pytree_handler, standard_handler
 from lazy_orbax.in_step import SnapshotStep
+from lazy_orbax.node_local import NodeLocalOptions, node_local_options
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.prewarm import prewarm
 from lazy_orbax.save import wait_until_staged
@@ -12,10 +13,12 @@ from lazy_orbax.split import split_step
 __all__ = [
     "LazyCheckpointHandler",
     "LazyOptions",
+    "NodeLocalOptions",
     "SaveTimeline",
     "SnapshotStep",
     "args",
     "errors",
+    "node_local_options",
     "prewarm",
     "pytree_handler",
     "split_step",

@@ -21,6 +21,7 @@ METRICS = {
     "throughput": {"enqueued", "committed", "restore", "disk", "cpu", "timeline"},
     "memory": {"state", "peak", "growth", "kept"},
     "scale": {"first_save", "later_save", "later_committed", "later_cpu"},
+    "pods": {"save", "committed", "cpu"},
     "gpu": {"added_loop", "save", "step_after_save"},
 }
 
@@ -47,7 +48,7 @@ def measured(tmp_path_factory) -> pathlib.Path:
     out, flags = directory / "out.jsonl", ("--size", "tiny", "--directory", directory)
     for parts, workloads, repeats in (
         ("stall,throughput", "many_small,transformer", 2),
-        ("memory,scale", "many_small", 1),
+        ("memory,scale,pods", "many_small", 1),
         ("gpu", "transfers,view_of_pinned,fused_step,modes,in_step,headroom", 1),
     ):
         chosen = ("--parts", parts, "--workloads", workloads, "--repeats", repeats)

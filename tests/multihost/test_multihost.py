@@ -2,61 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import pathlib
-import socket
-import subprocess
-import sys
-
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-
-_HERE = pathlib.Path(__file__).parent
-_TIMEOUT_S = 100
-_N = 2
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+from multihost.jobs import reports, run_job
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
     """Runs the job once. Returns its directory and what each process reported."""
     root = tmp_path_factory.mktemp("job")
-    address = f"127.0.0.1:{_free_port()}"
-    roots = [str(_HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, roots))}
-    logs = [root / f"log_{i}" for i in range(_N)]
-    processes = []
-    try:
-        for i in range(_N):
-            with logs[i].open("w") as log:
-                arguments = [str(_HERE / "worker.py"), address, str(_N), str(i), str(root)]
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, *arguments],
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        env=environment,
-                    )
-                )
-        for process in processes:
-            process.wait(_TIMEOUT_S)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait(_TIMEOUT_S)
-    reports = []
-    for log in logs:
-        lines = [line for line in log.read_text().splitlines() if line.startswith("REPORT ")]
-        assert lines, f"a process did not finish:\n{log.read_text()[-6000:]}"
-        reports.append(json.loads(lines[0].removeprefix("REPORT ")))
-    return root, reports
+    return root, reports(run_job(2, "modes", root, logs=root / "logs"))
 
 
 def _values():

@@ -1,17 +1,9 @@
-"""One of several processes of a job. Run by `test_multihost.py`; prints one line of JSON."""
+"""A scenario of several processes: the modes of a snapshot, and trees that are refused."""
 
 from __future__ import annotations
 
-import json
-import os
 import pathlib
-import sys
 from typing import Any
-
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-os.environ["OMP_NUM_THREADS"] = "1"
 
 import jax
 import jax.numpy as jnp
@@ -119,11 +111,3 @@ def main(root: pathlib.Path) -> dict[str, object]:
     save_what_the_step_copied(root / "in_step", mesh, report)
     report["in_flight"] = HOST_BUDGET.in_flight_bytes
     return report
-
-
-if __name__ == "__main__":
-    address, count, index, directory = sys.argv[1:]
-    jax.distributed.initialize(
-        address, int(count), int(index), heartbeat_timeout_seconds=10, initialization_timeout=30
-    )
-    print("REPORT " + json.dumps(main(pathlib.Path(directory))), flush=True)

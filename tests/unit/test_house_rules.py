@@ -27,6 +27,7 @@ RANKS = {
     "stock": 3,
     "sync": 3,
     "agreement": 4,
+    "node_local": 4,
     "pack": 4,
     "plan": 3,
     "format": 4,
@@ -235,7 +236,14 @@ def test_what_is_public_is_documented(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["pytree_handler", "split_step", "standard_handler", "wait_until_staged"]
+    "name",
+    [
+        "node_local_options",
+        "pytree_handler",
+        "split_step",
+        "standard_handler",
+        "wait_until_staged",
+    ],
 )
 def test_every_parameter_and_error_of_a_public_function_is_documented(name):
     function = getattr(lazy_orbax, name)

@@ -1,0 +1,68 @@
+"""A process is killed at exact points of a save: what was committed stays, nothing else shows."""
+
+from __future__ import annotations
+
+import signal
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from multihost import states
+from multihost.jobs import HEARTBEAT_TIMEOUT_S, run_job
+from multihost.kill_points import ON_EACH, ON_PRIMARY
+
+import lazy_orbax
+
+_SLACK_S = 10  # Of a machine with fewer cores than processes.
+
+CASES = [
+    *((2, point, 0, 0) for point in (*ON_EACH, *ON_PRIMARY)),
+    *((2, point, 1, 1) for point in ON_EACH[::2]),
+    *((2, point, 0, 1) for point in ON_PRIMARY),
+    (4, "before the finish", 3, 3),
+    (4, "before the merge", 0, 2),
+]
+
+
+def restored(root, step, mesh):
+    with ocp.CheckpointManager(root, item_handlers=ocp.StandardCheckpointHandler()) as stock:
+        target = states.targets(mesh, states.SPECS)
+        return stock.restore(step, args=ocp.args.StandardRestore(target))
+
+
+@pytest.mark.parametrize(("n", "point", "watched", "victim"), CASES)
+def test_a_process_is_killed(tmp_path, n, point, watched, victim):
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    root = tmp_path / "run"
+    ended = run_job(
+        n,
+        "killed",
+        root,
+        logs=tmp_path,
+        point=point,
+        watched=watched,
+        victim=victim,
+        pids=str(pids),
+    )
+    killed = ended[victim]
+    assert killed.returncode == -signal.SIGKILL, killed.log[-4000:]
+    for survivor in ended:
+        # The others are ended by JAX: at once if it was process 0, else when it is missed.
+        assert survivor.ended_s - killed.ended_s < HEARTBEAT_TIMEOUT_S + _SLACK_S
+        assert survivor.report is None
+
+    # Where another process is killed when the primary begins to commit, that goes on.
+    committed = point == "after the commit" or (victim != 0 and point == "before the commit")
+    steps = [1, 2] if committed else [1]
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
+    with ocp.CheckpointManager(root, item_handlers=lazy_orbax.standard_handler()) as manager:
+        assert manager.all_steps() == steps
+        newest = restored(root, steps[-1], mesh)
+        assert states.differences(newest, states.values(steps[-1] - 1)) == []
+        following = 3 if committed else 2
+        manager.save(following, args=ocp.args.StandardSave(states.on_mesh(mesh, 9)))
+        manager.wait_until_finished()
+        assert manager.all_steps() == [*steps, following]
+    assert states.differences(restored(root, following, mesh), states.values(9)) == []
