@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import pathlib
-import sys
 import time
 from typing import Any
 
@@ -232,7 +231,7 @@ def node_local(root: str) -> Report:
     mine = f"{root}/disk_of_{jax.process_index()}"
     state = states.on_mesh(_mesh(), 0)
     step = states.training_step(state)
-    local = lazy_orbax.node_local_options(ocp.CheckpointManagerOptions(max_to_keep=2))
+    local = lazy_orbax.node_local_options(ocp.CheckpointManagerOptions(save_interval_steps=1))
     handler = lazy_orbax.standard_handler(**local.handler)
     with ocp.CheckpointManager(mine, options=local.manager, item_handlers=handler) as manager:
         for n in range(1, 4):
@@ -274,15 +273,27 @@ SCENARIOS = {
 }
 
 
-if __name__ == "__main__":
-    address, count, index, scenario, told = sys.argv[1:]
+def main(
+    membership: tuple[str, int, int],
+    scenario: str,
+    told: dict[str, Any],
+    log: str,
+    environment: dict[str, str],
+) -> None:
+    """Runs in a process that was just forked, before anything of JAX was used."""
+    os.environ.update(environment)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    # JAX read some of them when it was imported.
+    jax.config.update("jax_platforms", environment["JAX_PLATFORMS"])
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
-        address,
-        int(count),
-        int(index),
+        *membership,
         heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
         initialization_timeout=60,
         shutdown_timeout_seconds=30,
     )
-    report = SCENARIOS[scenario](**json.loads(told))
-    print("REPORT " + json.dumps(report), flush=True)
+    report = SCENARIOS[scenario](**told)
+    os.write(1, f"\nREPORT {json.dumps(report)}\n".encode())
+    jax.distributed.shutdown()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import multiprocessing
+import multiprocessing.connection
 import pathlib
 import socket
-import subprocess
-import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
-HERE = pathlib.Path(__file__).parent
+# Processes are forked from one that has imported everything and has used nothing of it yet.
+_START = multiprocessing.get_context("forkserver")
+_START.set_forkserver_preload(["multihost.child"])
 HEARTBEAT_TIMEOUT_S = 5
 _TIMEOUT_S = 120
 
@@ -41,6 +43,7 @@ def run_job(
     *,
     logs: pathlib.Path,
     n_devices: int = 2,
+    variables: Mapping[str, str] | None = None,
     **arguments: Any,
 ) -> list[Ended]:
     """Runs `scenario` of `child.py` on `n` processes and returns how they ended.
@@ -51,44 +54,54 @@ def run_job(
         root: the directory, or address, that it saves to.
         logs: directory for what the processes print.
         n_devices: devices of each process.
-        **arguments: what the scenario is told, JSON-serializable.
+        variables: of the environment, beside the usual ones.
+        **arguments: what the scenario is told.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    roots = [str(HERE.parent.parent), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, roots)),
         "JAX_PLATFORMS": "cpu",
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={n_devices}",
         "OMP_NUM_THREADS": "1",
+        **(variables or {}),
     }
-    told = json.dumps({"root": str(root), **arguments})
-    job = [f"127.0.0.1:{_free_port()}", str(n)]
+    told = {"root": str(root), **arguments}
+    address = f"127.0.0.1:{_free_port()}"
     paths = [logs / f"{scenario}_{i}.log" for i in range(n)]
-    processes = []
+    processes = [
+        _START.Process(
+            target=_run, args=((address, n, i), scenario, told, str(path), environment), daemon=True
+        )
+        for i, path in enumerate(paths)
+    ]
     ends: dict[int, float] = {}
+    deadline_s = time.monotonic() + _TIMEOUT_S
     try:
-        for i, path in enumerate(paths):
-            with path.open("w") as log:
-                command = [sys.executable, str(HERE / "child.py"), *job, str(i), scenario, told]
-                processes.append(
-                    subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-                )
-        deadline_s = time.monotonic() + _TIMEOUT_S
-        while len(ends) < n and time.monotonic() < deadline_s:
+        for process in processes:
+            process.start()
+        while running := [p for i, p in enumerate(processes) if i not in ends]:
+            remaining_s = deadline_s - time.monotonic()
+            sentinels = [process.sentinel for process in running]
+            if remaining_s < 0 or not multiprocessing.connection.wait(sentinels, remaining_s):
+                break
             for i, process in enumerate(processes):
-                if i not in ends and process.poll() is not None:
+                if i not in ends and not process.is_alive():
                     ends[i] = time.monotonic()
-            _wait_for_any([p for i, p in enumerate(processes) if i not in ends])
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.join()
     return [
-        Ended(process.returncode, _report(path), path.read_text(), ends.get(i, float("inf")))
+        Ended(process.exitcode, _report(path), path.read_text(), ends.get(i, float("inf")))
         for i, (process, path) in enumerate(zip(processes, paths, strict=True))
     ]
+
+
+def _run(*arguments: Any) -> None:
+    """Runs in a new process."""
+    from multihost import child
+
+    child.main(*arguments)
 
 
 def reports(ended: list[Ended]) -> list[Any]:
@@ -96,14 +109,6 @@ def reports(ended: list[Ended]) -> list[Any]:
     for process in ended:
         assert process.report is not None, f"a process did not finish:\n{process.log[-6000:]}"
     return [process.report for process in ended]
-
-
-def _wait_for_any(processes: list[subprocess.Popen[bytes]]) -> None:
-    if processes:
-        try:
-            processes[0].wait(0.1)
-        except subprocess.TimeoutExpired:
-            return
 
 
 def _report(log: pathlib.Path) -> Any:

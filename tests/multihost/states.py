@@ -45,8 +45,10 @@ def values(n_steps: int) -> dict[str, np.ndarray]:
     }
     for _ in range(n_steps):
         for name, value in state.items():
-            bits = value.view(f"uint{8 * value.dtype.itemsize}")
-            state[name] = (bits * bits.dtype.type(3) + bits.dtype.type(1)).view(value.dtype)
+            # At least one dimension, for NumPy warns of overflow in scalars alone.
+            bits = value.reshape(-1).view(f"uint{8 * value.dtype.itemsize}")
+            bits = bits * bits.dtype.type(3) + bits.dtype.type(1)
+            state[name] = bits.view(value.dtype).reshape(value.shape)
     return state
 
 

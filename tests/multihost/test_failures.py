@@ -50,7 +50,7 @@ def test_disks_that_are_not_shared(tmp_path, n):
     processes = reports(run_job(n, "node_local", tmp_path / "run", logs=tmp_path))
     for process in processes:
         # The step that failed on one disk is on none.
-        assert process["steps"] == [2, 3]
+        assert process["steps"] == [1, 2, 3]
         assert process["failed"]["process"] == 1
         assert "no luck at finish" in process["failed"]["message"]
         assert process["wrong"] == []
