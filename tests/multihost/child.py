@@ -177,6 +177,23 @@ def _failing(place: str, here: bool) -> Any:
             yield
 
 
+def two_items(root: str) -> Report:
+    """One handler saves two items; one of them fails on the last process."""
+    state = states.on_mesh(_mesh(), 0)
+    handler = lazy_orbax.standard_handler()
+    last = jax.process_index() == jax.process_count() - 1
+    with ocp.CheckpointManager(root, item_handlers={"a": handler, "b": handler}) as manager:
+
+        def save_both() -> Report:
+            items = {name: ocp.args.StandardSave(state) for name in ("a", "b")}
+            manager.save(1, args=ocp.args.Composite(**items))
+            return _outcome(manager.wait_until_finished)
+
+        with failing_at("finish", call=2) if last else contextlib.nullcontext():
+            failed = save_both()
+        return {"failed": failed, "again": save_both(), "steps": manager.all_steps()}
+
+
 def hanging(root: str) -> Report:
     """The last process hangs while it writes, longer than Orbax' timeout."""
     state = states.on_mesh(_mesh(), 0)
@@ -264,6 +281,7 @@ SCENARIOS = {
         twenty_saves,
         killed,
         failing,
+        two_items,
         hanging,
         busy,
         restored,

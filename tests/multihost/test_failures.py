@@ -29,6 +29,15 @@ def test_a_failure_of_one_process_is_told_to_all(tmp_path):
         assert process["in_flight"] == 0
 
 
+def test_an_item_that_fails_takes_the_other_with_it(tmp_path):
+    for process in reports(run_job(2, "two_items", tmp_path / "run", logs=tmp_path)):
+        assert process["failed"]["process"] == 1
+        assert "no luck at finish" in process["failed"]["message"]
+        assert "kind" not in process["again"]
+        assert process["steps"] == [1]
+    assert {path.name for path in (tmp_path / "run" / "1").iterdir()} >= {"a", "b"}
+
+
 def test_a_process_that_hangs_is_named_within_the_timeout(tmp_path):
     first, last = reports(run_job(2, "hanging", tmp_path / "run", logs=tmp_path))
     assert first["failed"]["process"] == 1

@@ -26,7 +26,7 @@ def _values():
     }
 
 
-MODES = ("stage", "direct", "auto", "in_step")
+MODES = ("stage", "direct", "auto", "files", "in_step")
 
 
 @pytest.mark.parametrize("mode", MODES)

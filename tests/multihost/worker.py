@@ -76,16 +76,18 @@ def main(root: pathlib.Path) -> dict[str, object]:
     # Both axes go over both processes for some device of each.
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b"))
     report: dict[str, object] = {"bytes": {}, "modes": {}}
-    for mode in ("stage", "direct", "auto"):
+    for mode in ("stage", "direct", "auto", "files"):
         lines: list[lazy_orbax.SaveTimeline] = []
-        options = lazy_orbax.LazyOptions(mode=mode, slab_bytes=2**20, on_timeline=lines.append)
+        options = lazy_orbax.LazyOptions(
+            mode="auto" if mode == "files" else mode, slab_bytes=2**20, on_timeline=lines.append
+        )
         state = {name: on_mesh(mesh, name, value) for name, value in values(1).items()}
         donating = jax.jit(
             lambda tree: jax.tree.map(lambda x: x + jnp.ones((), x.dtype), tree),
             donate_argnums=0,
             out_shardings=jax.tree.map(lambda x: x.sharding, state),
         )
-        handler = lazy_orbax.standard_handler(options=options)
+        handler = lazy_orbax.standard_handler(options=options, use_ocdbt=mode != "files")
         with ocp.CheckpointManager(root / mode, item_handlers=handler) as manager:
             manager.save(1, args=ocp.args.StandardSave(state))
             state = donating(donating(state))
