@@ -151,7 +151,8 @@ class Commit:
 
     def cancel(self) -> None:
         """Stops writing and returns the host memory."""
-        self._future.cancel()
+        for running in (self._future, *self._others):
+            running.cancel()
         self._abandon(concurrent.futures.CancelledError("The save was cancelled."))
 
     def _abandon(self, error: BaseException) -> None:

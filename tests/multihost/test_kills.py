@@ -16,9 +16,12 @@ import lazy_orbax
 
 _SLACK_S = 10  # Of a machine with fewer cores than processes.
 
+# How many processes, the point, who comes to it, who is killed then. Every point at least once,
+# and at least twelve for process 0 and for others.
 CASES = [
-    *((2, point, 0, 0) for point in (*ON_EACH, *ON_PRIMARY)),
-    *((2, point, 1, 1) for point in ON_EACH[::2]),
+    *((2, point, 0, 0) for point in (*ON_EACH[::2], "after the finish", "after the telling")),
+    *((2, point, 0, 0) for point in ON_PRIMARY),
+    *((2, point, 1, 1) for point in ON_EACH[1::2]),
     *((2, point, 0, 1) for point in ON_PRIMARY),
     (4, "before the finish", 3, 3),
     (4, "before the merge", 0, 2),
