@@ -59,6 +59,9 @@ def _probe() -> tuple[dict[str, Any], list[str]]:
 
 
 _SRC, MISSING = _probe()
+# The small store that the processes of a job share; a store for what is kept beside arrays.
+key_value_store = _SRC.get("key_value_store", lambda: None)
+array_metadata_store = _SRC.get("array_metadata_store", lambda: None)
 HANDLER_BASE: type = ocp.PyTreeCheckpointHandler if MISSING else _SRC["base"]
 
 # Stands for the item's directory in everything that is kept from save to save.
@@ -119,16 +122,6 @@ def process_index() -> int:
 def operation_id() -> str:
     """Returns which save, of all that this process began, Orbax is at."""
     return _SRC["operation_ids"].get_current_operation_id()
-
-
-def key_value_store() -> Any:
-    """Returns the small store that the processes of a job share."""
-    return _SRC["key_value_store"]()
-
-
-def array_metadata_store() -> Any:
-    """Returns a store for what an `ArrayHandler` keeps beside arrays."""
-    return _SRC["array_metadata_store"]()
 
 
 def is_primary_host(primary_host: int | None) -> bool:

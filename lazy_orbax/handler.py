@@ -137,7 +137,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         )
         others = await stock.serialize_others(prepared.others, leaves, directory)
         agreement = agreement_on(
-            prepared.processes,
+            prepared.plan.processes,
             self._multiprocessing_options,
             operation=_orbax.operation_id(),
             item=place.rpartition("/")[2],

@@ -97,6 +97,11 @@ class Plan:
     slabs: tuple[Slab, ...]
 
     @functools.cached_property
+    def processes(self) -> frozenset[int]:
+        """Every process that writes some of the arrays."""
+        return frozenset().union(*(layout.processes for layout in self.layouts))
+
+    @functools.cached_property
     def n_bytes(self) -> int:
         """Bytes that this process writes, before compression."""
         return sum(

@@ -43,7 +43,6 @@ class Prepared:
         keys: positions of typed PRNG keys, whose data is what is stored.
         others: leaves that Orbax's own type handlers write, with their positions.
         positions: for every leaf of the plan, its position in the tree.
-        processes: every process that writes some of the arrays of the plan.
     """
 
     plan: Plan
@@ -51,7 +50,6 @@ class Prepared:
     keys: tuple[int, ...]
     others: tuple[tuple[int, LeafInfo], ...]
     positions: tuple[int, ...]
-    processes: frozenset[int]
 
 
 @dataclasses.dataclass(eq=False)
@@ -248,8 +246,7 @@ def _make(
     plan = make_plan(planned, policy, process_index=jax.process_index(), slab_bytes=slab_bytes)
     format_ = make_format(handler, tree, plan.leaves, plan.layouts, key_metadata)
     positions = tuple(leaf.position for leaf in planned)
-    processes = frozenset().union(*(layout.processes for layout in plan.layouts))
-    return Prepared(plan, format_, tuple(key_metadata), tuple(others), positions, processes)
+    return Prepared(plan, format_, tuple(key_metadata), tuple(others), positions)
 
 
 def _is_key(array: jax.Array) -> bool:

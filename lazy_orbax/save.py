@@ -101,10 +101,8 @@ class Save:
 
     def fail(self, error: BaseException) -> None:
         """Ends the save with `error` as its cause, unless it is over."""
-        if isinstance(error, SaveError):
-            failure = error
-        else:
-            failure = save_error(self._path, error)
+        failure = error if isinstance(error, SaveError) else save_error(self._path, error)
+        if failure is not error:
             failure.__cause__ = error
         if self._move(State.FAILED, failure):
             self.recorder.end(error=failure)
