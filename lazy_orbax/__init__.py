@@ -2,7 +2,8 @@
 
 from lazy_orbax import args, errors
 from lazy_orbax.events import SaveTimeline
-from lazy_orbax.handler import LazyCheckpointHandler, pytree_handler, standard_handler
+from lazy_orbax.faces import pytree_handler, standard_handler
+from lazy_orbax.handler import LazyCheckpointHandler
 from lazy_orbax.in_step import SnapshotStep
 from lazy_orbax.node_local import NodeLocalOptions, node_local_options
 from lazy_orbax.options import LazyOptions

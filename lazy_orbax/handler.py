@@ -1,4 +1,4 @@
-"""The custom handler and its two stock-shaped faces.
+"""The custom handler. `faces.py` puts it inside Orbax's own.
 
 A save is `prepare` (which slabs, which offsets: cached), `Save.snapshot` (out of reach of donation
 before `save()` returns) and `Save.write` (in Orbax's commit thread). Orbax does the rest:
@@ -7,12 +7,8 @@ temporary directories, barriers, publishing, retention; and all of restore.
 
 from __future__ import annotations
 
-import inspect
 import json
-import weakref
 from typing import Any
-
-import orbax.checkpoint as ocp
 
 from lazy_orbax import _orbax, stock
 from lazy_orbax.agreement import agreement_on
@@ -31,8 +27,6 @@ _GB = 10**9
 _STOCK_CONCURRENT_GB = 96
 # Slabs that fit the budget at once: some are copied while others are written.
 _LEAST_SLABS = 4
-# What is inside the handlers that `pytree_handler` and `standard_handler` returned.
-_INSIDE: weakref.WeakKeyDictionary[Any, LazyCheckpointHandler] = weakref.WeakKeyDictionary()
 
 
 class LazyCheckpointHandler(_orbax.HANDLER_BASE):
@@ -228,67 +222,3 @@ def _own_json(custom_metadata: Any) -> Any:
 
 def _hashable(settings: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     return tuple(sorted((name, repr(value)) for name, value in settings.items()))
-
-
-def pytree_handler(
-    *, options: LazyOptions | None = None, aggregate_filename: str | None = None, **kwargs: Any
-) -> ocp.PyTreeCheckpointHandler:
-    """Returns a stock `ocp.PyTreeCheckpointHandler` that saves lazily.
-
-    It takes `ocp.args.PyTreeSave` and `PyTreeRestore`.
-
-    Args:
-        options: how to take a snapshot; `None` is `LazyOptions()`.
-        aggregate_filename: as in stock Orbax.
-        **kwargs: the keywords of `LazyCheckpointHandler`, which are those of the stock handler.
-
-    Raises:
-        OptionError: a value is out of range.
-    """
-    lazy = LazyCheckpointHandler(options=options, **kwargs)
-    accepted = inspect.signature(ocp.PyTreeCheckpointHandler).parameters
-    shared = {name: value for name, value in kwargs.items() if name in accepted}
-    if _orbax.MISSING:
-        return ocp.PyTreeCheckpointHandler(aggregate_filename, **shared)
-    handler = ocp.PyTreeCheckpointHandler(aggregate_filename, handler_impl=lazy, **shared)
-    _INSIDE[handler] = lazy
-    return handler
-
-
-def standard_handler(
-    *, options: LazyOptions | None = None, **kwargs: Any
-) -> ocp.StandardCheckpointHandler:
-    """Returns a stock `ocp.StandardCheckpointHandler` that saves lazily.
-
-    It takes `ocp.args.StandardSave` and `StandardRestore`.
-
-    Args:
-        options: how to take a snapshot; `None` is `LazyOptions()`.
-        **kwargs: the keywords of `LazyCheckpointHandler`; more than the stock handler takes.
-
-    Raises:
-        OptionError: a value is out of range.
-    """
-    pytree = pytree_handler(options=options, **kwargs)
-    accepted = inspect.signature(ocp.StandardCheckpointHandler).parameters
-    shared = {name: value for name, value in kwargs.items() if name in accepted}
-    standard = ocp.StandardCheckpointHandler(**shared)
-    if _orbax.put_inside_standard_handler(standard, pytree):
-        _INSIDE[standard] = _INSIDE[pytree]
-    return standard
-
-
-def lazy_part_of(handler: Any) -> LazyCheckpointHandler | None:
-    """Returns what saves lazily in a handler; `None` where only the stock way is open.
-
-    Raises:
-        OptionError: it is not one of lazy_orbax.
-    """
-    if isinstance(handler, LazyCheckpointHandler):
-        return None if _orbax.MISSING else handler
-    if handler not in _INSIDE and not _orbax.MISSING:
-        raise OptionError(
-            f"{handler!r} does not save lazily. Give what lazy_orbax.standard_handler() or "
-            "pytree_handler() returned, or a LazyCheckpointHandler."
-        )
-    return _INSIDE.get(handler)

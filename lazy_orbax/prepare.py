@@ -20,17 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from lazy_orbax import _orbax
-from lazy_orbax.errors import DeletedArrayError, TreeError, summarize
+from lazy_orbax.errors import TreeError
 from lazy_orbax.format import Format, make_format
 from lazy_orbax.given import given_of, origins
 from lazy_orbax.layout import Leaf
 from lazy_orbax.plan import Plan, make_plan
-from lazy_orbax.tree import LeafInfo, TreeInfo
+from lazy_orbax.refuse import refuse_clashes, refuse_deleted, refuse_unsupported
+from lazy_orbax.tree import LeafInfo
 
 _MOST_CACHED = 32
 _HOST_TYPES = (np.ndarray, np.generic, int, float, bytes)
 _aval = operator.attrgetter("aval")
-_is_deleted = operator.methodcaller("is_deleted")
 
 
 @dataclasses.dataclass
@@ -150,7 +150,7 @@ def prepare(
     array_types = _array_types(kinds)
     arrays = [leaf for leaf, type_ in zip(leaves, types, strict=True) if type_ in array_types]
     if not abstract:
-        _refuse_deleted(item, arrays)
+        refuse_deleted(item, arrays)
     config = (
         *_settings(handler, kinds),
         ocdbt_target_data_file_size,
@@ -196,20 +196,6 @@ def _settings(handler: Any, types: set[type]) -> tuple[Any, ...]:
     return (handler.settings, frozenset(found.items()))
 
 
-def _refuse_deleted(item: Any, arrays: Sequence[jax.Array]) -> None:
-    if not any(map(_is_deleted, arrays)):
-        return
-    problems = [
-        f"{jax.tree_util.keystr(path)}: {leaf.dtype}{list(leaf.shape)}"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(item)
-        if isinstance(leaf, jax.Array) and leaf.is_deleted()
-    ]
-    raise DeletedArrayError(
-        "These arrays were deleted before save() was called, most likely donated to a jitted "
-        f"function:{summarize(problems)}\nSave the state that the function returned."
-    )
-
-
 def _make(
     handler: Any, item: Any, save_args: Any, target_data_file_size: int | None, slab_bytes: int
 ) -> Prepared:
@@ -217,11 +203,11 @@ def _make(
     with_paths = jax.tree_util.tree_leaves_with_path(item)
     keypaths = [jax.tree_util.keystr(path) for path, _ in with_paths]
     leaves = [leaf for _, leaf in with_paths]
-    _refuse(_unsupported(handler, keypaths, leaves), "These leaves cannot be saved")
+    refuse_unsupported(handler, keypaths, leaves)
     tree = _orbax.describe_tree(
         handler, item, save_args, ocdbt_target_data_file_size=target_data_file_size
     )
-    _refuse(_clashes(keypaths, tree), "These leaves would overwrite each other")
+    refuse_clashes(keypaths, tree)
     planned, others, key_metadata = [], [], {}
     for position, (value, keypath) in enumerate(zip(leaves, keypaths, strict=True)):
         info = tree.leaves[position]
@@ -251,53 +237,3 @@ def _make(
 
 def _is_key(array: jax.Array) -> bool:
     return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
-
-
-def _refuse(problems: list[str], what: str) -> None:
-    if problems:
-        raise TreeError(f"{what}; nothing was written:{summarize(problems)}")
-
-
-def _unsupported(handler: Any, keypaths: Sequence[str], leaves: Sequence[Any]) -> list[str]:
-    problems = []
-    for keypath, leaf in zip(keypaths, leaves, strict=True):
-        type_ = type(leaf)
-        if _orbax.type_handler_for(handler, type_) is None:
-            problems.append(
-                f"{keypath}: {type_.__name__}: TypeHandler lookup failed for: type={type_}; "
-                "convert it to an array, a number or a string, or register a type handler for it"
-            )
-        elif isinstance(leaf, jax.Array | np.ndarray) and leaf.size == 0:
-            problems.append(
-                f"{keypath}: {leaf.dtype}{list(leaf.shape)}: Orbax's format has no arrays of zero "
-                "size; leave it out or save None"
-            )
-        elif isinstance(leaf, jax.Array):
-            problems.extend(_unreachable(keypath, leaf))
-    return problems
-
-
-def _unreachable(keypath: str, array: jax.Array) -> list[str]:
-    if jax.process_count() > 1 and array.is_fully_addressable:
-        return [
-            f"{keypath}: {array.dtype}{list(array.shape)} is on process "
-            f"{jax.process_index()} alone ({array.sharding}); with several processes make it a "
-            "global array, or a NumPy array if every process has the same"
-        ]
-    if not array.sharding.addressable_devices:
-        return [
-            f"{keypath}: {array.dtype}{list(array.shape)} has no shard on process "
-            f"{jax.process_index()} ({array.sharding}); reshard it over all processes first"
-        ]
-    return []
-
-
-def _clashes(keypaths: Sequence[str], tree: TreeInfo) -> list[str]:
-    by_name: dict[str, list[str]] = {}
-    for keypath, info in zip(keypaths, tree.leaves, strict=True):
-        by_name.setdefault(info.name, []).append(keypath)
-    return [
-        f"{' and '.join(paths)} are both stored as {name!r}; rename one"
-        for name, paths in by_name.items()
-        if len(paths) > 1
-    ]

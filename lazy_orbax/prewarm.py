@@ -12,7 +12,8 @@ import numpy as np
 
 from lazy_orbax import snapshot
 from lazy_orbax.errors import TreeError
-from lazy_orbax.handler import LazyCheckpointHandler, lazy_part_of
+from lazy_orbax.faces import lazy_part_of
+from lazy_orbax.handler import LazyCheckpointHandler
 from lazy_orbax.host_budget import HOST_BUDGET, Lease
 from lazy_orbax.plan import Plan, Slab
 from lazy_orbax.room import Room

@@ -31,6 +31,7 @@ RANKS = {
     "pack": 4,
     "plan": 3,
     "format": 4,
+    "refuse": 4,
     "snapshot": 5,
     "prepare": 5,
     "write": 5,
@@ -42,8 +43,9 @@ RANKS = {
     "commit": 8,
     "handler": 9,
     "args": 10,
-    "prewarm": 10,
-    "__init__": 11,
+    "faces": 10,
+    "prewarm": 11,
+    "__init__": 12,
 }
 LEAST_IMPORTS = {
     # Pure planning: neither Orbax nor storage.

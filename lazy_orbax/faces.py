@@ -1,0 +1,81 @@
+"""The two stock-shaped faces of the handler: Orbax's own types, which save lazily inside."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from lazy_orbax import _orbax
+from lazy_orbax.errors import OptionError
+from lazy_orbax.handler import LazyCheckpointHandler
+from lazy_orbax.options import LazyOptions
+
+# What is inside the handlers that `pytree_handler` and `standard_handler` returned.
+_INSIDE: weakref.WeakKeyDictionary[Any, LazyCheckpointHandler] = weakref.WeakKeyDictionary()
+
+
+def pytree_handler(
+    *, options: LazyOptions | None = None, aggregate_filename: str | None = None, **kwargs: Any
+) -> ocp.PyTreeCheckpointHandler:
+    """Returns a stock `ocp.PyTreeCheckpointHandler` that saves lazily.
+
+    It takes `ocp.args.PyTreeSave` and `PyTreeRestore`.
+
+    Args:
+        options: how to take a snapshot; `None` is `LazyOptions()`.
+        aggregate_filename: as in stock Orbax.
+        **kwargs: the keywords of `LazyCheckpointHandler`, which are those of the stock handler.
+
+    Raises:
+        OptionError: a value is out of range.
+    """
+    lazy = LazyCheckpointHandler(options=options, **kwargs)
+    accepted = inspect.signature(ocp.PyTreeCheckpointHandler).parameters
+    shared = {name: value for name, value in kwargs.items() if name in accepted}
+    if _orbax.MISSING:
+        return ocp.PyTreeCheckpointHandler(aggregate_filename, **shared)
+    handler = ocp.PyTreeCheckpointHandler(aggregate_filename, handler_impl=lazy, **shared)
+    _INSIDE[handler] = lazy
+    return handler
+
+
+def standard_handler(
+    *, options: LazyOptions | None = None, **kwargs: Any
+) -> ocp.StandardCheckpointHandler:
+    """Returns a stock `ocp.StandardCheckpointHandler` that saves lazily.
+
+    It takes `ocp.args.StandardSave` and `StandardRestore`.
+
+    Args:
+        options: how to take a snapshot; `None` is `LazyOptions()`.
+        **kwargs: the keywords of `LazyCheckpointHandler`; more than the stock handler takes.
+
+    Raises:
+        OptionError: a value is out of range.
+    """
+    pytree = pytree_handler(options=options, **kwargs)
+    accepted = inspect.signature(ocp.StandardCheckpointHandler).parameters
+    shared = {name: value for name, value in kwargs.items() if name in accepted}
+    standard = ocp.StandardCheckpointHandler(**shared)
+    if _orbax.put_inside_standard_handler(standard, pytree):
+        _INSIDE[standard] = _INSIDE[pytree]
+    return standard
+
+
+def lazy_part_of(handler: Any) -> LazyCheckpointHandler | None:
+    """Returns what saves lazily in a handler; `None` where only the stock way is open.
+
+    Raises:
+        OptionError: it is not one of lazy_orbax.
+    """
+    if isinstance(handler, LazyCheckpointHandler):
+        return None if _orbax.MISSING else handler
+    if handler not in _INSIDE and not _orbax.MISSING:
+        raise OptionError(
+            f"{handler!r} does not save lazily. Give what lazy_orbax.standard_handler() or "
+            "pytree_handler() returned, or a LazyCheckpointHandler."
+        )
+    return _INSIDE.get(handler)
