@@ -22,7 +22,7 @@ from etils import epath
 
 from lazy_orbax.errors import StockFallbackWarning
 from lazy_orbax.layout import ReplicaPolicy
-from lazy_orbax.tree import LeafInfo, TreeInfo
+from lazy_orbax.tree import Destination, LeafInfo, TreeInfo
 
 _NEEDED = {
     "base": ("handlers.base_pytree_checkpoint_handler", "BasePyTreeCheckpointHandler"),
@@ -39,6 +39,8 @@ _NEEDED = {
     "process_index": ("multihost.multihost", "process_index"),
     "is_primary_host": ("multihost.multihost", "is_primary_host"),
     "operation_ids": ("futures.synchronization", "OperationIdGenerator"),
+    "merge": ("serialization.ocdbt_utils", "merge_ocdbt_per_process_files"),
+    "validate_array_metadatas": ("metadata.array_metadata_store", "validate_all_array_metadatas"),
     "process_subdir": ("serialization.ocdbt_utils", "get_process_index_for_subdir"),
     "is_replicated_sharding": ("serialization.jax_array_handlers", "_is_replicated_sharding"),
     "build_array_write_spec": ("serialization.tensorstore_utils", "build_array_write_spec"),
@@ -63,9 +65,6 @@ _SRC, MISSING = _probe()
 key_value_store = _SRC.get("key_value_store", lambda: None)
 array_metadata_store = _SRC.get("array_metadata_store", lambda: None)
 HANDLER_BASE: type = ocp.PyTreeCheckpointHandler if MISSING else _SRC["base"]
-
-# Stands for the item's directory in everything that is kept from save to save.
-PLACEHOLDER_DIRECTORY = "/lazy-orbax-directory"
 
 
 def warn_if_stock(missing: Sequence[str] = MISSING) -> bool:
@@ -129,15 +128,10 @@ def is_primary_host(primary_host: int | None) -> bool:
     return _SRC["is_primary_host"](primary_host)
 
 
-def typestr_of_pytree_handler() -> str:
-    """Returns the name under which stock checkpoints say how to read themselves."""
-    return ocp.PyTreeCheckpointHandler.typestr()
-
-
-def describe_tree(
-    handler: Any, item: Any, save_args: Any, *, ocdbt_target_data_file_size: int | None
-) -> TreeInfo:
+def describe_tree(handler: Any, item: Any, save_args: Any, destination: Destination) -> TreeInfo:
     """Returns Orbax's view of every leaf, in the order of `jax.tree.leaves(item)`.
+
+    Everything in it is for `destination`.
 
     Raises:
         LookupError: Orbax has no type handler for some leaf; the message is a list of key paths.
@@ -145,11 +139,11 @@ def describe_tree(
     filled = _SRC["fill_args"](item, save_args, mode="save")
     infos = handler._get_param_infos(
         item,
-        epath.Path(PLACEHOLDER_DIRECTORY),
+        epath.Path(destination.directory),
         use_ocdbt=handler._use_ocdbt,
         use_compression=handler._use_compression,
         use_zarr3=handler._use_zarr3,
-        ocdbt_target_data_file_size=ocdbt_target_data_file_size,
+        ocdbt_target_data_file_size=destination.target_file_bytes,
     )
     is_leaf = _SRC["is_empty_or_leaf"]
     flat = [jax.tree.leaves(tree, is_leaf=is_leaf) for tree in (item, infos, filled)]
@@ -159,7 +153,7 @@ def describe_tree(
             type_handler = handler._type_handler_registry.get(type(value))
             route = _route(value, type_handler)
             leaves.append(LeafInfo(info.name, route, type_handler, info, arg))
-    return TreeInfo(tuple(leaves), infos, filled)
+    return TreeInfo(tuple(leaves), infos, filled, destination.directory)
 
 
 def type_handler_for(handler: Any, type_: type) -> Any | None:
@@ -182,11 +176,7 @@ def _route(value: Any, type_handler: Any) -> str:
 
 
 def replica_policy(array_handler: Any) -> ReplicaPolicy:
-    """Returns which replicas write, as the type handler for `jax.Array` was configured.
-
-    Args:
-        array_handler: the type handler, or `None` for a tree without arrays.
-    """
+    """Returns which replicas write, as the type handler for `jax.Array`, if any, has it."""
     if array_handler is None:
         return ReplicaPolicy()
     return ReplicaPolicy(
@@ -200,6 +190,16 @@ def replica_policy(array_handler: Any) -> ReplicaPolicy:
 def primary_host(handler: Any) -> int | None:
     """Returns the process that writes what is written once."""
     return handler._primary_host
+
+
+async def finalize(handler: Any, directory: Any, context: Any) -> None:
+    """Does what the stock `finalize` does, with a TensorStore context of ours."""
+    store, primary = handler._array_metadata_store, handler._primary_host
+    if store is not None and primary is not None and is_primary_host(primary):
+        validator = handler._array_metadata_validator
+        await _SRC["validate_array_metadatas"](validator, store, directory)
+    zarr3, validate = handler._use_zarr3, handler._enable_post_merge_validation
+    await _SRC["merge"](directory, ts_context=context, use_zarr3=zarr3, enable_validation=validate)
 
 
 def key_metadata(key: jax.Array) -> dict[str, str]:
@@ -246,9 +246,9 @@ def array_write_spec(
     return spec.json, spec.metadata
 
 
-def directory_kvstore_spec() -> dict[str, Any]:
-    """Returns the spec of the item's directory as a plain key-value store."""
-    return _SRC["build_kvstore_tspec"](PLACEHOLDER_DIRECTORY, use_ocdbt=False)
+def directory_kvstore_spec(directory: str) -> dict[str, Any]:
+    """Returns the spec of a directory, or an address, as a plain key-value store."""
+    return _SRC["build_kvstore_tspec"](directory, use_ocdbt=False)
 
 
 def tree_metadata(

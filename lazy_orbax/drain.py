@@ -6,13 +6,12 @@ import collections
 import queue
 import threading
 import time
-from typing import Any
 
 from lazy_orbax import snapshot
 from lazy_orbax.host_budget import Lease
 from lazy_orbax.plan import Plan
 from lazy_orbax.snapshot import Held
-from lazy_orbax.write import Writer
+from lazy_orbax.write import Request, Writer
 
 # Slabs that may be with TensorStore at once: one being written while the next is handed over.
 _MOST_WRITING = 2
@@ -65,7 +64,7 @@ def drain(
     Raises:
         SaveError: the storage refused something.
     """
-    writing: collections.deque[tuple[list[Any], Held, Lease]] = collections.deque()
+    writing: collections.deque[tuple[list[Request], Held, Lease]] = collections.deque()
 
     def settle_oldest() -> None:
         futures, held, lease = writing.popleft()

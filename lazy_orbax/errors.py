@@ -2,7 +2,7 @@
 
 | class | the caller |
 |---|---|
-| `OptionError` | fixes an option or a keyword |
+| `OptionError` | fixes an option, a keyword or the directory |
 | `TreeError`, `DeletedArrayError` | fixes the tree that was to be saved; nothing was written |
 | `SaveError` | goes on training; the last committed step is untouched, the next save may work |
 | `RestoreError` | fixes the restore target, or the checkpoint |
@@ -20,7 +20,7 @@ class LazyOrbaxError(Exception):
 
 
 class OptionError(LazyOrbaxError, ValueError):
-    """An option is out of range or of the wrong type."""
+    """An option is out of range or of the wrong type, or Orbax cannot write to a directory."""
 
 
 class TreeError(LazyOrbaxError, ValueError):

@@ -1,6 +1,6 @@
 """What a save puts on disk, asked of Orbax's own builders once, when the plan is made.
 
-Everything is kept for `_orbax.PLACEHOLDER_DIRECTORY`; a save only puts its own directory there.
+Everything is kept for a stand-in of the directory; a save only puts its own directory there.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def make_format(
                 sharding=leaf.sharding,
                 ext_metadata=key_metadata.get(leaf.position),
             )
-            stored.append(_stored(leaf, spec, kvstores, scratch))
+            stored.append(_stored(leaf, spec, kvstores, tree.directory, scratch))
         except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
             problems.append(f"{leaf.keypath}: {leaf.dtype}{list(leaf.shape)}: {error}")
             continue
@@ -127,7 +127,7 @@ def make_format(
     return Format(
         tuple(stored),
         tuple(kvstores),
-        json.dumps(_orbax.directory_kvstore_spec()),
+        json.dumps(_orbax.directory_kvstore_spec(tree.directory)),
         _small_files(tree, leaves, array_metadatas, is_primary),
         _orbax.tree_metadata(handler, tree, write_shapes) if is_primary else None,
         is_primary,
@@ -135,7 +135,11 @@ def make_format(
 
 
 def _stored(
-    leaf: Leaf, spec: dict[str, Any], kvstores: dict[str, int], scratch: ts.Context
+    leaf: Leaf,
+    spec: dict[str, Any],
+    kvstores: dict[str, int],
+    directory: str,
+    scratch: ts.Context,
 ) -> StoredLeaf:
     """Splits TensorStore's spec of a leaf into what is its own and what it shares."""
     cast_from = None
@@ -147,7 +151,7 @@ def _stored(
     if kvstore["driver"] == "ocdbt":
         kvstore.pop("path", None)
     else:
-        kvstore = _orbax.directory_kvstore_spec()
+        kvstore = _orbax.directory_kvstore_spec(directory)
         _check_path(leaf.name)
     own = {key: value for key, value in spec.items() if key != "kvstore"}
     place = kvstores.setdefault(json.dumps(kvstore), len(kvstores))

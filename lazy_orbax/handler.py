@@ -17,11 +17,14 @@ from lazy_orbax.drain import Pace
 from lazy_orbax.errors import OptionError
 from lazy_orbax.events import await_publication, final_directory
 from lazy_orbax.host_budget import HOST_BUDGET
+from lazy_orbax.object_store import scheme_of, stand_in
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.plan import Plan
 from lazy_orbax.prepare import prepare
 from lazy_orbax.restore import explained
 from lazy_orbax.save import Save
+from lazy_orbax.tree import Destination
+from lazy_orbax.write import merge_remotely
 
 _GB = 10**9
 _STOCK_CONCURRENT_GB = 96
@@ -94,7 +97,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         super().__init__(use_compression=use_compression, **keywords)
         # What is written into the checkpoint: the stock name, so that stock Orbax reads it without
         # being told how. On the class it would clash with the stock handler's registration.
-        self.typestr = _orbax.typestr_of_pytree_handler
+        self.typestr = ocp.PyTreeCheckpointHandler.typestr
 
     async def async_save(self, directory: Any, args: Any) -> list[Any] | None:
         """Puts `args.item` out of reach of donation and starts writing it.
@@ -108,6 +111,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             `args.item` when this returned.
 
         Raises:
+            OptionError: Orbax cannot write to such a directory.
             TreeError: the tree cannot be saved. Nothing was written.
             SaveError: the save failed while it waited for host memory.
         """
@@ -122,7 +126,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             self,
             args.item,
             args.save_args,
-            ocdbt_target_data_file_size=args.ocdbt_target_data_file_size,
+            destination=Destination(stand_in(path), args.ocdbt_target_data_file_size),
             slab_bytes=self._slab_bytes,
             abstract=False,
         )
@@ -143,7 +147,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             custom_metadata,
             others=others,
             agreement=agreement,
-            merge=super().finalize,
+            merge=self._merge,
         )
         try:
             save.snapshot(leaves)
@@ -166,7 +170,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             self,
             item,
             save_args,
-            ocdbt_target_data_file_size=ocdbt_target_data_file_size,
+            destination=Destination(stand_in("/"), ocdbt_target_data_file_size),
             slab_bytes=self._slab_bytes,
             abstract=True,
         )
@@ -190,13 +194,23 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             return super().restore(directory, args=stock_args)
 
     def finalize(self, directory: Any) -> None:
-        """Lets Orbax merge what the processes wrote. Orbax publishes the step after this."""
+        """Lets Orbax merge what the processes wrote. Orbax publishes the step after this.
+
+        Raises:
+            SaveError: an object store refused it, or did not answer in time.
+        """
         place = final_directory(str(directory))
         here = [c for c in self._commits if c.save.recorder.timeline.directory == place]
         if not (here and here[-1].is_merged):
-            super().finalize(directory)
+            self._merge(directory)
         for commit in here:
             await_publication(commit.save.recorder)
+
+    def _merge(self, directory: Any) -> None:
+        if scheme_of(str(directory)) and not _orbax.MISSING:
+            merge_remotely(self, directory, timeout_s=self.options.storage_timeout_s)
+        else:
+            super().finalize(directory)
 
     def close(self) -> None:
         """Waits for what is being saved, and gives host memory back. A second call does nothing.

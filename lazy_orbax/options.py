@@ -41,6 +41,8 @@ class LazyOptions:
         write_bytes_per_s: most bytes a second that one handler writes, on average. `None` is as
             fast as the storage takes them. For training steps that suffer while a save is in
             flight.
+        storage_timeout_s: most seconds to wait for an object store (`gs://`) to acknowledge a
+            write, retries included; the save then fails. Local directories are waited for.
         on_timeline: called once per saved item, from a background thread, when it was committed
             or has failed. It must not raise, save or wait.
 
@@ -52,6 +54,7 @@ class LazyOptions:
     host_bytes: int | None = None
     slab_bytes: int = 64 * _MIB
     write_bytes_per_s: int | None = None
+    storage_timeout_s: float = 300.0
     on_timeline: Callable[[SaveTimeline], None] | None = None
 
     def __post_init__(self) -> None:
@@ -65,6 +68,12 @@ class LazyOptions:
                 raise OptionError(
                     f"{name}={value!r} must be a whole number of bytes, at least {_MIB} (1 MiB)."
                 )
+        timeout_s = self.storage_timeout_s
+        is_number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
+        if not is_number or not 1 <= timeout_s < float("inf"):
+            raise OptionError(
+                f"storage_timeout_s={timeout_s!r} must be a finite number of seconds, at least 1."
+            )
         if self.on_timeline is not None and not callable(self.on_timeline):
             raise OptionError(f"on_timeline={self.on_timeline!r} is not callable.")
 

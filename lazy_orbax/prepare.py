@@ -26,7 +26,7 @@ from lazy_orbax.given import given_of, origins
 from lazy_orbax.layout import Leaf
 from lazy_orbax.plan import Plan, make_plan
 from lazy_orbax.refuse import refuse_clashes, refuse_deleted, refuse_unsupported
-from lazy_orbax.tree import LeafInfo
+from lazy_orbax.tree import Destination, LeafInfo
 
 _MOST_CACHED = 32
 _HOST_TYPES = (np.ndarray, np.generic, int, float, bytes)
@@ -122,7 +122,7 @@ def prepare(
     item: Any,
     save_args: Any,
     *,
-    ocdbt_target_data_file_size: int | None,
+    destination: Destination,
     slab_bytes: int,
     abstract: bool,
 ) -> tuple[Prepared, list[Any]]:
@@ -132,7 +132,7 @@ def prepare(
         handler: the handler that saves, for its settings.
         item: the tree.
         save_args: what the caller wants of each leaf, or `None`.
-        ocdbt_target_data_file_size: as in stock Orbax, in bytes.
+        destination: where to.
         slab_bytes: most bytes of a slab.
         abstract: whether the arrays only stand for others, and may be deleted ones.
 
@@ -151,13 +151,8 @@ def prepare(
     arrays = [leaf for leaf, type_ in zip(leaves, types, strict=True) if type_ in array_types]
     if not abstract:
         refuse_deleted(item, arrays)
-    config = (
-        *_settings(handler, kinds),
-        ocdbt_target_data_file_size,
-        slab_bytes,
-        jax.process_index(),
-        jax.process_count(),
-    )
+    process = (jax.process_index(), jax.process_count())
+    config = (*_settings(handler, kinds), destination, slab_bytes, *process)
     signature = _Signature(
         treedef,
         types,
@@ -169,7 +164,7 @@ def prepare(
     )
     prepared = PLAN_CACHE.find(signature)
     if prepared is None:
-        prepared = _make(handler, item, save_args, ocdbt_target_data_file_size, slab_bytes)
+        prepared = _make(handler, item, save_args, destination, slab_bytes)
         PLAN_CACHE.add(signature, prepared)
     return prepared, leaves
 
@@ -197,16 +192,14 @@ def _settings(handler: Any, types: set[type]) -> tuple[Any, ...]:
 
 
 def _make(
-    handler: Any, item: Any, save_args: Any, target_data_file_size: int | None, slab_bytes: int
+    handler: Any, item: Any, save_args: Any, destination: Destination, slab_bytes: int
 ) -> Prepared:
     """Plans the first save of a tree."""
     with_paths = jax.tree_util.tree_leaves_with_path(item)
     keypaths = [jax.tree_util.keystr(path) for path, _ in with_paths]
     leaves = [leaf for _, leaf in with_paths]
     refuse_unsupported(handler, keypaths, leaves)
-    tree = _orbax.describe_tree(
-        handler, item, save_args, ocdbt_target_data_file_size=target_data_file_size
-    )
+    tree = _orbax.describe_tree(handler, item, save_args, destination)
     refuse_clashes(keypaths, tree)
     planned, others, key_metadata = [], [], {}
     for position, (value, keypath) in enumerate(zip(leaves, keypaths, strict=True)):

@@ -66,7 +66,7 @@ class Save:
             path: the item's directory, which need not exist yet.
         """
         self.recorder = Recorder(path, options.on_timeline)
-        self._prepared, self._mode, self._limit_bytes = prepared, options.mode, limit_bytes
+        self._prepared, self._options, self._limit_bytes = prepared, options, limit_bytes
         self._path, self._pace = path, pace
         self._lock = threading.Lock()
         self._state = State.SNAPSHOT
@@ -168,7 +168,7 @@ class Save:
         ]
         _IN_FLIGHT.add(self)
         self._stager.start()
-        room, modes = Room(self._mode), set()
+        room, modes = Room(self._options.mode), set()
         try:
             for slab in plan.slabs:
                 mode = room.mode_for(slab)
@@ -249,15 +249,11 @@ class Save:
         self._write_began = True
         try:
             if not self.is_over:
-                writer = Writer(self._prepared.plan, self._prepared.format, directory)
+                prepared, timeout_s = self._prepared, self._options.storage_timeout_s
+                writer = Writer(prepared.plan, prepared.format, directory, timeout_s=timeout_s)
                 with contextlib.closing(writer):
-                    drain(
-                        self._on_host,
-                        writer,
-                        self._prepared.plan,
-                        pace=self._pace,
-                        ended=self._ended,
-                    )
+                    plan, pace, ended = prepared.plan, self._pace, self._ended
+                    drain(self._on_host, writer, plan, pace=pace, ended=ended)
                     if not self.is_over:
                         writer.finish(custom_metadata)
                 self._move(State.DURABLE)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import tensorstore as ts
 
-from lazy_orbax import _orbax
+from lazy_orbax import _orbax, object_store
 from lazy_orbax.errors import SaveError
 from lazy_orbax.events import final_directory, step_of
 from lazy_orbax.format import Format
@@ -28,6 +27,17 @@ _CONTEXT = {
 }
 
 
+class Request(NamedTuple):
+    """A write that TensorStore was given, and where it goes below the item's directory."""
+
+    future: Any
+    key: str
+
+    def cancel(self) -> None:
+        """Gives it up, unless it is done."""
+        self.future.cancel()
+
+
 class Writer:
     """Writes one save of one item. Used by one thread at a time.
 
@@ -35,61 +45,74 @@ class Writer:
     `write` returned: TensorStore reads from them without a copy.
     """
 
-    def __init__(self, plan: Plan, format_: Format, directory: str):
+    def __init__(self, plan: Plan, format_: Format, directory: str, *, timeout_s: float):
         """Opens the key-value stores in `directory`, which must exist.
 
         Args:
             plan: what is written.
             format_: how it is stored.
             directory: the item's (temporary) directory, or its `gs://` address.
+            timeout_s: most seconds to wait for an object store to acknowledge one write.
         """
         self._plan, self._format, self._directory = plan, format_, directory
-        self._context = ts.Context(_CONTEXT)
+        self._deadline = object_store.Deadline(directory, timeout_s)
+        remote = object_store.context_spec(directory, timeout_s)
+        self._context = ts.Context({**_CONTEXT, **remote})
         self._stores: dict[int, Any] = {}
         self._files = self._open(format_.directory) if format_.is_primary or format_.files else None
         self._kvstores = [self._open(spec) for spec in format_.kvstores]
         self._syncer = Syncer(directory) if os.path.isabs(directory) else None
 
     def _open(self, spec: str) -> ts.KvStore:
-        here = json.loads(
-            spec.replace(_orbax.PLACEHOLDER_DIRECTORY, json.dumps(self._directory)[1:-1])
-        )
-        store = ts.KvStore.open(here, context=self._context).result()
+        here = object_store.kvstore_spec(spec, self._directory)
+        opening = ts.KvStore.open(here, context=self._context)
+        store = self._deadline.result_of(opening)
         return store if store.path.endswith("/") or not store.path else store + "/"
 
-    def write(self, pieces: Iterable[tuple[Piece, np.ndarray]]) -> list[Any]:
-        """Starts writing pieces and returns TensorStore's futures."""
-        futures: list[Any] = []
+    def write(self, pieces: Iterable[tuple[Piece, np.ndarray]]) -> list[Request]:
+        """Starts writing pieces and returns what to `wait` for."""
+        requests: list[Request] = []
         for piece, view in pieces:
             store = self._stores.get(piece.leaf)
             if store is None:
-                store = self._stores[piece.leaf] = self._open_leaf(piece.leaf, futures)
-            futures.append(
-                store[piece.index].write(view, can_reference_source_data_indefinitely=True)
-            )
-        return futures
+                store = self._stores[piece.leaf] = self._open_leaf(piece.leaf, requests)
+            future = store[piece.index].write(view, can_reference_source_data_indefinitely=True)
+            requests.append(Request(future, self._plan.leaves[piece.leaf].name))
+        return requests
 
-    def _open_leaf(self, leaf: int, futures: list[Any]) -> ts.TensorStore:
+    def _open_leaf(self, leaf: int, requests: list[Request]) -> ts.TensorStore:
         stored = self._format.leaves[leaf]
         kvstore = self._kvstores[stored.kvstore] + stored.prefix
         if self._format.is_primary:
-            futures.append(kvstore.write(stored.metadata_key, stored.metadata))
-        store = ts.open(
+            future = kvstore.write(stored.metadata_key, stored.metadata)
+            requests.append(Request(future, stored.prefix + stored.metadata_key))
+        opening = ts.open(
             stored.spec, kvstore=kvstore, context=self._context, open=True, assume_metadata=True
-        ).result()
+        )
+        store = self._deadline.result_of(opening)
         return store if stored.cast_from is None else ts.cast(store, ts.dtype(stored.cast_from))
 
     def finish(self, custom_metadata: Any) -> None:
-        """Writes the small files, and waits until everything is on storage."""
-        futures: list[Any] = []
+        """Writes the small files, and waits until everything is durable.
+
+        In a local directory that means synced, file by file and directory by directory. In an
+        object store it means that every write was acknowledged: there is nothing to sync.
+
+        Args:
+            custom_metadata: JSON-serializable, stored beside the tree.
+
+        Raises:
+            SaveError: the storage refused something, or did not answer in time.
+        """
+        requests: list[Request] = []
         if self._format.is_primary:
             for leaf in range(len(self._plan.leaves)):
                 if leaf not in self._stores:
-                    self._stores[leaf] = self._open_leaf(leaf, futures)
+                    self._stores[leaf] = self._open_leaf(leaf, requests)
         if self._files is not None:
             for name, content in self._format.metadata_files(custom_metadata).items():
-                futures.append(self._files.write(name, content))
-        self.wait(futures)
+                requests.append(Request(self._files.write(name, content), name))
+        self.wait(requests)
         self._stores.clear()
         if self._syncer is not None:
             self._syncer.finish()
@@ -99,22 +122,23 @@ class Writer:
         if self._syncer is not None:
             self._syncer.close()
 
-    def wait(self, futures: Sequence[Any], slab: Slab | None = None) -> None:
-        """Waits for futures of `write`.
+    def wait(self, requests: Sequence[Request], slab: Slab | None = None) -> None:
+        """Waits until the storage has acknowledged what `write` began.
 
         Args:
-            futures: what `write` returned.
+            requests: what `write` returned.
             slab: what they are of, for the message.
 
         Raises:
-            SaveError: the storage refused something.
+            SaveError: the storage refused something, or did not answer in time.
         """
-        for future in futures:
+        for future, key in requests:
             try:
-                future.result()
+                self._deadline.result_of(future)
             except (ValueError, OSError) as error:
-                leaf = self._leaf_at_fault(str(error), slab)
-                raise save_error(self._directory, error, leaf=leaf) from error
+                file = f"{self._directory}/{key}"
+                leaf = self._leaf_at_fault(f"{file}/ {error}", slab)
+                raise save_error(self._directory, error, leaf=leaf, file=file) from error
         if slab is not None and self._syncer is not None:
             self._syncer.begin()
 
@@ -127,13 +151,42 @@ class Writer:
         return None if not names else f"{names[0]} and {len(names) - 1} others with it"
 
 
-def save_error(directory: str, error: BaseException, *, leaf: str | None = None) -> SaveError:
-    """Returns the `SaveError` for a failure while writing to `directory`."""
+def merge_remotely(handler: Any, directory: Any, *, timeout_s: float) -> None:
+    """Lets Orbax merge in an object store what the processes wrote.
+
+    Args:
+        handler: the handler that saved.
+        directory: the item's directory.
+        timeout_s: most seconds to wait.
+
+    Raises:
+        SaveError: the storage refused something, or did not answer in time.
+    """
+    place = str(directory)
+    context = ts.Context({**_CONTEXT, **object_store.context_spec(place, timeout_s)})
+    merge = _orbax.finalize(handler, directory, context)
+    try:
+        object_store.Deadline(place, timeout_s).run(merge, "lazy_orbax-merge")
+    except Exception as error:  # Each storage client has errors of its own.
+        raise save_error(place, error, file=f"{place}/manifest.ocdbt") from error
+
+
+def save_error(
+    directory: str, error: BaseException, *, leaf: str | None = None, file: str | None = None
+) -> SaveError:
+    """Returns the `SaveError` for a failure while writing to `directory`.
+
+    Args:
+        directory: the item's directory.
+        error: what went wrong.
+        leaf: the leaves that were being written.
+        file: what was being written, where `error` does not name a file.
+    """
     text = str(error)
     if match := re.search(r"[\"']([^\"']*/[^\"']*)[\"']", text):
         file = match.group(1)
     else:
-        file = getattr(error, "filename", None)
+        file = getattr(error, "filename", None) or file
     return SaveError(
         text or type(error).__name__,
         step=step_of(final_directory(directory)),

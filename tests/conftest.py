@@ -36,3 +36,20 @@ def nothing_left_behind():
             threading.Thread.join(thread, 30)  # Orbax overrides join: it raises what failed.
             assert not thread.is_alive(), f"{thread.name} is still running"
     assert HOST_BUDGET.in_flight_bytes == 0
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints the tables that tests told of, wherever they ran."""
+    tables: dict[str, list[list[str]]] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", "") == "call":
+                for name, value in report.user_properties:
+                    if name == "table row":
+                        tables.setdefault(value[0], []).append(value[1:])
+    for title, rows in sorted(tables.items()):
+        terminalreporter.section(title)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in sorted(rows):
+            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+            terminalreporter.write_line("  ".join(cells).rstrip())

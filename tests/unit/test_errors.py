@@ -100,7 +100,9 @@ def test_code_that_catches_what_stock_raises_still_catches(cls, also):
 @pytest.fixture
 def refused():
     import lazy_orbax
+    from lazy_orbax import object_store
     from lazy_orbax.prepare import prepare
+    from lazy_orbax.tree import Destination
 
     handler = lazy_orbax.LazyCheckpointHandler()
 
@@ -110,7 +112,7 @@ def refused():
                 handler,
                 tree,
                 None,
-                ocdbt_target_data_file_size=None,
+                destination=Destination(object_store.stand_in("/"), None),
                 slab_bytes=2**20,
                 abstract=False,
             )

@@ -32,6 +32,7 @@ RANKS = {
     "plan": 3,
     "format": 4,
     "refuse": 4,
+    "object_store": 4,
     "snapshot": 5,
     "prepare": 5,
     "write": 5,

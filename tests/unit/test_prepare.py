@@ -12,8 +12,10 @@ from jax.sharding import PartitionSpec as P
 from trees import assert_same, on_mesh
 
 import lazy_orbax
+from lazy_orbax import object_store
 from lazy_orbax import prepare as prepare_module
 from lazy_orbax.prepare import PLAN_CACHE, prepare
+from lazy_orbax.tree import Destination
 
 MIB = 2**20
 BF16 = np.dtype(jnp.bfloat16)
@@ -43,7 +45,7 @@ def prepared_of(handler, tree, save_args=None, *, target=None, slab_bytes=MIB):
         handler,
         tree,
         save_args,
-        ocdbt_target_data_file_size=target,
+        destination=Destination(object_store.stand_in("/"), target),
         slab_bytes=slab_bytes,
         abstract=False,
     )

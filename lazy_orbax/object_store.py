@@ -1,0 +1,153 @@
+"""What is different where a checkpoint goes to an object store: addresses, retries, deadlines.
+
+A write that an object store has acknowledged is durable: there is nothing to sync, and an object
+appears whole or not at all. What may fail is the way there, so every wait has a deadline of ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Coroutine
+from typing import Any
+
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from lazy_orbax import _orbax
+from lazy_orbax.errors import OptionError
+
+# They stand for the item's directory in everything that is kept from save to save.
+_DIRECTORY = "lazy-orbax-directory"
+_BUCKET = "lazy-orbax-bucket"
+
+# The share of the deadline in which TensorStore may try again: its own error says which object it
+# was and what the server answered, so it should come before ours.
+_RETRY_SHARE = 2 / 3
+_FIRST_DELAY_S = 1.0
+_LONGEST_DELAY_S = 32.0
+
+
+def scheme_of(directory: str) -> str:
+    """Returns `gs` for `gs://bucket/path`, and nothing for a local directory."""
+    scheme, separator, _ = directory.partition("://")
+    return scheme if separator else ""
+
+
+def stand_in(directory: str) -> str:
+    """Returns what stands for `directory`, and every other of its kind, in a plan.
+
+    Raises:
+        OptionError: Orbax cannot write there.
+    """
+    scheme = scheme_of(directory)
+    if not scheme:
+        return f"/{_DIRECTORY}"
+    address = f"{scheme}://{_BUCKET}/{_DIRECTORY}"
+    if _orbax.directory_kvstore_spec(address).get("bucket") != _BUCKET:
+        raise OptionError(
+            f"{directory}: orbax-checkpoint {ocp.__version__} does not write to {scheme}:// (it "
+            "would take the address for a local path). Use gs:// or a local directory, which may "
+            "be a mounted bucket."
+        )
+    return address
+
+
+def kvstore_spec(template: str, directory: str) -> dict[str, Any]:
+    """Returns a key-value store's spec with `directory` in the place of its stand-in.
+
+    Args:
+        template: JSON that Orbax made for the stand-in of `directory`.
+        directory: the item's directory.
+    """
+    if not (scheme := scheme_of(directory)):
+        return json.loads(template.replace(f"/{_DIRECTORY}", _as_json(directory)))
+    bucket, _, path = directory.removeprefix(f"{scheme}://").partition("/")
+    return json.loads(
+        template.replace(_BUCKET, _as_json(bucket)).replace(_DIRECTORY, _as_json(path))
+    )
+
+
+def _as_json(text: str) -> str:
+    return json.dumps(text)[1:-1]
+
+
+def context_spec(directory: str, timeout_s: float) -> dict[str, Any]:
+    """Returns what TensorStore is to be told of retries; nothing for a local directory.
+
+    How many requests run at once stays TensorStore's: `TENSORSTORE_GCS_REQUEST_CONCURRENCY` or 32.
+    """
+    scheme = scheme_of(directory)
+    if not scheme:
+        return {}
+    first_s = min(_FIRST_DELAY_S, timeout_s / 32)
+    longest_s = min(_LONGEST_DELAY_S, timeout_s / 8)
+    tries, total_s = 0, 0.0
+    while total_s <= timeout_s * _RETRY_SHARE:
+        total_s += min(first_s * 2**tries, longest_s) + first_s  # The last is the jitter.
+        tries += 1
+    retries = {
+        "max_retries": tries - 1,
+        "initial_delay": f"{round(first_s * 1000)}ms",
+        "max_delay": f"{round(longest_s * 1000)}ms",
+    }
+    return {f"{'gcs' if scheme == 'gs' else scheme}_request_retries": retries}
+
+
+class Deadline:
+    """How long may be waited for one acknowledgement: for ever, in a local directory."""
+
+    def __init__(self, directory: str, timeout_s: float):
+        self._timeout_s = timeout_s if scheme_of(directory) else None
+
+    def result_of(self, future: ts.Future) -> Any:
+        """Waits for a future of TensorStore.
+
+        Raises:
+            TimeoutError: the storage did not acknowledge in time.
+        """
+        if self._timeout_s is None:
+            return future.result()
+        try:
+            return future.result(timeout=self._timeout_s)
+        except TimeoutError as error:
+            future.cancel()
+            raise self._timeout() from error
+
+    def run(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Runs what Orbax does for us on the storage, and gives it up when it takes too long.
+
+        Args:
+            work: what to run.
+            name: of the thread in which it runs.
+
+        Raises:
+            TimeoutError: it takes longer.
+        """
+        failures: list[BaseException] = []
+
+        def run() -> None:
+            # Not `asyncio.run`: it cancels what other threads run.
+            loop = asyncio.new_event_loop()
+            try:
+                loop.run_until_complete(work)
+            except BaseException as error:  # noqa: BLE001 - Raised below.
+                failures.append(error)
+            finally:
+                loop.close()
+
+        # A daemon: a server that never answers must not keep the process from ending.
+        thread = threading.Thread(target=run, name=name, daemon=True)
+        thread.start()
+        thread.join(self._timeout_s)
+        if thread.is_alive():
+            raise self._timeout()
+        if failures:
+            raise failures[0]
+
+    def _timeout(self) -> TimeoutError:
+        return TimeoutError(
+            f"the storage acknowledged nothing for {self._timeout_s:g} s "
+            "(LazyOptions.storage_timeout_s)"
+        )

@@ -1,0 +1,166 @@
+"""What a save to `gs://` survives, and how it fails: the fault matrix.
+
+Each row is a fault, met by the save of step 2 after step 1 was committed. Whatever comes of it,
+step 2 is either whole or not listed, step 1 is untouched, no host memory is kept, and the save of
+step 2 works once the fault is gone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from gcs.proxy import Fault
+
+TIMEOUT_S = 6.0
+# The client gives an upload up that stands still after some 6 s, at the least, and tries again.
+STALL_S = 20.0
+# Beyond the deadline: whatever else a save does, on a machine with other work to do.
+SLACK_S = 8.0
+
+DATA = r"upload \S*/2/default/ocdbt.process_0/d/"
+MANIFEST = r"upload \S*/2/default/ocdbt.process_0/manifest.ocdbt"
+CHUNK = r"upload \S*/2/default/w/"
+TREE = r"upload \S*/2/default/_METADATA"
+MERGED = r"upload \S*/2/default/manifest.ocdbt"
+STEP_METADATA = r"upload \S*/2/_CHECKPOINT_METADATA"
+COMMIT = r"upload \S*/2/commit_success.txt"
+ZARR = {"use_ocdbt": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A fault, and what should come of it.
+
+    Attributes:
+        what: for the table.
+        fault: its arguments.
+        error: the class of the error, or nothing where the save survives.
+        says: what is in the error's text, beside the directory.
+        by_orbax: the error is of a file that Orbax writes itself.
+    """
+
+    what: str
+    fault: dict
+    error: str = ""
+    says: tuple[str, ...] = ()
+    by_orbax: bool = False
+    keywords: dict = dataclasses.field(default_factory=dict)
+    timeout_s: float = TIMEOUT_S
+
+    def __str__(self) -> str:
+        return self.what
+
+
+def of(pattern: str, action: str, **more: object) -> dict:
+    return {"pattern": pattern, "action": action, **more}
+
+
+SURVIVED = [
+    Row("data: 503 three times", of(DATA, "status", times=3)),
+    Row("data: 429 three times", of(DATA, "status", times=3, status=429)),
+    Row("data: reset twice", of(DATA, "reset", times=2)),
+    Row("data: acknowledgement lost twice", of(DATA, "lost", times=2)),
+    Row("data: one request stalls", of(DATA, "stall", times=1), timeout_s=STALL_S),
+    Row("chunk: 503 three times", of(CHUNK, "status", times=3), keywords=ZARR),
+    Row("chunk: acknowledgement lost twice", of(CHUNK, "lost", times=2), keywords=ZARR),
+    Row("chunk: one request stalls", of(CHUNK, "stall", times=1), keywords=ZARR, timeout_s=STALL_S),
+    Row("manifest: 503 twice", of(MANIFEST, "status", times=2)),
+    Row("manifest: acknowledgement lost", of(MANIFEST, "lost", times=1)),
+    Row("_METADATA: acknowledgement lost", of(TREE, "lost", times=1)),
+    Row("merged manifest: 503 twice", of(MERGED, "status", times=2)),
+    Row("merged manifest: acknowledgement lost", of(MERGED, "lost", times=1)),
+    Row("merged manifest: one request stalls", of(MERGED, "stall", times=1), timeout_s=STALL_S),
+    Row("step metadata: 503 once", of(STEP_METADATA, "status", times=1)),
+    Row("commit file: 503 once", of(COMMIT, "status", times=1)),
+    Row("commit file: acknowledgement lost", of(COMMIT, "lost", times=1)),
+    Row("everything: 20 ms late", of(r".*", "delay", delay_s=0.02)),
+    Row("every third upload: 503", of(r"upload", "status", skip=2, times=1)),
+]
+FATAL = [
+    Row("data: 403", of(DATA, "status", status=403), "SaveError", ("PERMISSION_DENIED",)),
+    Row("data: 404 (no such bucket)", of(DATA, "status", status=404), "SaveError", ("NOT_FOUND",)),
+    Row("data: 503 for ever", of(DATA, "status"), "SaveError", ("503", "retry attempts")),
+    Row("data: stalls for ever", of(DATA, "stall"), "SaveError", ("storage_timeout_s",)),
+    Row("chunk: 403", of(CHUNK, "status", status=403), "SaveError", ("/w/",), keywords=ZARR),
+    Row("chunk: stalls for ever", of(CHUNK, "stall"), "SaveError", ("/w",), keywords=ZARR),
+    Row("_METADATA: 403", of(TREE, "status", status=403), "SaveError", ("_METADATA",)),
+    Row("merged manifest: 403", of(MERGED, "status", status=403), "SaveError", ("manifest.ocdbt",)),
+    Row("merged manifest: 503 for ever", of(MERGED, "status"), "SaveError", ("manifest.ocdbt",)),
+    Row("merged manifest: stalls for ever", of(MERGED, "stall"), "SaveError", ("manifest.ocdbt",)),
+    Row(
+        "commit file: 403",
+        of(COMMIT, "status", status=403),
+        "OSError",
+        ("commit_success.txt",),
+        by_orbax=True,
+    ),
+    Row("commit file: one request stalls", of(COMMIT, "stall"), "FSTimeoutError", by_orbax=True),
+]
+
+
+@pytest.fixture(scope="module")
+def job(start_for_module):
+    return start_for_module()
+
+
+@pytest.mark.parametrize("row", SURVIVED + FATAL, ids=str)
+def test_a_fault(job, proxy, root, row, tell):
+    assert job.do("open", root, timeout_s=row.timeout_s, **row.keywords) == []
+    job.do("save", 1)
+    with proxy.breaking(Fault(**row.fault)) as fault:
+        outcome = job.attempt("save", 2)
+    assert fault.met, "the fault met nothing"
+    tell("Faults on gs://", row.what, outcome.error or "committed", f"{outcome.took_s:5.1f} s")
+    assert outcome.error == row.error, outcome.trace
+    assert outcome.took_s < row.timeout_s + SLACK_S
+    assert job.do("in_flight_bytes") == 0
+    if row.error:
+        for text in row.says:
+            assert text in outcome.message
+        if not row.by_orbax:
+            assert "step 2" in outcome.message
+            assert f"{root}/2/default" in outcome.message
+    # What another process sees, which knows nothing but the bucket.
+    assert job.do("open", root, stock=True) == ([1] if row.error else [1, 2])
+    assert job.do("wrong", 1) == []
+    job.do("open", root, **row.keywords)
+    if row.error:
+        job.do("save", 2)
+    job.do("save", 3)
+    assert job.do("open", root, stock=True) == [1, 2, 3]
+    assert job.do("wrong", 1, 2, 3) == []
+
+
+READ = r"read \S*/1/default/ocdbt.process_0/d/"
+
+
+@pytest.mark.parametrize(
+    ("what", "fault"),
+    [
+        ("download: 503 twice", of(READ, "status", times=2)),
+        ("download: reset twice", of(READ, "reset", times=2)),
+        ("download: cut short twice", of(READ, "truncate", times=2)),
+        ("download: one request stalls", of(READ, "stall", times=1)),
+    ],
+)
+def test_a_fault_while_restoring(job, proxy, root, what, fault, tell):
+    job.do("open", root)
+    job.do("save", 1)
+    with proxy.breaking(Fault(**fault)) as met:
+        outcome = job.attempt("wrong", 1)
+    assert met.met
+    assert (outcome.error, outcome.result) == ("", []), outcome.trace
+    tell("Faults on gs://", what, "restored", f"{outcome.took_s:5.1f} s")
+
+
+def test_a_flipped_bit_in_a_download_is_not_noticed(job, proxy, root, tell):
+    """The format has no digest of a chunk: it is restored wrong, here as by stock Orbax."""
+    job.do("open", root)
+    job.do("save", 1)
+    with proxy.breaking(Fault(**of(READ, "flip"))) as met:
+        outcome = job.attempt("wrong", 1)
+    assert met.met
+    assert outcome.error or outcome.result
+    found = outcome.error or f"WRONG, silently: {len(outcome.result)} leaves"
+    tell("Faults on gs://", "download: a flipped bit", found, f"{outcome.took_s:5.1f} s")

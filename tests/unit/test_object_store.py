@@ -1,0 +1,115 @@
+"""Addresses, retries and deadlines of object stores, without one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+
+import jax
+import numpy as np
+import pytest
+import tensorstore as ts
+from etils import epath
+from trees import on_mesh
+
+import lazy_orbax
+from lazy_orbax import object_store
+from lazy_orbax.errors import OptionError
+
+
+def seconds(text):
+    return float(text.removesuffix("ms")) / 1000
+
+
+@pytest.mark.parametrize("timeout_s", [1, 6.0, 60, 300.0, 3600])
+def test_tensorstore_gives_up_before_the_deadline(timeout_s):
+    spec = object_store.context_spec("gs://bucket/run/1", timeout_s)
+    retries = spec["gcs_request_retries"]
+    ts.Context(spec)  # It knows them all.
+    first_s, longest_s = seconds(retries["initial_delay"]), seconds(retries["max_delay"])
+    # TensorStore doubles the delay, and adds up to the first one at random.
+    delays_s = [
+        min(first_s * 2**i, longest_s) + min(first_s, 1) for i in range(retries["max_retries"])
+    ]
+    assert timeout_s / 3 < sum(delays_s) < timeout_s * 0.7
+    assert retries["max_retries"] >= 5
+
+
+def test_nothing_is_said_of_local_directories():
+    assert object_store.context_spec("/data/run", 300) == {}
+    assert object_store.scheme_of("/data/run") == ""
+
+
+@pytest.mark.parametrize(
+    ("directory", "wanted"),
+    [
+        ("/data/run/1", {"driver": "file", "path": "/data/run/1/d"}),
+        ('/data/"odd" \\ name', {"driver": "file", "path": '/data/"odd" \\ name/d'}),
+        (
+            "gs://my-bucket/a/b c",
+            {"driver": "gcs", "bucket": "my-bucket", "path": "a/b c/d"},
+        ),
+    ],
+)
+def test_a_directory_takes_the_place_of_its_stand_in(directory, wanted):
+    of = object_store.stand_in(directory)
+    bucket, _, path = of.removeprefix("gs://").partition("/")
+    if of.startswith("gs://"):
+        spec = {"driver": "gcs", "bucket": bucket, "path": f"{path}/d"}
+    else:
+        spec = {"driver": "file", "path": f"{of}/d"}
+    assert object_store.kvstore_spec(json.dumps(spec), directory) == wanted
+
+
+@pytest.mark.parametrize("scheme", ["s3", "az"])
+def test_what_orbax_does_not_write_to_is_refused(mesh, tmp_path, monkeypatch, scheme):
+    """Stock Orbax takes `s3://` for a local path, and without OCDBT writes to it."""
+    monkeypatch.chdir(tmp_path)
+    handler = lazy_orbax.LazyCheckpointHandler(use_ocdbt=False)
+    args = lazy_orbax.args.LazySave({"w": on_mesh(np.ones((8, 4), np.float32), mesh, "a")})
+    directory = epath.Path(f"{scheme}://bucket/run/1/default")
+    with pytest.raises(OptionError) as raised:
+        asyncio.run(handler.async_save(directory, args))
+    assert f"does not write to {scheme}://" in str(raised.value)
+    assert f"{scheme}://bucket/run/1/default" in str(raised.value)
+    assert "Use gs:// or a local directory" in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+    jax.block_until_ready(args.item)
+
+
+def test_a_write_that_is_never_acknowledged_is_waited_for_so_long():
+    promise, future = ts.Promise.new()
+    with pytest.raises(TimeoutError, match=r"acknowledged nothing for 0\.01 s"):
+        object_store.Deadline("gs://bucket/run", 0.01).result_of(future)
+    promise.set_result(3)  # Too late.
+    done, future = ts.Promise.new()
+    done.set_result(3)
+    assert object_store.Deadline("gs://bucket/run", 0.01).result_of(future) == 3
+    assert object_store.Deadline("/data", 0.01).result_of(future) == 3
+
+
+def test_a_merge_that_hangs_is_left_alone():
+    go_on, ended = threading.Event(), threading.Event()
+
+    async def hang():
+        assert go_on.wait(30)
+        ended.set()
+
+    with pytest.raises(TimeoutError, match="storage_timeout_s"):
+        object_store.Deadline("gs://bucket/run", 0.01).run(hang(), "lazy_orbax-merge")
+    go_on.set()
+    assert ended.wait(30)
+
+
+def test_a_merge_that_fails_is_told_of():
+    async def fail():
+        raise ValueError("no luck")
+
+    async def work():
+        pass
+
+    deadline = object_store.Deadline("gs://bucket/run", 30)
+    deadline.run(work(), "lazy_orbax-merge")
+    with pytest.raises(ValueError, match="no luck"):
+        deadline.run(fail(), "lazy_orbax-merge")
