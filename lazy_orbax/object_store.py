@@ -60,8 +60,17 @@ def kvstore_spec(template: str, directory: str) -> dict[str, Any]:
     Args:
         template: JSON that Orbax made for the stand-in of `directory`.
         directory: the item's directory.
+
+    Raises:
+        OptionError: the template is for a directory of another kind.
     """
-    if not (scheme := scheme_of(directory)):
+    scheme = scheme_of(directory)
+    if (_BUCKET in template) != bool(scheme):
+        raise OptionError(
+            f"{directory}: Orbax told where to save only after the save was planned for another "
+            "kind of storage. Give the checkpointer the address itself."
+        )
+    if not scheme:
         return json.loads(template.replace(f"/{_DIRECTORY}", _as_json(directory)))
     bucket, _, path = directory.removeprefix(f"{scheme}://").partition("/")
     return json.loads(

@@ -62,6 +62,12 @@ def test_a_directory_takes_the_place_of_its_stand_in(directory, wanted):
     assert object_store.kvstore_spec(json.dumps(spec), directory) == wanted
 
 
+def test_a_spec_for_another_kind_of_storage_is_refused():
+    template = json.dumps({"driver": "file", "path": object_store.stand_in("/data")})
+    with pytest.raises(OptionError, match="gs://bucket/run: Orbax told"):
+        object_store.kvstore_spec(template, "gs://bucket/run")
+
+
 @pytest.mark.parametrize("scheme", ["s3", "az"])
 def test_what_orbax_does_not_write_to_is_refused(mesh, tmp_path, monkeypatch, scheme):
     """Stock Orbax takes `s3://` for a local path, and without OCDBT writes to it."""
