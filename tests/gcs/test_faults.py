@@ -75,7 +75,7 @@ SURVIVED = [
     Row("commit file: 503 once", of(COMMIT, "status", times=1)),
     Row("commit file: acknowledgement lost", of(COMMIT, "lost", times=1)),
     Row("everything: 20 ms late", of(r".*", "delay", delay_s=0.02)),
-    Row("every third upload: 503", of(r"upload", "status", skip=2, times=1)),
+    Row("the third upload: 503", of(r"upload", "status", skip=2, times=1)),
 ]
 FATAL = [
     Row("data: 403", of(DATA, "status", status=403), "SaveError", ("PERMISSION_DENIED",)),
@@ -95,7 +95,7 @@ FATAL = [
         ("commit_success.txt",),
         by_orbax=True,
     ),
-    Row("commit file: one request stalls", of(COMMIT, "stall"), "FSTimeoutError", by_orbax=True),
+    Row("commit file: stalls", of(COMMIT, "stall"), "FSTimeoutError", by_orbax=True),
 ]
 
 
