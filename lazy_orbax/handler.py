@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import orbax.checkpoint as ocp
+
 from lazy_orbax import _orbax, stock
 from lazy_orbax.agreement import agreement_on
 from lazy_orbax.commit import Commit
@@ -160,7 +162,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         self._commits.append(commit)
         return [commit]
 
-    def plan_for(self, item: Any, save_args: Any, ocdbt_target_data_file_size: int | None) -> Plan:
+    def plan_for(self, item: Any, save_args: Any, destination: Destination) -> Plan:
         """Returns the plan with which a tree like `item`, whose values are not read, is saved.
 
         Raises:
@@ -170,7 +172,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             self,
             item,
             save_args,
-            destination=Destination(stand_in("/"), ocdbt_target_data_file_size),
+            destination=destination,
             slab_bytes=self._slab_bytes,
             abstract=True,
         )

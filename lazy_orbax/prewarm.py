@@ -15,15 +15,18 @@ from lazy_orbax.errors import TreeError
 from lazy_orbax.faces import lazy_part_of
 from lazy_orbax.handler import LazyCheckpointHandler
 from lazy_orbax.host_budget import HOST_BUDGET, Lease
+from lazy_orbax.object_store import stand_in
 from lazy_orbax.plan import Plan, Slab
 from lazy_orbax.room import Room
 from lazy_orbax.snapshot import Held
+from lazy_orbax.tree import Destination
 
 
 def prewarm(
     handler: Any,
     abstract_state: Any,
     *,
+    directory: Any = "/",
     save_args: Any = None,
     ocdbt_target_data_file_size: int | None = None,
 ) -> None:
@@ -40,18 +43,20 @@ def prewarm(
         abstract_state: the tree that will be saved: of `jax.ShapeDtypeStruct`, arrays, or both.
             Values are not read. A `jax.ShapeDtypeStruct` without a sharding stands for an array on
             the default device.
+        directory: where it will be saved; all that counts is whether that is local or `gs://`.
         save_args: the tree of `ocp.SaveArgs` that will be given, or `None`.
         ocdbt_target_data_file_size: what the arguments of the save will say of it, in bytes.
 
     Raises:
-        OptionError: `handler` is not one of lazy_orbax.
+        OptionError: `handler` is not one of lazy_orbax, or Orbax cannot write to `directory`.
         TreeError: such a tree cannot be saved.
     """
     lazy = lazy_part_of(handler)
     if lazy is None:
         return  # It saves the stock way, which was warned about.
     state = jax.tree.map(_stand_in, abstract_state)
-    plan = lazy.plan_for(state, save_args, ocdbt_target_data_file_size)
+    destination = Destination(stand_in(str(directory)), ocdbt_target_data_file_size)
+    plan = lazy.plan_for(state, save_args, destination)
     values = jax.tree.leaves(state)
     stand_ins = [values[leaf.position] for leaf in plan.leaves]
     room = Room(lazy.options.mode)
