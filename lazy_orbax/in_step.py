@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lazy_orbax.errors import OptionError
 from lazy_orbax.given import Given, remember
+from lazy_orbax.layout import is_key
 from lazy_orbax.snapshot import has_pinned_host
 
 _PINNED_HOST = "pinned_host"
@@ -101,7 +101,7 @@ class SnapshotStep:
         """
         leaves, treedef = jax.tree.flatten(state)
         variant = self._variant(leaves, treedef, (args, kwargs))
-        keys = {i: jax.random.key_impl(leaves[i]) for i in variant.given if _is_key(leaves[i])}
+        keys = {i: jax.random.key_impl(leaves[i]) for i in variant.given if is_key(leaves[i])}
         copies = {
             i: copy.deepcopy(leaf)
             for i, leaf in enumerate(leaves)
@@ -188,12 +188,8 @@ def _committed(leaf: Any) -> Any:
     return jax.device_put(leaf, leaf.sharding) if isinstance(leaf, jax.Array) else leaf
 
 
-def _is_key(array: jax.Array) -> bool:
-    return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
-
-
 def _data(array: jax.Array) -> jax.Array:
-    return jax.random.key_data(array) if _is_key(array) else array
+    return jax.random.key_data(array) if is_key(array) else array
 
 
 def _has_pinned_twin(sharding: jax.sharding.Sharding) -> bool:

@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Shape = tuple[int, ...]
@@ -37,6 +38,11 @@ class Leaf:
     dtype: np.dtype
     sharding: jax.sharding.Sharding | None
     is_given: bool = False
+
+
+def is_key(array: jax.Array) -> bool:
+    """Whether an array is of typed PRNG keys, whose data is what is stored."""
+    return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

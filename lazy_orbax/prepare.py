@@ -16,14 +16,13 @@ from typing import Any
 
 import jax
 import jax.core
-import jax.numpy as jnp
 import numpy as np
 
 from lazy_orbax import _orbax
 from lazy_orbax.errors import TreeError
 from lazy_orbax.format import Format, make_format
 from lazy_orbax.given import given_of, origins
-from lazy_orbax.layout import Leaf
+from lazy_orbax.layout import Leaf, is_key
 from lazy_orbax.plan import Plan, make_plan
 from lazy_orbax.refuse import refuse_clashes, refuse_deleted, refuse_unsupported
 from lazy_orbax.tree import Destination, LeafInfo
@@ -210,7 +209,7 @@ def _make(
             others.append((position, info))
             continue
         given = given_of(value)
-        if isinstance(value, jax.Array) and _is_key(value):
+        if isinstance(value, jax.Array) and is_key(value):
             key_metadata[position] = _orbax.key_metadata(value)
             value = jax.random.key_data(value)
         sharding = value.sharding if isinstance(value, jax.Array) else None
@@ -226,7 +225,3 @@ def _make(
     format_ = make_format(handler, tree, plan.leaves, plan.layouts, key_metadata)
     positions = tuple(leaf.position for leaf in planned)
     return Prepared(plan, format_, tuple(key_metadata), tuple(others), positions)
-
-
-def _is_key(array: jax.Array) -> bool:
-    return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
