@@ -20,7 +20,7 @@ from benchmarks import record
 from benchmarks.gpu import MEASUREMENTS
 from benchmarks.jobs import Job, Settings, run
 from benchmarks.peers import PEERS
-from benchmarks.workloads import SIZES, WORKLOADS
+from benchmarks.workloads import SIZES, STEPS, WORKLOADS
 
 PARTS = ("stall", "throughput", "memory", "scale", "pods")
 ON_REQUEST = ("gpu",)
@@ -34,6 +34,7 @@ def main() -> int:
         repeats=arguments.repeats,
         peers=arguments.peers,
         workloads=arguments.workloads,
+        steps=arguments.steps,
         gigabytes=arguments.gigabytes,
         devices=arguments.devices,
     )
@@ -89,6 +90,7 @@ def _arguments() -> argparse.Namespace:
     add("--peers", type=_names(PEERS), default=(), help=f"of {', '.join(PEERS)}")
     names = (*WORKLOADS, *MEASUREMENTS)
     add("--workloads", type=_names(names), default=(), help=f"of {', '.join(names)}")
+    add("--steps", type=_names(STEPS), default=(), help=f"of {', '.join(STEPS)}, for stall")
     add("--gigabytes", type=float, help="of state, for gpu")
     add("--devices", type=int, default=4, help="CPU devices to emulate; 0 takes the real ones")
     add(

@@ -32,6 +32,7 @@ class Settings:
         peers: names from `peers.PEERS`; empty for those that the part compares by itself.
         workloads: names from `workloads.WORKLOADS`, or for `gpu` the names of its measurements;
             empty for all that the part has.
+        steps: names from `workloads.STEPS`; empty for all.
         gigabytes: of state, for `gpu`; `None` is what the size says.
         devices: CPU devices to emulate; 0 takes the devices that there are.
     """
@@ -41,6 +42,7 @@ class Settings:
     repeats: int = 5
     peers: tuple[str, ...] = ()
     workloads: tuple[str, ...] = ()
+    steps: tuple[str, ...] = ()
     gigabytes: float | None = None
     devices: int = 4
 

@@ -81,7 +81,7 @@ def jobs(settings: Settings) -> list[Job]:
             ticks=settings.repeats * len(chosen),
         )
         for workload in settings.workloads_of(*workloads.WORKLOADS)
-        for step in (("idle",) if settings.size == "tiny" else workloads.STEPS)
+        for step in settings.steps or (("idle",) if settings.size == "tiny" else workloads.STEPS)
     ]
 
 
