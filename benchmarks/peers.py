@@ -98,6 +98,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "lazy_stage": {"options": {"mode": "stage"}},
     "lazy_direct": {"options": {"mode": "direct"}},
     "lazy_quarter": {"host_fraction": 0.25},
+    "lazy_low_priority": {"options": {"low_priority": True}},
     "lazy_slab16": {"options": {"slab_bytes": 16 * 2**20}},
     "lazy_slab256": {"options": {"slab_bytes": 256 * 2**20}},
 }

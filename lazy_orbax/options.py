@@ -41,6 +41,8 @@ class LazyOptions:
         write_bytes_per_s: most bytes a second that one handler writes, on average. `None` is as
             fast as the storage takes them. For training steps that suffer while a save is in
             flight.
+        low_priority: run our threads, and those of TensorStore that they start, at a lower
+            scheduling priority (Linux only). For training steps that use every core.
         storage_timeout_s: most seconds to wait for an object store (`gs://`) to acknowledge a
             write, retries included; the save then fails. Local directories are waited for.
         on_timeline: called once per saved item, from a background thread, when it was committed
@@ -54,6 +56,7 @@ class LazyOptions:
     host_bytes: int | None = None
     slab_bytes: int = 64 * _MIB
     write_bytes_per_s: int | None = None
+    low_priority: bool = False
     storage_timeout_s: float = 300.0
     on_timeline: Callable[[SaveTimeline], None] | None = None
 
@@ -68,6 +71,8 @@ class LazyOptions:
                 raise OptionError(
                     f"{name}={value!r} must be a whole number of bytes, at least {_MIB} (1 MiB)."
                 )
+        if not isinstance(self.low_priority, bool):
+            raise OptionError(f"low_priority={self.low_priority!r} is neither True nor False.")
         timeout_s = self.storage_timeout_s
         is_number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
         if not is_number or not 1 <= timeout_s < float("inf"):

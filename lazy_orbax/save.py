@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from lazy_orbax import snapshot
-from lazy_orbax.drain import Pace, drain
+from lazy_orbax.drain import Pace, drain, yield_to_training
 from lazy_orbax.errors import SaveError
 from lazy_orbax.events import Recorder
 from lazy_orbax.host_budget import HOST_BUDGET, Lease, ReservationAborted
@@ -220,6 +220,8 @@ class Save:
 
     def _bring_to_host(self) -> None:
         """Copies what was staged on the device to the host, as the budget lets it."""
+        if self._options.low_priority:
+            yield_to_training()
         try:
             while (held := self._on_device.get()) is not None:
                 lease = self._reserve(held.slab)
@@ -247,6 +249,8 @@ class Save:
             SaveError: something failed, here or on the way to the host.
         """
         self._write_began = True
+        if self._options.low_priority:
+            yield_to_training()
         try:
             if not self.is_over:
                 prepared, timeout_s = self._prepared, self._options.storage_timeout_s

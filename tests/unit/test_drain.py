@@ -1,10 +1,15 @@
 """The pace of writing, on a clock of the test's own."""
 
+import os
+import sys
 import threading
 
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from lazy_orbax import drain
+import lazy_orbax
+from lazy_orbax import drain, snapshot
 
 
 class Clock(threading.Event):
@@ -66,3 +71,22 @@ def test_a_save_that_is_over_does_not_wait_for_its_turn():
     pace.await_turn(10**9, ended)
     ended.set()
     pace.await_turn(10**9, ended)  # Would be in thirty years.
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux")
+@pytest.mark.parametrize(("low", "lowered"), [(True, drain._NICE), (False, 0)])
+def test_only_the_threads_of_a_save_are_lowered(tmp_path, monkeypatch, low, lowered):
+    found = {}
+    views = snapshot.views
+
+    def note(*args):
+        found["writing"] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        return views(*args)
+
+    monkeypatch.setattr(snapshot, "views", note)
+    mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    options = lazy_orbax.LazyOptions(low_priority=low)
+    with ocp.AsyncCheckpointer(lazy_orbax.standard_handler(options=options)) as checkpointer:
+        checkpointer.save(tmp_path / "1", args=ocp.args.StandardSave({"x": np.ones(3)}))
+    assert found == {"writing": mine + lowered}
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == mine
