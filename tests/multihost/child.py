@@ -162,10 +162,10 @@ def _failing(place: str, here: bool) -> Any:
     elif place == "storage":
         original_init = write.Writer.__init__
 
-        def obstructed(self: Any, plan: Any, format_: Any, directory: str) -> None:
+        def obstructed(self: Any, plan: Any, format_: Any, directory: str, **knobs: Any) -> None:
             # A file where TensorStore wants a directory.
             (pathlib.Path(directory) / f"ocdbt.process_{jax.process_index()}").touch()
-            original_init(self, plan, format_, directory)
+            original_init(self, plan, format_, directory, **knobs)
 
         write.Writer.__init__ = obstructed  # type: ignore[method-assign]
         try:
