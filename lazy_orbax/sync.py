@@ -5,13 +5,14 @@ from __future__ import annotations
 import concurrent.futures
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 _THREADS = 8
 # A directory of more files than this is not looked through again and again while it is written.
 _MOST_WATCHED = 1000
 
 _LARGE_BYTES = 2**20
+PROCESS_DIRECTORY = "ocdbt.process_"
 _DROPS = hasattr(os, "posix_fadvise")
 
 _Version = tuple[int, int, int]
@@ -24,13 +25,15 @@ class Syncer:
     to the kernel. Used by one thread at a time, after which `close` must be called.
     """
 
-    def __init__(self, directory: str):
+    def __init__(self, directory: str, own: Collection[str]):
         """Starts no thread yet.
 
         Args:
             directory: an existing local directory.
+            own: which of its `ocdbt.process_...` directories this process writes. Other processes
+                sync theirs.
         """
-        self._directory = directory
+        self._directory, self._own = directory, own
         self._pool = concurrent.futures.ThreadPoolExecutor(
             _THREADS, thread_name_prefix="lazy_orbax-sync"
         )
@@ -53,7 +56,7 @@ class Syncer:
         self._collect()
         self._sync_new()
         self._collect()
-        for path in reversed([path for path, _, _ in os.walk(self._directory)]):
+        for path in reversed([path for path, _ in self._walk_own()]):
             _sync(path)
 
     def close(self) -> None:
@@ -69,22 +72,30 @@ class Syncer:
         self._syncing.clear()
 
     def _sync_new(self) -> None:
-        for path, version in _files(self._directory):
+        for path, version in self._files():
             # A file that was replaced or that grew since then is not the one that was synced.
             if self._begun.get(path) != version:
                 self._begun[path] = version
                 self._syncing.append(self._pool.submit(_sync, path))
 
+    def _files(self) -> Iterator[tuple[str, _Version]]:
+        for path, names in self._walk_own():
+            for name in names:
+                file = os.path.join(path, name)
+                try:
+                    found = os.stat(file, follow_symlinks=False)
+                except FileNotFoundError:
+                    continue  # A temporary file, renamed since the directory was listed.
+                yield file, (found.st_ino, found.st_size, found.st_mtime_ns)
 
-def _files(directory: str) -> Iterator[tuple[str, _Version]]:
-    for path, _, names in os.walk(directory):
-        for name in names:
-            file = os.path.join(path, name)
-            try:
-                found = os.stat(file, follow_symlinks=False)
-            except FileNotFoundError:
-                continue  # A temporary file, renamed since the directory was listed.
-            yield file, (found.st_ino, found.st_size, found.st_mtime_ns)
+    def _walk_own(self) -> Iterator[tuple[str, list[str]]]:
+        for path, directories, names in os.walk(self._directory):
+            directories[:] = [
+                name
+                for name in directories
+                if name in self._own or not name.startswith(PROCESS_DIRECTORY)
+            ]
+            yield path, names
 
 
 def _sync(path: str) -> None:

@@ -16,7 +16,7 @@ from lazy_orbax.errors import SaveError
 from lazy_orbax.events import final_directory, step_of
 from lazy_orbax.format import Format
 from lazy_orbax.plan import Piece, Plan, Slab
-from lazy_orbax.sync import Syncer
+from lazy_orbax.sync import PROCESS_DIRECTORY, Syncer
 
 # A fresh context for each save, as stock Orbax has it: a shared cache would keep slabs alive.
 # TensorStore is told not to sync: we do, beside the next slab, and before Orbax commits.
@@ -61,7 +61,8 @@ class Writer:
         self._stores: dict[int, Any] = {}
         self._files = self._open(format_.directory) if format_.is_primary or format_.files else None
         self._kvstores = [self._open(spec) for spec in format_.kvstores]
-        self._syncer = Syncer(directory) if os.path.isabs(directory) else None
+        own = re.findall(rf"{re.escape(PROCESS_DIRECTORY)}[^/\"]*", " ".join(format_.kvstores))
+        self._syncer = Syncer(directory, own) if os.path.isabs(directory) else None
 
     def _open(self, spec: str) -> ts.KvStore:
         here = object_store.kvstore_spec(spec, self._directory)

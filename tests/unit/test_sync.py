@@ -1,12 +1,19 @@
 """What is synced, when, and how often."""
 
+import asyncio
 import errno
 import os
 import threading
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from etils import epath
+from trees import on_mesh
 
-from lazy_orbax import sync
+import lazy_orbax
+from lazy_orbax import _orbax, sync
 
 WAIT_S = 30
 
@@ -34,7 +41,7 @@ def synced(monkeypatch):
 
 @pytest.fixture
 def syncer(tmp_path):
-    syncer = sync.Syncer(str(tmp_path))
+    syncer = sync.Syncer(str(tmp_path), ())
     yield syncer
     syncer.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("lazy_orbax-sync")]
@@ -117,3 +124,44 @@ def test_a_directory_of_very_many_files_is_looked_through_once(tmp_path, synced,
     assert str(tmp_path / "late") not in synced.paths
     syncer.finish()
     assert synced.paths.count(str(tmp_path / "late")) == 1
+
+
+def test_each_process_syncs_its_own(tmp_path, synced):
+    names = ("1", "replica_1", "11", "2")
+    files = [tmp_path / f"ocdbt.process_{name}" / "d" / "x" for name in names]
+    files += [tmp_path / "array_metadatas" / "process_2", tmp_path / "leaf" / "0.0"]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.write_text("x")
+    syncer = sync.Syncer(str(tmp_path), {"ocdbt.process_1", "ocdbt.process_replica_1"})
+    syncer.finish()
+    syncer.close()
+    mine = [*files[:2], *files[4:]]
+    directories = [parent for file in mine for parent in file.parents]
+    wanted = {str(path) for path in (*mine, *directories) if path.is_relative_to(tmp_path)}
+    assert set(synced.paths) == wanted
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_what_a_save_wrote_is_all_synced(tmp_path, mesh, synced, separate):
+    tree = {
+        "split": on_mesh(np.ones((8, 4), np.float32), mesh, "a", "b"),
+        "replicated": on_mesh(np.ones((8, 4), np.float32), mesh),
+    }
+    arrays = ocp.type_handlers.ArrayHandler(
+        enable_replica_parallel_separate_folder=separate,
+        array_metadata_store=_orbax.array_metadata_store(),
+    )
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    directory = tmp_path / "item"
+    directory.mkdir()
+    handler = lazy_orbax.LazyCheckpointHandler(type_handler_registry=registry)
+    futures = asyncio.run(
+        handler.async_save(epath.Path(directory), args=lazy_orbax.args.LazySave(tree))
+    )
+    for future in futures:
+        future.result()
+    found = {str(path) for path in directory.rglob("*")}
+    assert any("replica_" in path for path in found) == separate
+    assert found | {str(directory)} == set(synced.paths)
+    handler.close()
