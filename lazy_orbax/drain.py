@@ -96,7 +96,4 @@ def drain(
         while writing and not ended.is_set():
             settle_oldest()
     finally:
-        for futures, _, _ in writing:
-            for unneeded in futures:
-                unneeded.cancel()
         writing.clear()

@@ -7,16 +7,18 @@ appears whole or not at all. What may fail is the way there, so every wait has a
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import json
 import threading
-from collections.abc import Coroutine
+import time
+from collections.abc import Coroutine, Iterable
 from typing import Any
 
 import orbax.checkpoint as ocp
-import tensorstore as ts
 
 from lazy_orbax import _orbax
 from lazy_orbax.errors import OptionError
+from lazy_orbax.events import final_directory
 
 # They stand for the item's directory in everything that is kept from save to save.
 _DIRECTORY = "lazy-orbax-directory"
@@ -104,14 +106,99 @@ def context_spec(directory: str, timeout_s: float) -> dict[str, Any]:
     return {f"{'gcs' if scheme == 'gs' else scheme}_request_retries": retries}
 
 
+class Outstanding:
+    """What this process may still write to object stores, by the directory that it goes to.
+
+    A write cannot be called back: when we have given it up, TensorStore goes on trying for a while.
+    A later save to the same directory has objects of the same names, over which it would write.
+
+    Invariant, under the lock: while a save may hand writes to TensorStore, and while TensorStore
+    may still carry one out, a future that is not done is in `_futures`. A save hands over its
+    first write only when there was none, and in the same moment has its own there.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._futures: dict[str, list[Any]] = {}
+
+    def add(self, directory: str, futures: Iterable[Any]) -> None:
+        """Adds futures, of TensorStore or of Python, that end when something was written."""
+        with self._lock:
+            self._futures.setdefault(directory, []).extend(futures)
+
+    def enter(self, directory: str, future: Any, timeout_s: float) -> bool:
+        """Adds a future once no other is there. Returns whether there was another.
+
+        Raises:
+            TimeoutError: another is still there after `timeout_s`.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        waited = False
+        while True:
+            with self._lock:
+                left = {
+                    place: [f for f in futures if not f.done()]
+                    for place, futures in self._futures.items()
+                }
+                self._futures = {place: futures for place, futures in left.items() if futures}
+                pending = self._futures.setdefault(directory, [future])
+                if pending == [future]:
+                    return waited
+            waited = True
+            pending[0].exception(timeout=max(0.0, deadline_s - time.monotonic()))
+
+
+_OUTSTANDING = Outstanding()
+
+
 class Deadline:
-    """How long may be waited for one acknowledgement: for ever, in a local directory."""
+    """How long may be waited for one acknowledgement: for ever, in a local directory.
+
+    Of one save of one item: from `begin` to `end` it may write.
+    """
 
     def __init__(self, directory: str, timeout_s: float):
         self._timeout_s = timeout_s if scheme_of(directory) else None
+        self._place = final_directory(directory)
+        self._ended: concurrent.futures.Future[None] = concurrent.futures.Future()
 
-    def result_of(self, future: ts.Future) -> Any:
-        """Waits for a future of TensorStore.
+    def begin(self) -> bool:
+        """Waits until nothing of a failed save can come to the directory any more.
+
+        Returns:
+            Whether something could, and so perhaps did.
+
+        Raises:
+            TimeoutError: it still can.
+        """
+        if self._timeout_s is None:
+            return False
+        try:
+            return _OUTSTANDING.enter(self._place, self._ended, self._timeout_s)
+        except TimeoutError as error:
+            raise TimeoutError(
+                f"an earlier save to this place failed, and for {self._timeout_s:g} s "
+                "(LazyOptions.storage_timeout_s) the storage still had not acknowledged what it "
+                "was given then, which could be written over this save at any time. Save another "
+                "step now, or this one some minutes later"
+            ) from error
+
+    def end(self, unfinished: Iterable[Any]) -> None:
+        """Gives up what was not acknowledged. What cannot be called back is remembered.
+
+        Args:
+            unfinished: futures of TensorStore.
+        """
+        if self._timeout_s is None:
+            for future in unfinished:
+                future.cancel()
+        else:
+            _OUTSTANDING.add(self._place, unfinished)
+            if not self._ended.done():
+                self._ended.set_result(None)
+
+    def result_of(self, future: Any) -> Any:
+        """Waits for a future, of TensorStore or of Python.
 
         Raises:
             TimeoutError: the storage did not acknowledge in time.
@@ -121,8 +208,12 @@ class Deadline:
         try:
             return future.result(timeout=self._timeout_s)
         except TimeoutError as error:
-            future.cancel()
-            raise self._timeout() from error
+            if future.done():  # It is its own error, or came at the last moment.
+                return future.result()
+            raise TimeoutError(
+                f"the storage acknowledged nothing for {self._timeout_s:g} s "
+                "(LazyOptions.storage_timeout_s)"
+            ) from error
 
     def run(self, work: Coroutine[Any, Any, None], name: str) -> None:
         """Runs what Orbax does for us on the storage, and gives it up when it takes too long.
@@ -134,7 +225,8 @@ class Deadline:
         Raises:
             TimeoutError: it takes longer.
         """
-        failures: list[BaseException] = []
+        outcome: concurrent.futures.Future[None] = concurrent.futures.Future()
+        _OUTSTANDING.add(self._place, [outcome])
 
         def run() -> None:
             # Not `asyncio.run`: it cancels what other threads run.
@@ -142,21 +234,12 @@ class Deadline:
             try:
                 loop.run_until_complete(work)
             except BaseException as error:  # noqa: BLE001 - Raised below.
-                failures.append(error)
+                outcome.set_exception(error)
+            else:
+                outcome.set_result(None)
             finally:
                 loop.close()
 
         # A daemon: a server that never answers must not keep the process from ending.
-        thread = threading.Thread(target=run, name=name, daemon=True)
-        thread.start()
-        thread.join(self._timeout_s)
-        if thread.is_alive():
-            raise self._timeout()
-        if failures:
-            raise failures[0]
-
-    def _timeout(self) -> TimeoutError:
-        return TimeoutError(
-            f"the storage acknowledged nothing for {self._timeout_s:g} s "
-            "(LazyOptions.storage_timeout_s)"
-        )
+        threading.Thread(target=run, name=name, daemon=True).start()
+        self.result_of(outcome)

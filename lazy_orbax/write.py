@@ -33,10 +33,6 @@ class Request(NamedTuple):
     future: Any
     key: str
 
-    def cancel(self) -> None:
-        """Gives it up, unless it is done."""
-        self.future.cancel()
-
 
 class Writer:
     """Writes one save of one item. Used by one thread at a time.
@@ -59,10 +55,21 @@ class Writer:
         remote = object_store.context_spec(directory, timeout_s)
         self._context = ts.Context({**_CONTEXT, **remote})
         self._stores: dict[int, Any] = {}
-        self._files = self._open(format_.directory) if format_.is_primary or format_.files else None
-        self._kvstores = [self._open(spec) for spec in format_.kvstores]
+        self._unacknowledged: list[list[Request]] = []
+        self._files: ts.KvStore | None = None
+        self._kvstores: list[ts.KvStore] = []
         own = re.findall(rf"{re.escape(PROCESS_DIRECTORY)}[^/\"]*", " ".join(format_.kvstores))
         self._syncer = Syncer(directory, own) if os.path.isabs(directory) else None
+        waited = self._deadline.begin()
+        try:
+            if format_.is_primary or format_.files:
+                self._files = self._open(format_.directory)
+            self._kvstores += map(self._open, format_.kvstores)
+            if waited:
+                self._remove_late_writes()
+        except BaseException:
+            self.close()
+            raise
 
     def _open(self, spec: str) -> ts.KvStore:
         here = object_store.kvstore_spec(spec, self._directory)
@@ -70,15 +77,35 @@ class Writer:
         store = self._deadline.result_of(opening)
         return store if store.path.endswith("/") or not store.path else store + "/"
 
+    def _remove_late_writes(self) -> None:
+        """Removes the databases that a failed save wrote to after Orbax emptied the directory.
+
+        OCDBT would read and extend them. Everything else is written over.
+        """
+        everything = ts.KvStore.KeyRange()
+        removals = [(store.base, everything) for store in self._kvstores if store.base is not None]
+        if removals and self._files is not None:
+            merged = [("d/", "d0"), ("manifest.ocdbt", "manifest.ocdbt0")]
+            removals += [(self._files, ts.KvStore.KeyRange(*keys)) for keys in merged]
+        requests = self._new_requests()
+        for store, keys in removals:
+            requests.append(Request(store.delete_range(keys), "manifest.ocdbt"))
+        self.wait(requests)
+
     def write(self, pieces: Iterable[tuple[Piece, np.ndarray]]) -> list[Request]:
         """Starts writing pieces and returns what to `wait` for."""
-        requests: list[Request] = []
+        requests = self._new_requests()
         for piece, view in pieces:
             store = self._stores.get(piece.leaf)
             if store is None:
                 store = self._stores[piece.leaf] = self._open_leaf(piece.leaf, requests)
             future = store[piece.index].write(view, can_reference_source_data_indefinitely=True)
             requests.append(Request(future, self._plan.leaves[piece.leaf].name))
+        return requests
+
+    def _new_requests(self) -> list[Request]:
+        requests: list[Request] = []
+        self._unacknowledged.append(requests)
         return requests
 
     def _open_leaf(self, leaf: int, requests: list[Request]) -> ts.TensorStore:
@@ -105,7 +132,7 @@ class Writer:
         Raises:
             SaveError: the storage refused something, or did not answer in time.
         """
-        requests: list[Request] = []
+        requests = self._new_requests()
         if self._format.is_primary:
             for leaf in range(len(self._plan.leaves)):
                 if leaf not in self._stores:
@@ -119,7 +146,13 @@ class Writer:
             self._syncer.finish()
 
     def close(self) -> None:
-        """Joins the threads that sync. A writer that was not finished left things unsynced."""
+        """Gives up what is not acknowledged, and joins the threads that sync.
+
+        A writer that was not finished left things unsynced.
+        """
+        requests = [request for some in self._unacknowledged for request in some]
+        self._unacknowledged.clear()
+        self._deadline.end(request.future for request in requests if not request.future.done())
         if self._syncer is not None:
             self._syncer.close()
 
@@ -140,6 +173,7 @@ class Writer:
                 file = f"{self._directory}/{key}"
                 leaf = self._leaf_at_fault(f"{file}/ {error}", slab)
                 raise save_error(self._directory, error, leaf=leaf, file=file) from error
+        self._unacknowledged = [some for some in self._unacknowledged if some is not requests]
         if slab is not None and self._syncer is not None:
             self._syncer.begin()
 

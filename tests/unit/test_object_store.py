@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import json
 import threading
+import types
 
 import jax
 import numpy as np
@@ -14,7 +16,7 @@ from etils import epath
 from trees import on_mesh
 
 import lazy_orbax
-from lazy_orbax import object_store
+from lazy_orbax import object_store, write
 from lazy_orbax.errors import OptionError
 
 
@@ -119,3 +121,88 @@ def test_a_merge_that_fails_is_told_of():
     deadline.run(work(), "lazy_orbax-merge")
     with pytest.raises(ValueError, match="no luck"):
         deadline.run(fail(), "lazy_orbax-merge")
+
+
+def failed_save(directory, timeout_s=0.01):
+    """Begins a save and fails it. Returns what TensorStore still has to do for it."""
+    promise, future = ts.Promise.new()
+    deadline = object_store.Deadline(directory, timeout_s)
+    deadline.begin()
+    with pytest.raises(TimeoutError):
+        deadline.result_of(future)
+    deadline.end([future])
+    return promise
+
+
+def test_a_save_to_where_a_failed_one_may_still_write_is_refused():
+    promise = failed_save("gs://bucket/late/1/default.orbax-checkpoint-tmp-3")
+    with pytest.raises(TimeoutError, match="earlier save to this place.*Save another step"):
+        object_store.Deadline("gs://bucket/late/1/default", 0.01).begin()
+    object_store.Deadline("gs://bucket/late/2/default", 0.01).begin()
+    promise.set_result(None)
+    again = object_store.Deadline("gs://bucket/late/1/default", 0.01)
+    assert not again.begin()
+    again.end([])
+
+
+def test_a_save_to_where_a_failed_one_may_still_write_waits():
+    directory = "gs://bucket/late/3/default"
+    asked = threading.Event()
+
+    class Late(concurrent.futures.Future):
+        def exception(self, timeout=None):
+            asked.set()
+            return super().exception(timeout)
+
+    deadline, late = object_store.Deadline(directory, 30), Late()
+    assert not deadline.begin()
+    deadline.end([late])
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        waiting = pool.submit(object_store.Deadline(directory, 30).begin)
+        assert asked.wait(30)
+        assert not waiting.done()
+        late.set_result(None)
+        assert waiting.result(30)
+
+
+def test_a_save_waits_for_the_merge_of_a_failed_one():
+    directory = "gs://bucket/late/4/default"
+    go_on = threading.Event()
+
+    async def hang():
+        assert go_on.wait(30)
+
+    with pytest.raises(TimeoutError):
+        object_store.Deadline(directory, 0.01).run(hang(), "lazy_orbax-merge")
+    with pytest.raises(TimeoutError, match="earlier save"):
+        object_store.Deadline(directory, 0.01).begin()
+    go_on.set()
+    object_store.Deadline(directory, 30).begin()
+
+
+def test_what_has_ended_is_forgotten():
+    outstanding = object_store.Outstanding()
+    for i in range(100):
+        promise, future = ts.Promise.new()
+        assert not outstanding.enter(f"gs://bucket/{i}", future, 0)
+        promise.set_result(None)
+    assert len(outstanding._futures) == 1
+
+
+def test_a_writer_that_cannot_open_its_stores_holds_up_nobody(monkeypatch):
+    def fail(self, spec):
+        raise ValueError("no luck")
+
+    monkeypatch.setattr(write.Writer, "_open", fail)
+    format_ = types.SimpleNamespace(is_primary=True, directory="", kvstores=[])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no luck"):
+            write.Writer(None, format_, "gs://bucket/late/5/default", timeout_s=1)
+
+
+def test_a_failed_save_to_a_local_directory_calls_its_writes_back():
+    _, future = ts.Promise.new()
+    deadline = object_store.Deadline("/data/run/1/default", 0.01)
+    deadline.begin()
+    deadline.end([future])
+    assert future.cancelled()

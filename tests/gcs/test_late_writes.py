@@ -1,0 +1,51 @@
+"""A write that a failed save has given up must not come to lie over a later save of that step."""
+
+from __future__ import annotations
+
+import pytest
+from gcs.proxy import Fault
+
+TIMEOUT_S = 2.0
+SLACK_S = 8.0
+# What is held stays held: the client does not give it up.
+PATIENT = {"TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "60"}
+HELD = {
+    "chunks": (r"upload \S*/2/default/w/\d", {"use_ocdbt": False}),
+    "data": (r"upload \S*/2/default/ocdbt.process_0/d/", {}),
+    "manifest": (r"upload \S*/2/default/ocdbt.process_0/manifest.ocdbt", {}),
+    "merged data": (r"upload \S*/2/default/d/", {}),
+    "merged manifest": (r"upload \S*/2/default/manifest.ocdbt", {}),
+}
+
+
+@pytest.mark.parametrize("held", HELD)
+def test_a_save_of_the_same_step_waits_or_is_refused(start, proxy, root, held):
+    job = start(**PATIENT)
+    pattern, keywords = HELD[held]
+    job.do("open", root, timeout_s=TIMEOUT_S, **keywords)
+    job.do("save", 1)
+    late = Fault(pattern, "late")
+    with proxy.breaking(late):
+        failed = job.attempt("save", 2, seed=20)
+        assert failed.error == "SaveError", failed.trace
+        late.times = late.met  # What comes now is of another save, and passes.
+
+        refused = job.attempt("save", 2, seed=21)
+        assert refused.error == "SaveError", refused.trace
+        assert "earlier save" in refused.message
+        assert "Save another step" in refused.message
+        assert refused.took_s < TIMEOUT_S + SLACK_S
+        assert job.do("in_flight_bytes") == 0
+        job.do("save", 3)  # Another step is not held up.
+
+        job.do("open", root, timeout_s=60, **keywords)
+        began = proxy.add(Fault(r"upload \S*/2/_CHECKPOINT_METADATA", "delay"))
+        # By force, for a step was saved that comes after it.
+        job.begin("save", 2, seed=22, force=True)
+        began.await_request()
+    # Now what was held is carried out.
+    saved = job.end()
+    assert not saved.error, saved.trace
+    assert job.do("open", root, stock=True) == [1, 2, 3]
+    assert job.do("wrong", 2, seed=22) == []
+    assert job.do("wrong", 1, 3) == []
