@@ -11,7 +11,7 @@ import concurrent.futures
 import json
 import threading
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -113,21 +113,24 @@ class Outstanding:
     A later save to the same directory has objects of the same names, over which it would write.
 
     Invariant, under the lock: while a save may hand writes to TensorStore, and while TensorStore
-    may still carry one out, a future that is not done is in `_futures`. A save hands over its
-    first write only when there was none, and in the same moment has its own there.
+    may still carry out one that was given up, a future that is not done is in `_futures`. A save
+    hands over its first write only when there was none, and in the same moment has its own there.
+    `_left` are the directories to which writes may have come after Orbax had emptied them.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._futures: dict[str, list[Any]] = {}
+        self._left: set[str] = set()
 
-    def add(self, directory: str, futures: Iterable[Any]) -> None:
-        """Adds futures, of TensorStore or of Python, that end when something was written."""
+    def leave(self, directory: str, futures: Iterable[Any]) -> None:
+        """Adds what is given up: futures, of TensorStore or of Python."""
         with self._lock:
             self._futures.setdefault(directory, []).extend(futures)
+            self._left.add(directory)
 
     def enter(self, directory: str, future: Any, timeout_s: float) -> bool:
-        """Adds a future once no other is there. Returns whether there was another.
+        """Adds a future once no other is there. Returns whether something was left there.
 
         Raises:
             TimeoutError: another is still there after `timeout_s`.
@@ -136,16 +139,18 @@ class Outstanding:
         waited = False
         while True:
             with self._lock:
-                left = {
+                pending = {
                     place: [f for f in futures if not f.done()]
                     for place, futures in self._futures.items()
                 }
-                self._futures = {place: futures for place, futures in left.items() if futures}
-                pending = self._futures.setdefault(directory, [future])
-                if pending == [future]:
+                self._futures = {place: futures for place, futures in pending.items() if futures}
+                here = self._futures.setdefault(directory, [future])
+                if here == [future]:
+                    waited = waited or directory in self._left
+                    self._left.discard(directory)
                     return waited
             waited = True
-            pending[0].exception(timeout=max(0.0, deadline_s - time.monotonic()))
+            here[0].exception(timeout=max(0.0, deadline_s - time.monotonic()))
 
 
 _OUTSTANDING = Outstanding()
@@ -166,7 +171,7 @@ class Deadline:
         """Waits until nothing of a failed save can come to the directory any more.
 
         Returns:
-            Whether something could, and so perhaps did.
+            Whether something may have come after Orbax had emptied the directory.
 
         Raises:
             TimeoutError: it still can.
@@ -183,7 +188,7 @@ class Deadline:
                 "step now, or this one some minutes later"
             ) from error
 
-    def end(self, unfinished: Iterable[Any]) -> None:
+    def end(self, unfinished: Sequence[Any]) -> None:
         """Gives up what was not acknowledged. What cannot be called back is remembered.
 
         Args:
@@ -192,10 +197,11 @@ class Deadline:
         if self._timeout_s is None:
             for future in unfinished:
                 future.cancel()
-        else:
-            _OUTSTANDING.add(self._place, unfinished)
-            if not self._ended.done():
-                self._ended.set_result(None)
+            return
+        if unfinished:
+            _OUTSTANDING.leave(self._place, unfinished)
+        if not self._ended.done():
+            self._ended.set_result(None)
 
     def result_of(self, future: Any) -> Any:
         """Waits for a future, of TensorStore or of Python.
@@ -226,7 +232,6 @@ class Deadline:
             TimeoutError: it takes longer.
         """
         outcome: concurrent.futures.Future[None] = concurrent.futures.Future()
-        _OUTSTANDING.add(self._place, [outcome])
 
         def run() -> None:
             # Not `asyncio.run`: it cancels what other threads run.
@@ -242,4 +247,8 @@ class Deadline:
 
         # A daemon: a server that never answers must not keep the process from ending.
         threading.Thread(target=run, name=name, daemon=True).start()
-        self.result_of(outcome)
+        try:
+            self.result_of(outcome)
+        finally:
+            if not outcome.done():
+                _OUTSTANDING.leave(self._place, [outcome])

@@ -60,12 +60,12 @@ class Writer:
         self._kvstores: list[ts.KvStore] = []
         own = re.findall(rf"{re.escape(PROCESS_DIRECTORY)}[^/\"]*", " ".join(format_.kvstores))
         self._syncer = Syncer(directory, own) if os.path.isabs(directory) else None
-        waited = self._deadline.begin()
+        may_hold_late_writes = self._deadline.begin()
         try:
             if format_.is_primary or format_.files:
                 self._files = self._open(format_.directory)
             self._kvstores += map(self._open, format_.kvstores)
-            if waited:
+            if may_hold_late_writes:
                 self._remove_late_writes()
         except BaseException:
             self.close()
@@ -150,9 +150,9 @@ class Writer:
 
         A writer that was not finished left things unsynced.
         """
-        requests = [request for some in self._unacknowledged for request in some]
+        futures = [request.future for some in self._unacknowledged for request in some]
         self._unacknowledged.clear()
-        self._deadline.end(request.future for request in requests if not request.future.done())
+        self._deadline.end([future for future in futures if not future.done()])
         if self._syncer is not None:
             self._syncer.close()
 
