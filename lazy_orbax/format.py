@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorstore as ts
 
@@ -101,7 +101,7 @@ def make_format(
     stored: list[StoredLeaf] = []
     kvstores: dict[str, int] = {}
     array_metadatas, write_shapes, problems = [], {}, []
-    scratch = ts.Context()
+    samples: dict[str, _Sample] = {}
     for leaf, layout in zip(leaves, layouts, strict=True):
         info = tree.leaves[leaf.position]
         try:
@@ -113,7 +113,7 @@ def make_format(
                 sharding=leaf.sharding,
                 ext_metadata=key_metadata.get(leaf.position),
             )
-            stored.append(_stored(leaf, spec, kvstores, tree.directory, scratch))
+            stored.append(_stored(leaf, spec, kvstores, tree.directory, samples))
         except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
             problems.append(f"{leaf.keypath}: {leaf.dtype}{list(leaf.shape)}: {error}")
             continue
@@ -139,7 +139,7 @@ def _stored(
     spec: dict[str, Any],
     kvstores: dict[str, int],
     directory: str,
-    scratch: ts.Context,
+    samples: dict[str, _Sample],
 ) -> StoredLeaf:
     """Splits TensorStore's spec of a leaf into what is its own and what it shares."""
     cast_from = None
@@ -155,17 +155,31 @@ def _stored(
         _check_path(leaf.name)
     own = {key: value for key, value in spec.items() if key != "kvstore"}
     place = kvstores.setdefault(json.dumps(kvstore), len(kvstores))
-    sample = ts.open(
-        {**own, "kvstore": {"driver": "memory", "path": f"{leaf.position}/"}},
-        create=True,
-        context=scratch,
-    ).result()
-    written = sample.kvstore
-    assert written is not None
-    (key,) = [key.decode() for key in written.list().result()]
-    metadata = written.read(key).result().value
+    text = json.dumps(own)
+    if text not in samples:
+        samples[text] = _sample(own)
+    sample = samples[text]
     prefix = leaf.name if leaf.name.endswith("/") or not leaf.name else f"{leaf.name}/"
-    return StoredLeaf(place, prefix, ts.Spec(own), cast_from, key, metadata)
+    return StoredLeaf(place, prefix, sample.spec, cast_from, *sample[1:])
+
+
+class _Sample(NamedTuple):
+    """What TensorStore makes of a spec, for all the leaves that look alike."""
+
+    spec: ts.Spec
+    metadata_key: str
+    metadata: bytes
+
+
+def _sample(own: dict[str, Any]) -> _Sample:
+    """Creates an array in memory, to see its metadata."""
+    array = ts.open(
+        {**own, "kvstore": {"driver": "memory"}}, create=True, context=ts.Context()
+    ).result()
+    kvstore = array.kvstore
+    assert kvstore is not None
+    (key,) = [key.decode() for key in kvstore.list().result()]
+    return _Sample(ts.Spec(own), key, kvstore.read(key).result().value)
 
 
 def _check_path(name: str) -> None:

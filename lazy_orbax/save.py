@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from lazy_orbax import snapshot
-from lazy_orbax.drain import Pace, drain, yield_to_training
+from lazy_orbax.drain import Pace, drain, give_back_memory, yield_to_training
 from lazy_orbax.errors import SaveError
 from lazy_orbax.events import Recorder
 from lazy_orbax.host_budget import HOST_BUDGET, Lease, ReservationAborted
@@ -265,6 +265,7 @@ class Save:
             self.fail(error)
             traceback.clear_frames(error.__traceback__)  # They hold slabs.
         self._drop()
+        give_back_memory()
         if self._error is None:
             self.recorder.mark("durable")
         elif not self._snapshot_raised:
