@@ -146,11 +146,13 @@ def make_plan(
 
 
 def carrier_of(dtype: np.dtype) -> np.dtype:
-    """Returns the dtype in which a leaf travels in a packed slab: an integer of its width.
+    """Returns the dtype in which a leaf travels in a packed slab.
 
-    Numbers of less than a byte, booleans and complex numbers travel as they are.
+    Small floats travel as integers of their width, for XLA may compute with larger ones when it
+    copies them, which changes some NaNs. Integers of one width travel together. Everything else
+    travels as it is: a change of type costs a copy in between.
     """
-    if dtype.itemsize > 8 or dtype.kind in "bc" or _bits_of(dtype) < 8:
+    if (dtype.kind in "bcf" and dtype.itemsize >= 4) or dtype.kind == "b" or _bits_of(dtype) < 8:
         return dtype
     return np.dtype(f"uint{8 * dtype.itemsize}")
 

@@ -228,7 +228,7 @@ class Save:
                 self._on_host.put((snapshot.to_host(held), lease))
                 del held  # The device copy dies here.
             for arriving in self._arriving:
-                _wait_for(arriving())
+                snapshot.await_arrival(arriving())
             if self._move(State.STAGED):
                 self.recorder.mark("staged")
         except BaseException as error:  # noqa: BLE001 - `write` raises it, in Orbax's thread.
@@ -270,15 +270,6 @@ class Save:
             self.recorder.mark("durable")
         elif not self._snapshot_raised:
             raise self._error
-
-
-def _wait_for(array: jax.Array | None) -> None:
-    """Waits until our copy has arrived. One that is gone was written already."""
-    try:
-        jax.block_until_ready(array)
-    except RuntimeError:
-        if array is None or not array.is_deleted():
-            raise
 
 
 _IN_FLIGHT: weakref.WeakSet[Save] = weakref.WeakSet()

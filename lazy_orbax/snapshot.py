@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import logging
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ from lazy_orbax.plan import Piece, Plan, Slab, mesh_of_one
 
 _PINNED_HOST = "pinned_host"
 _LOG = logging.getLogger("lazy_orbax")
+# Held while a buffer is donated: it is deleted before or after, and not half of it.
+_DONATING = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +92,9 @@ def stage(plan: Plan, slab: Slab, leaves: Sequence[Any], buffer: jax.Array | Non
     with jax.set_mesh(local_mesh(slab.mesh)):
         if kind is None:
             return Held(slab, (pack(table, *mine),), None, on_host=False)
-        packed = pack(table, kind.fresh() if buffer is None else buffer, *mine)
+        fresh = kind.fresh() if buffer is None else buffer
+        with _DONATING:
+            packed = pack(table, fresh, *mine)
     return Held(slab, (packed,), None, on_host=True, buffer=packed)
 
 
@@ -145,16 +150,11 @@ def _sources(
                 device = _device_of(plan, piece)
                 array = next(s.data for s in array.addressable_shards if s.device == device)
                 if cut and not layout.holds_whole_shards:
-                    array = _share(array, piece, device)
+                    with jax.set_mesh(mesh_of_one(device)):  # Other processes write the rest.
+                        array = array[piece.index_in_shard]
             arrays.append(array)
         sources.append(copied[key])
     return arrays, sources
-
-
-def _share(shard: jax.Array, piece: Piece, device: Device) -> jax.Array:
-    """Returns the part of a shard that is ours, where other processes write the rest."""
-    with jax.set_mesh(mesh_of_one(device)):
-        return shard[piece.index_in_shard]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -252,6 +252,17 @@ def _unless_refused() -> Iterator[None]:
 def _shards(array: jax.Array) -> _HostShards:
     """Returns the shards of our own array as NumPy arrays: views, where it is in host memory."""
     return _HostShards({shard.device: np.asarray(shard.data) for shard in array.addressable_shards})
+
+
+def await_arrival(array: jax.Array | None) -> None:
+    """Waits until our own copy has arrived. One that is gone was written already."""
+    try:
+        jax.block_until_ready(array)
+    except RuntimeError:
+        with _DONATING:
+            used_again = array is None or array.is_deleted()
+        if not used_again:
+            raise
 
 
 def views(plan: Plan, held: Held) -> list[tuple[Piece, np.ndarray]]:

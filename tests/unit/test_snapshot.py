@@ -203,6 +203,44 @@ def test_a_buffer_that_somebody_still_reads_is_not_written_over():
     assert all((view == 1).all() for _, view in kept)
 
 
+class HalfDonated:
+    """An array in the middle of being donated: reading it fails, and it is not deleted yet."""
+
+    def __init__(self, *, is_deleted_at_last):
+        self.is_deleted_at_last, self.asked = is_deleted_at_last, threading.Event()
+
+    def block_until_ready(self):
+        self.asked.set()
+        raise RuntimeError("deleted or donated buffer")
+
+    def is_deleted(self):
+        return self.is_deleted_at_last and not snapshot_is_donating.is_set()
+
+
+snapshot_is_donating = threading.Event()
+
+
+@pytest.mark.parametrize("is_deleted", [True, False])
+def test_a_copy_that_is_just_being_used_again_has_arrived(is_deleted):
+    array, failures = HalfDonated(is_deleted_at_last=is_deleted), []
+
+    def wait():
+        try:
+            snapshot.await_arrival(array)
+        except RuntimeError as error:
+            failures.append(error)
+
+    with snapshot._DONATING:
+        snapshot_is_donating.set()
+        waiter = threading.Thread(target=wait)
+        waiter.start()
+        assert array.asked.wait(30)
+        snapshot_is_donating.clear()
+    waiter.join(30)
+    assert not waiter.is_alive()
+    assert bool(failures) == (not is_deleted)
+
+
 def test_buffers_are_of_a_kind_when_their_slabs_look_alike():
     leaves = [on_mesh(np.ones((8, 6), np.float32), MESH, "a") for _ in range(4)]
     leaves += [on_mesh(np.ones((8, 7), np.float32), MESH, "a")]
