@@ -35,7 +35,7 @@ def values(n_steps: int) -> dict[str, np.ndarray]:
     """The state after so many steps of `training_step`."""
     rng = np.random.default_rng(7)
     state = {
-        "both": random_array(rng, (512, 384), np.float32),
+        "both": random_array(rng, (1024, 384), np.float32),
         "columns": random_array(rng, (128, 512), ml_dtypes.bfloat16),
         "rows": random_array(rng, (64, 33), np.int8),
         "half": random_array(rng, (16, 24), np.float32),
