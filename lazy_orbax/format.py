@@ -21,6 +21,10 @@ from lazy_orbax.tree import TreeInfo
 TREE_METADATA_FILE = "_METADATA"
 SHARDING_FILE = "_sharding"
 _RESERVED = (TREE_METADATA_FILE, SHARDING_FILE, "_strings.json", "array_metadatas")
+# Orbax wants one B-tree node for a whole checkpoint, for fast reading. That holds for the tree that
+# readers see, which it merges at the end. In the tree that a process writes, slab by slab, every
+# flush would write that one node again: time and bytes would grow with the square of the leaves.
+_NODE_BYTES = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +154,7 @@ def _stored(
     kvstore = dict(spec["kvstore"])
     if kvstore["driver"] == "ocdbt":
         kvstore.pop("path", None)
+        kvstore["config"] = {**kvstore["config"], "max_decoded_node_bytes": _NODE_BYTES}
     else:
         kvstore = _orbax.directory_kvstore_spec(directory)
         _check_path(leaf.name)
