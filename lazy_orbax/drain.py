@@ -9,6 +9,7 @@ import queue
 import sys
 import threading
 import time
+import weakref
 from typing import Any
 
 from lazy_orbax import snapshot
@@ -20,6 +21,8 @@ from lazy_orbax.write import Request, Writer
 # Slabs that may be with TensorStore at once: one being written while the next is handed over.
 _MOST_WRITING = 2
 _NICE = 10
+# TensorStore's threads let go of what they have written a moment after they say so.
+_LETTING_GO_S = 1.0
 
 
 def yield_to_training() -> None:
@@ -97,8 +100,10 @@ def drain(
         futures, held, lease = writing.popleft()
         writer.wait(futures, held.slab)
         buffer = held.buffer
+        deaths = [] if buffer is None else _deaths_of(held)
         del futures, held  # The host copy dies here, and only then is its lease returned.
-        lease.release(buffer)
+        is_read = not all(died.wait(_LETTING_GO_S) for died in deaths)
+        lease.release(None if is_read else buffer)
 
     try:
         while True:
@@ -115,3 +120,14 @@ def drain(
             settle_oldest()
     finally:
         writing.clear()
+
+
+def _deaths_of(held: Held) -> list[threading.Event]:
+    """Returns events that are set as the views of a slab's buffer die."""
+    deaths = []
+    for array in (array for shards in held.arrays for array in shards.values()):
+        if not array.flags.owndata:  # XLA hands out copies of what has less than a byte.
+            died = threading.Event()
+            weakref.finalize(array, died.set).atexit = False
+            deaths.append(died)
+    return deaths

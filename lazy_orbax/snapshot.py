@@ -259,10 +259,10 @@ def await_arrival(array: jax.Array | None) -> None:
     try:
         jax.block_until_ready(array)
     except RuntimeError:
+        # It is being used again, or was, or only seemed so while that was tried.
         with _DONATING:
-            used_again = array is None or array.is_deleted()
-        if not used_again:
-            raise
+            if array is not None and not array.is_deleted():
+                jax.block_until_ready(array)
 
 
 def views(plan: Plan, held: Held) -> list[tuple[Piece, np.ndarray]]:

@@ -25,6 +25,9 @@ _CONTEXT = {
     "cache_pool#ocdbt": {"total_bytes_limit": 100_000_000},
     "file_io_sync": False,
 }
+# OCDBT keeps values as small as this (Orbax sets 1 KiB) in nodes, and nodes in its cache: it would
+# refer to a slab for as long as the save takes.
+_LARGEST_CACHED_BYTES = 2**10
 
 
 class Request(NamedTuple):
@@ -99,7 +102,8 @@ class Writer:
             store = self._stores.get(piece.leaf)
             if store is None:
                 store = self._stores[piece.leaf] = self._open_leaf(piece.leaf, requests)
-            future = store[piece.index].write(view, can_reference_source_data_indefinitely=True)
+            lasting = view.nbytes > _LARGEST_CACHED_BYTES
+            future = store[piece.index].write(view, can_reference_source_data_indefinitely=lasting)
             requests.append(Request(future, self._plan.leaves[piece.leaf].name))
         return requests
 

@@ -4,12 +4,14 @@ import os
 import sys
 import threading
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
 import lazy_orbax
 from lazy_orbax import drain, snapshot
+from lazy_orbax.host_budget import HOST_BUDGET
 
 
 class Clock(threading.Event):
@@ -90,3 +92,25 @@ def test_only_the_threads_of_a_save_are_lowered(tmp_path, monkeypatch, low, lowe
         checkpointer.save(tmp_path / "1", args=ocp.args.StandardSave({"x": np.ones(3)}))
     assert found == {"writing": mine + lowered}
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == mine
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+def test_memory_that_somebody_still_reads_is_not_used_again(tmp_path, mesh, monkeypatch, is_read):
+    kept = []
+    views = snapshot.views
+
+    def keep(*args):
+        found = views(*args)
+        if is_read:
+            kept.extend(view for _, view in found)
+        return found
+
+    monkeypatch.setattr(snapshot, "views", keep)
+    # Whoever reads in this test never lets go; who is about to is waited for.
+    monkeypatch.setattr(drain, "_LETTING_GO_S", 0 if is_read else drain._LETTING_GO_S)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a"))
+    state = {"x": jax.device_put(np.ones((8, 6), np.float32), sharding)}
+    with ocp.AsyncCheckpointer(lazy_orbax.standard_handler()) as checkpointer:
+        checkpointer.save(tmp_path / "1", args=ocp.args.StandardSave(state))
+        checkpointer.wait_until_finished()
+        assert (HOST_BUDGET.idle_bytes == 0) == is_read

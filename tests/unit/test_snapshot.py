@@ -241,6 +241,27 @@ def test_a_copy_that_is_just_being_used_again_has_arrived(is_deleted):
     assert bool(failures) == (not is_deleted)
 
 
+class AbortedDonation:
+    """An array whose donation is given up, as somebody still reads it: reading it fails once."""
+
+    def __init__(self):
+        self.attempts = 0
+
+    def block_until_ready(self):
+        self.attempts += 1
+        if self.attempts == 1:
+            raise RuntimeError("deleted or donated buffer")
+
+    def is_deleted(self):
+        return False
+
+
+def test_a_copy_that_was_not_used_again_after_all_is_waited_for():
+    array = AbortedDonation()
+    snapshot.await_arrival(array)
+    assert array.attempts == 2
+
+
 def test_buffers_are_of_a_kind_when_their_slabs_look_alike():
     leaves = [on_mesh(np.ones((8, 6), np.float32), MESH, "a") for _ in range(4)]
     leaves += [on_mesh(np.ones((8, 7), np.float32), MESH, "a")]
