@@ -1,6 +1,7 @@
 """Lazy asynchronous checkpoints for JAX, in Orbax and in Orbax's own format."""
 
 from lazy_orbax import args, errors
+from lazy_orbax.durable import DurablePath
 from lazy_orbax.events import SaveTimeline
 from lazy_orbax.faces import pytree_handler, standard_handler
 from lazy_orbax.handler import LazyCheckpointHandler
@@ -12,6 +13,7 @@ from lazy_orbax.save import wait_until_staged
 from lazy_orbax.split import split_step
 
 __all__ = [
+    "DurablePath",
     "LazyCheckpointHandler",
     "LazyOptions",
     "NodeLocalOptions",

@@ -48,7 +48,7 @@ class Commit:
             merge: merges in a directory what several processes wrote.
         """
         self.save = save
-        self.is_merged = False
+        self.is_merged, self.has_others = False, bool(others)
         self._others, self._agreement, self._merge = others, agreement, merge
         self._told = False
         self._directory: Any = None

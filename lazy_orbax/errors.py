@@ -5,6 +5,7 @@
 | `OptionError` | fixes an option, a keyword or the directory |
 | `TreeError`, `DeletedArrayError` | fixes the tree that was to be saved; nothing was written |
 | `SaveError` | goes on training; the last committed step is untouched, the next save may work |
+| `NotDurableError` | the same; the step is listed, but only a later one will survive a power cut |
 | `RestoreError` | fixes the restore target, or the checkpoint |
 """
 
@@ -41,7 +42,10 @@ class SaveError(LazyOrbaxError, RuntimeError):
         file: the file or key the storage named, if it named one.
         process: the process that failed, where there are several; it need not be this one.
         what: what went wrong there.
+        outcome: what that means for the step.
     """
+
+    outcome = "This step was not committed and earlier ones are untouched; mend the cause and save"
 
     def __init__(
         self,
@@ -64,10 +68,16 @@ class SaveError(LazyOrbaxError, RuntimeError):
         ]
         where = ", ".join(place for place in places if place)
         where = f" ({where})" if where else ""
-        super().__init__(
-            f"Saving failed{where}: {what}. This step was not committed and earlier ones are "
-            "untouched; mend the cause and save again."
-        )
+        super().__init__(f"Saving failed{where}: {what}. {self.outcome} again.")
+
+
+class NotDurableError(SaveError):
+    """A step was published, but the storage refused to sync that: a power cut may undo it."""
+
+    outcome = (
+        "This step is listed, but a power cut may lose it; earlier ones are untouched. Mend the "
+        "cause and save"
+    )
 
 
 class RestoreError(LazyOrbaxError, ValueError):

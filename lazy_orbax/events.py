@@ -8,7 +8,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -110,11 +110,20 @@ class Recorder:
             _log.exception("on_timeline raised for %s", self._timeline.directory)
 
 
-def await_publication(recorder: Recorder) -> None:
-    """Ends `recorder` when Orbax, in this thread, reports that it published the step."""
+def await_publication(
+    recorders: Sequence[Recorder], then: Callable[[], None] = lambda: None
+) -> None:
+    """Ends `recorders` when Orbax, in this thread, reports that it published the step.
+
+    Args:
+        recorders: what to end.
+        then: called before that, once for each function. What it raises goes up through Orbax to
+            who waits for the save.
+    """
     _listen()
-    pending = getattr(_publishing, "recorders", [])
-    _publishing.recorders = [*pending, recorder]
+    pending, calls = getattr(_publishing, "pending", ([], []))
+    calls = calls if then in calls else [*calls, then]
+    _publishing.pending = ([*pending, *recorders], calls)
 
 
 @functools.cache
@@ -126,9 +135,23 @@ def _on_duration(event: str, duration_secs: float, **_: str | int) -> None:
     del duration_secs
     if event not in _PUBLISHED_EVENTS:
         return
-    pending, _publishing.recorders = getattr(_publishing, "recorders", []), []
-    for recorder in pending:
+    recorders, calls = getattr(_publishing, "pending", ([], []))
+    try:
+        for call in calls:
+            call()
+    except BaseException as error:
+        publication_failed(error)
+        raise
+    _publishing.pending = ([], [])
+    for recorder in recorders:
         recorder.end(committed=True)
+
+
+def publication_failed(error: BaseException) -> None:
+    """Ends with `error` what waits in this thread for a publication."""
+    (recorders, _), _publishing.pending = getattr(_publishing, "pending", ([], [])), ([], [])
+    for recorder in recorders:
+        recorder.end(error=error)
 
 
 def final_directory(path: str) -> str:

@@ -16,8 +16,9 @@ from lazy_orbax import _orbax, stock
 from lazy_orbax.agreement import agreement_on
 from lazy_orbax.commit import Commit
 from lazy_orbax.drain import Pace
+from lazy_orbax.durable import after_publication, before_publication
 from lazy_orbax.errors import OptionError
-from lazy_orbax.events import await_publication, final_directory
+from lazy_orbax.events import await_publication, final_directory, publication_failed
 from lazy_orbax.host_budget import HOST_BUDGET
 from lazy_orbax.object_store import scheme_of, stand_in
 from lazy_orbax.options import LazyOptions
@@ -25,6 +26,7 @@ from lazy_orbax.plan import Plan
 from lazy_orbax.prepare import prepare
 from lazy_orbax.restore import explained
 from lazy_orbax.save import Save
+from lazy_orbax.sync import Inode
 from lazy_orbax.tree import Destination
 from lazy_orbax.write import merge_remotely
 
@@ -196,17 +198,23 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             return super().restore(directory, args=stock_args)
 
     def finalize(self, directory: Any) -> None:
-        """Lets Orbax merge what the processes wrote. Orbax publishes the step after this.
+        """Lets Orbax merge what the processes wrote, and syncs it. Orbax publishes the step then.
 
         Raises:
-            SaveError: an object store refused it, or did not answer in time.
+            SaveError: the storage refused it, or an object store did not answer in time.
         """
         place = final_directory(str(directory))
         here = [c for c in self._commits if c.save.recorder.timeline.directory == place]
-        if not (here and here[-1].is_merged):
-            self._merge(directory)
-        for commit in here:
-            await_publication(commit.save.recorder)
+        await_publication([c.save.recorder for c in here], after_publication)
+        try:
+            if not (here and here[-1].is_merged):
+                self._merge(directory)
+            # Who writes leaves of ours with a type handler of their own may be late.
+            synced = [c.save.synced_directories for c in here if not c.has_others]
+            before_publication(str(directory), set[Inode]().union(*synced))
+        except BaseException as error:
+            publication_failed(error)
+            raise
 
     def _merge(self, directory: Any) -> None:
         if scheme_of(str(directory)) and not _orbax.MISSING:

@@ -24,6 +24,7 @@ from lazy_orbax.plan import Slab
 from lazy_orbax.prepare import Prepared
 from lazy_orbax.room import Room
 from lazy_orbax.snapshot import Held
+from lazy_orbax.sync import Inode
 from lazy_orbax.write import Writer, save_error
 
 
@@ -68,6 +69,7 @@ class Save:
         self.recorder = Recorder(path, options.on_timeline)
         self._prepared, self._options, self._limit_bytes = prepared, options, limit_bytes
         self._path, self._pace = path, pace
+        self.synced_directories: set[Inode] = set()
         self._lock = threading.Lock()
         self._state = State.SNAPSHOT
         self._error: SaveError | None = None
@@ -260,6 +262,7 @@ class Save:
                     drain(self._on_host, writer, plan, pace=pace, ended=ended)
                     if not self.is_over:
                         writer.finish(custom_metadata)
+                        self.synced_directories = writer.synced_directories
                 self._move(State.DURABLE)
         except BaseException as error:  # noqa: BLE001 - Raised below.
             self.fail(error)

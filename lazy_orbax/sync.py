@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import errno
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 _THREADS = 8
 # A directory of more files than this is not looked through again and again while it is written.
@@ -16,6 +16,8 @@ PROCESS_DIRECTORY = "ocdbt.process_"
 _DROPS = hasattr(os, "posix_fadvise")
 
 _Version = tuple[int, int, int]
+# Device and number.
+Inode = tuple[int, int]
 
 
 class Syncer:
@@ -23,6 +25,9 @@ class Syncer:
 
     Waiting with all of it until the end would leave the disk idle while the last bytes are copied
     to the kernel. Used by one thread at a time, after which `close` must be called.
+
+    Attributes:
+        directories: those below it in which `finish` synced everything.
     """
 
     def __init__(self, directory: str, own: Collection[str]):
@@ -40,6 +45,7 @@ class Syncer:
         self._begun: dict[str, _Version] = {}
         self._syncing: list[concurrent.futures.Future[None]] = []
         self._walk: concurrent.futures.Future[None] | None = None
+        self.directories: set[Inode] = set()
 
     def begin(self) -> None:
         """Starts to sync the files that are there and were not synced yet. Does not wait."""
@@ -56,8 +62,9 @@ class Syncer:
         self._collect()
         self._sync_new()
         self._collect()
-        for path in reversed([path for path, _ in self._walk_own()]):
-            _sync(path)
+        directories = [path for path, _ in self._walk_own()]
+        sync_all(directories)
+        self.directories = {inode_of(path) for path in directories[1:]}
 
     def close(self) -> None:
         """Joins the threads."""
@@ -96,6 +103,25 @@ class Syncer:
                 if name in self._own or not name.startswith(PROCESS_DIRECTORY)
             ]
             yield path, names
+
+
+def sync_all(paths: Iterable[str]) -> None:
+    """Makes files and directories durable, all at once: file systems then do it in few steps.
+
+    Raises:
+        OSError: the storage refused.
+    """
+    with concurrent.futures.ThreadPoolExecutor(
+        _THREADS, thread_name_prefix="lazy_orbax-sync"
+    ) as pool:
+        for synced in [pool.submit(_sync, path) for path in paths]:
+            synced.result()
+
+
+def inode_of(path: str) -> Inode:
+    """Returns what a file or directory keeps when it is renamed."""
+    found = os.stat(path)
+    return (found.st_dev, found.st_ino)
 
 
 def _sync(path: str) -> None:

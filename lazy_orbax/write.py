@@ -16,7 +16,7 @@ from lazy_orbax.errors import SaveError
 from lazy_orbax.events import final_directory, step_of
 from lazy_orbax.format import Format
 from lazy_orbax.plan import Piece, Plan, Slab
-from lazy_orbax.sync import PROCESS_DIRECTORY, Syncer
+from lazy_orbax.sync import PROCESS_DIRECTORY, Inode, Syncer
 
 # A fresh context for each save, as stock Orbax has it: a shared cache would keep slabs alive.
 # TensorStore is told not to sync: we do, beside the next slab, and before Orbax commits.
@@ -42,6 +42,9 @@ class Writer:
 
     The arrays given to `write` must stay alive and unchanged until `wait` returned for what
     `write` returned: TensorStore reads from them without a copy.
+
+    Attributes:
+        synced_directories: where `finish` synced everything, below a local directory.
     """
 
     def __init__(self, plan: Plan, format_: Format, directory: str, *, timeout_s: float):
@@ -61,6 +64,7 @@ class Writer:
         self._unacknowledged: list[list[Request]] = []
         self._files: ts.KvStore | None = None
         self._kvstores: list[ts.KvStore] = []
+        self.synced_directories: set[Inode] = set()
         own = re.findall(rf"{re.escape(PROCESS_DIRECTORY)}[^/\"]*", " ".join(format_.kvstores))
         self._syncer = Syncer(directory, own) if os.path.isabs(directory) else None
         may_hold_late_writes = self._deadline.begin()
@@ -148,6 +152,7 @@ class Writer:
         self._stores.clear()
         if self._syncer is not None:
             self._syncer.finish()
+            self.synced_directories = self._syncer.directories
 
     def close(self) -> None:
         """Gives up what is not acknowledged, and joins the threads that sync.

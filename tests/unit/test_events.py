@@ -149,7 +149,7 @@ def test_what_orbax_publishes_in_this_thread_ends_what_waits_for_it():
     reported = []
     recorders = [Recorder(f"/run/5/{item}", reported.append) for item in "ab"]
     for recorder in recorders:
-        await_publication(recorder)
+        await_publication([recorder])
     jax.monitoring.record_event_duration_secs("/jax/some/other/event", 1.0)
     assert reported == []
 

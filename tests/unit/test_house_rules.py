@@ -36,6 +36,7 @@ RANKS = {
     "snapshot": 5,
     "prepare": 5,
     "write": 5,
+    "durable": 6,
     "room": 6,
     "drain": 6,
     "in_step": 6,

@@ -1,0 +1,204 @@
+"""What Orbax leaves unsynced of a local step: the merge, its small files, and every rename.
+
+Orbax finalizes each item (`before_publication`), renames the step's directory, and reports it
+(`after_publication`), all in one thread. `DurablePath` also syncs between the last two.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import threading
+from collections.abc import Iterator, Set
+from typing import Any
+
+from orbax.checkpoint import path as ocp_path
+
+from lazy_orbax.errors import NotDurableError, OptionError
+from lazy_orbax.events import final_directory, publication_failed, step_of
+from lazy_orbax.object_store import scheme_of
+from lazy_orbax.sync import PROCESS_DIRECTORY, Inode, inode_of, sync_all
+from lazy_orbax.write import save_error
+
+_TEMPORARY = ".orbax-checkpoint-tmp"
+_STEP_METADATA = "_CHECKPOINT_METADATA"
+_ROOT_METADATA = ("metadata", "_ROOT_METADATA")
+
+
+@dataclasses.dataclass
+class _Step:
+    """A step that this thread publishes.
+
+    Attributes:
+        directory: where it is before that.
+        synced: directories in which everything was synced by those who wrote it.
+        files: inode, bytes and time of change of files that were synced here.
+    """
+
+    directory: str
+    synced: set[Inode] = dataclasses.field(default_factory=set)
+    files: set[tuple[int, int, int]] = dataclasses.field(default_factory=set)
+
+
+_publishing = threading.local()
+
+
+def before_publication(item_directory: str, synced: Set[Inode]) -> None:
+    """Syncs what is in the step of an item, which was merged, before Orbax publishes it.
+
+    Args:
+        item_directory: the item's directory. Nothing is done for an object store.
+        synced: directories below it in which everything is synced already.
+
+    Raises:
+        SaveError: the storage refused.
+    """
+    if scheme_of(item_directory):
+        return
+    parent = os.path.dirname(item_directory)
+    is_item = _TEMPORARY in parent or os.path.exists(os.path.join(parent, _STEP_METADATA))
+    directory = parent if is_item else item_directory
+    step = _step_at(directory)
+    step.synced |= synced
+    _publishing.step = step
+    try:
+        sync_all(_not_synced(step, directory))
+    except OSError as error:
+        raise save_error(item_directory, error) from error
+
+
+def after_publication() -> None:
+    """Syncs what came with the publication of the step that this thread has just published.
+
+    Raises:
+        NotDurableError: the storage refused. The step is listed.
+    """
+    step, _publishing.step = getattr(_publishing, "step", None), None
+    if step is None:
+        return
+    directory = final_directory(step.directory)
+    try:
+        sync_all([*_not_synced(step, directory), *_above(directory)])
+    except OSError as error:
+        raise _not_durable(directory, error) from error
+
+
+def _step_at(directory: str) -> _Step:
+    """Returns what this thread knows of a step. A step that was never published is forgotten."""
+    step = getattr(_publishing, "step", None)
+    return step if step is not None and step.directory == directory else _Step(directory)
+
+
+def _not_synced(step: _Step, directory: str) -> Iterator[str]:
+    """Yields the files and directories that may have changed since they were synced.
+
+    Who writes into a directory of its own process, or of a leaf, syncs it.
+    """
+    for path, directories, names in os.walk(directory):
+        directories[:] = [
+            name
+            for name in directories
+            if not name.startswith(PROCESS_DIRECTORY)
+            and inode_of(os.path.join(path, name)) not in step.synced
+        ]
+        for name in names:
+            file = os.path.join(path, name)
+            found = os.stat(file, follow_symlinks=False)
+            version = (found.st_ino, found.st_size, found.st_mtime_ns)
+            # Orbax rewrites its own in place, perhaps within a tick of the file system's clock.
+            if path == directory or version not in step.files:
+                step.files.add(version)
+                yield file
+        yield path
+
+
+def _above(directory: str) -> Iterator[str]:
+    """Yields the directories above a step, which Orbax may have created, and what it wrote there.
+
+    All the way up: syncing what did not change costs little, and says that it did not.
+    """
+    path = os.path.dirname(os.path.realpath(directory))
+    root_metadata = os.path.join(path, *_ROOT_METADATA)
+    if os.path.exists(root_metadata):
+        yield root_metadata
+        yield os.path.dirname(root_metadata)
+    yield path
+    while not os.path.ismount(path):
+        path = os.path.dirname(path)
+        if os.access(path, os.R_OK):  # Who cannot read it has not created it.
+            yield path
+
+
+def _not_durable(directory: str, error: OSError) -> NotDurableError:
+    directory, file = final_directory(directory), error.filename
+    return NotDurableError(str(error), step=step_of(directory), directory=directory, file=file)
+
+
+class DurablePath(ocp_path.atomicity.AtomicRenameTemporaryPath):
+    """Has a step on storage, synced, before Orbax lists it. For local directories.
+
+    Without it a power cut in the few milliseconds between Orbax's rename and our sync may leave a
+    step that is listed and whose own metadata are empty. Give it to Orbax as
+    `ocp.CheckpointManagerOptions(temporary_path_class=lazy_orbax.DurablePath)`, or to an
+    `ocp.AsyncCheckpointer`; it serves every handler.
+    """
+
+    @classmethod
+    def from_final(cls, final_path: Any, **keywords: Any) -> DurablePath:
+        """Returns the temporary path of what will be at `final_path`.
+
+        Raises:
+            OptionError: it is not a local directory.
+        """
+        if scheme_of(str(final_path)):
+            raise OptionError(
+                f"DurablePath is for local directories, not {final_path}. "
+                "An object store needs none: leave temporary_path_class out."
+            )
+        store = keywords.pop("checkpoint_metadata_store", None)
+        if store is not None:
+            keywords["checkpoint_metadata_store"] = _SyncedMetadata(store)
+        path = super().from_final(final_path, **keywords)
+        assert isinstance(path, cls)
+        return path
+
+    async def finalize(self) -> None:
+        """Syncs what is in the directory, renames it, and syncs the rename.
+
+        Raises:
+            SaveError: the storage refused.
+        """
+        directory, final = str(self.get()), str(self.get_final())
+        if _TEMPORARY in os.path.dirname(directory):  # An item: its step comes after it.
+            await super().finalize()
+            return
+        failure = save_error
+        try:
+            await asyncio.to_thread(sync_all, _not_synced(_step_at(directory), directory))
+            await super().finalize()
+            failure = _not_durable
+            await asyncio.to_thread(sync_all, _above(final))
+        except OSError as error:
+            raised = failure(directory, error)
+            publication_failed(raised)
+            raise raised from error
+
+
+class _SyncedMetadata:
+    """Orbax's store of small JSON files, of which each is synced when it was written.
+
+    Orbax writes the last of them and renames in one go.
+    """
+
+    def __init__(self, store: Any):
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def update(self, file_path: Any, **values: Any) -> None:
+        """Updates a file, and waits until that is durable."""
+        self._store.update(file_path, **values)
+        self._store.wait_until_finished()
+        sync_all([str(file_path)])
