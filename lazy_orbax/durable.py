@@ -104,7 +104,10 @@ def _not_synced(step: _Step, directory: str) -> Iterator[str]:
         ]
         for name in names:
             file = os.path.join(path, name)
-            found = os.stat(file, follow_symlinks=False)
+            try:
+                found = os.stat(file, follow_symlinks=False)
+            except FileNotFoundError:
+                continue  # What a network file system or a helper keeps for a moment.
             version = (found.st_ino, found.st_size, found.st_mtime_ns)
             # Orbax rewrites its own in place, perhaps within a tick of the file system's clock.
             if path == directory or version not in step.files:

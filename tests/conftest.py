@@ -11,6 +11,7 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import threading
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,6 +38,16 @@ def nothing_left_behind():
             assert not thread.is_alive(), f"{thread.name} is still running"
     assert HOST_BUDGET.in_flight_bytes == 0
     HOST_BUDGET.drop_idle()
+
+
+@pytest.fixture
+def tell(record_property: Any) -> Any:
+    """Puts a row into a table that is printed after all tests."""
+
+    def tell(table: str, *cells: str) -> None:
+        record_property("table row", [table, *cells])
+
+    return tell
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -170,16 +170,6 @@ def start_for_module(_fork_server: Any, environment: dict[str, str]) -> Iterator
 
 
 @pytest.fixture
-def tell(record_property: Any) -> Any:
-    """Puts a row into a table that is printed after all tests."""
-
-    def tell(table: str, *cells: str) -> None:
-        record_property("table row", [table, *cells])
-
-    return tell
-
-
-@pytest.fixture
 def root(request: pytest.FixtureRequest) -> str:
     """An address of the test's own."""
     name = "".join(c if c.isalnum() else "-" for c in request.node.name)

@@ -1,0 +1,109 @@
+"""Forks a process for every crash: one that has imported everything and started nothing.
+
+Reads a JSON object a line from standard input, runs what it asks for in a fork, and writes how that
+ended. It is started with `fscalls.so` preloaded.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+
+import ctypes
+import faulthandler
+import json
+import pathlib
+import signal
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore  # noqa: F401 - Orbax imports it when it is first needed.
+from faults.crash_state import make_state
+
+import lazy_orbax
+
+FSCALLS = ctypes.CDLL(os.environ["LD_PRELOAD"])
+HANG_S = 60
+
+
+class Death(NamedTuple):
+    """How a process ends.
+
+    Attributes:
+        log: where to write which calls began.
+        call: which call is not made any more, as it is in the log; if empty all are made.
+        nth: which of several such.
+        cut: a mounted directory whose power is cut at the same moment.
+        late: whether somebody syncs a file of theirs just before that.
+    """
+
+    log: str
+    call: str = ""
+    nth: int = 1
+    cut: str = ""
+    late: bool = False
+
+
+def save(
+    root: str, step: int, *, stock: bool, durable_path: bool, death: Death | None = None
+) -> None:
+    """Saves a step of a run that keeps one, and dies before a call, or when it is done."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("a",))
+    state = make_state(step, mesh)
+    # Nothing is compiled so, which would take most of the time; what is written is the same.
+    options = lazy_orbax.LazyOptions(mode="direct", slab_bytes=2**20)
+    handler = None if stock else lazy_orbax.standard_handler(options=options)
+    path_class = {"temporary_path_class": lazy_orbax.DurablePath} if durable_path else {}
+    manager = ocp.CheckpointManager(
+        root,
+        item_handlers=handler or ocp.StandardCheckpointHandler(),
+        options=ocp.CheckpointManagerOptions(max_to_keep=1, **path_class),
+    )
+    if death is None:
+        manager.save(step, args=ocp.args.StandardSave(state))
+        manager.close()
+        return
+    log_to = os.open(death.log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    mounted = os.open(death.cut, os.O_RDONLY) if death.cut else -1
+    FSCALLS.arm(root.encode(), death.call.encode(), death.nth, log_to, mounted, death.late)
+    manager.save(step, args=ocp.args.StandardSave(state))
+    manager.wait_until_finished()
+    FSCALLS.disarm()
+    os.write(log_to, b"finished\n")
+    if death.cut and FSCALLS.cut_power(mounted, death.late):
+        raise OSError("the power was not cut")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_a_fork(request: dict[str, Any]) -> int:
+    """Returns the exit status, negative where a signal ended it."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            signal.alarm(HANG_S)
+            faulthandler.register(signal.SIGALRM)
+            death = request.pop("death", None)
+            save(**request, death=death and Death(**death))
+            sys.stderr.flush()
+            os._exit(0)
+        except BaseException:  # noqa: BLE001 - It is printed.
+            sys.excepthook(*sys.exc_info())
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def main() -> None:
+    threads = len(list(pathlib.Path("/proc/self/task").iterdir()))
+    print(json.dumps({"threads": threads}), flush=True)
+    for line in sys.stdin:
+        print(json.dumps({"status": in_a_fork(json.loads(line))}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

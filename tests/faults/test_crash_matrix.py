@@ -1,0 +1,96 @@
+"""A process killed before every call of a save that changes the file system.
+
+An interposer logs the calls below the run's directory, TensorStore's as Python's, and kills the
+process before any one of them, or after the last. They are made one after the other, under a lock,
+so that nothing changes the file system between the end of one and the start of the next: killed
+after a call is killed before the next one.
+
+The save is the second of a run that keeps one step, so that the removal of the old one is among the
+points. Threads make the order of some calls differ from run to run, so a point is not a number but
+a name: the n-th call of that kind (random names aside), of all that the dry runs made. A save that
+makes fewer of a kind, because TensorStore has put more into one write, is killed after its end.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from faults import crashes
+
+MERGED = "rename /2.orbax-checkpoint-tmp/default.orbax-checkpoint-tmp/manifest.ocdbt"
+
+
+@pytest.fixture(scope="module")
+def zygote(tmp_path_factory):
+    library = crashes.build(tmp_path_factory.mktemp("fscalls"))
+    if library is None:
+        pytest.skip("there is no C compiler for the interposer")
+    zygote = crashes.Zygote(library)
+    yield zygote
+    zygote.close()
+
+
+@pytest.fixture(scope="module")
+def first_step(zygote, tmp_path_factory):
+    root = tmp_path_factory.mktemp("first") / "run"
+    zygote.save(root, 1)
+    return root
+
+
+def check(root, calls):
+    """The invariants, after `calls` began of which the last was not made."""
+    made = [call.split() for call in calls[:-1]]
+    removing = [i for i, (call, *file) in enumerate(made) if is_removal(call, *file)]
+    if removing:  # The old step goes only when the new one is durable: listed, and that synced.
+        assert made.index(["rename", "/2"]) < made.index(["fsync"]) < removing[0]
+    steps = crashes.stock_lists(root)
+    assert max(steps) == (2 if crashes.published(calls, 2) else 1)
+    assert 1 in steps or removing
+    # Orbax removes a step file by file, and lists it until the last is gone.
+    assert crashes.stock_restores(root, *(set(steps) - ({1} if removing else set()))) == {}
+    crashes.save_again(root, 3)
+
+
+def is_removal(call, file=""):
+    return call in ("unlink", "unlinkat", "rmdir") and f"{file}/".startswith("/1/")
+
+
+@pytest.mark.parametrize("durable_path", [False, True], ids=["default", "DurablePath"])
+def test_a_save_killed_at_every_call(zygote, first_step, tmp_path, tell, durable_path):
+    root = tmp_path / "run"
+    deaths, failures = [], []
+
+    def kill(call="", nth=1):
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(first_step, root)
+        calls = zygote.die(root, 2, {"call": call, "nth": nth}, durable_path=durable_path)
+        deaths.append((calls[-1], crashes.published(calls, 2)))
+        try:
+            check(root, calls)
+        except Exception as error:  # noqa: BLE001 - All are told at the end.
+            failures.append(f"killed before {nth}. {call or 'nothing'}: {error!r}")
+        return calls
+
+    # Dry runs, which are killed at the end. They differ in length.
+    runs = [kill()[:-1] for _ in range(3)]
+    if durable_path:  # Both do the same until the item is merged, and after the step is durable.
+        runs = [
+            run[run.index(MERGED) : run.index("fsync ", run.index("rename /2"))] for run in runs
+        ]
+    points = {call: max(run.count(call) for run in runs) for run in runs for call in run}
+    for call, n_calls in points.items():
+        for nth in range(1, n_calls + 1):
+            kill(call, nth)
+    assert not failures, "\n".join(failures)
+    kinds = {call for call, _ in deaths} - {"finished"}
+    assert kinds == set(points)
+    tell(
+        "Saves killed at every call that changes the file system",
+        "DurablePath, where it differs" if durable_path else "default",
+        f"{max(map(len, runs))} calls",
+        f"{len(deaths)} kills",
+        f"{sum(call == 'finished' for call, _ in deaths)} of them at the end",
+        f"{sum(published for _, published in deaths)} after the step was listed",
+        f"{len(kinds)} kinds of calls",
+    )
