@@ -154,7 +154,7 @@ def save_again(root: pathlib.Path, step: int) -> None:
 class Disk:
     """A file system of its own in a file, mounted."""
 
-    def __init__(self, directory: pathlib.Path, kind: str, library: pathlib.Path):
+    def __init__(self, directory: pathlib.Path, kind: str):
         self.mounted, self._image, self._kind = directory / "disk", directory / "image", kind
         self.mounted.mkdir()
         with self._image.open("wb") as image:
@@ -174,8 +174,8 @@ class Disk:
     def replace(self, source: pathlib.Path) -> pathlib.Path:
         """Makes a copy of `source` all that is on the disk, and durable. Returns where it is."""
         for path in self.mounted.iterdir():
-            if path.is_dir() and path.name != "lost+found":
-                shutil.rmtree(path)
+            if path.name != "lost+found":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         shutil.copytree(source, self.mounted / source.name)
         _run("sync", "-f", str(self.mounted))
         return self.mounted / source.name
@@ -189,7 +189,7 @@ class Disk:
 
 
 @contextlib.contextmanager
-def disk(directory: pathlib.Path, kind: str, library: pathlib.Path) -> Iterator[Disk]:
+def disk(directory: pathlib.Path, kind: str) -> Iterator[Disk]:
     """Mounts a new file system for a while.
 
     Raises:
@@ -198,7 +198,7 @@ def disk(directory: pathlib.Path, kind: str, library: pathlib.Path) -> Iterator[
     if shutil.which(f"mkfs.{kind}") is None:
         raise Unable(f"mkfs.{kind} is not installed")
     try:
-        new = Disk(directory, kind, library)
+        new = Disk(directory, kind)
     except subprocess.CalledProcessError as error:
         raise Unable(f"{' '.join(error.cmd)}: {error.stderr.strip()}") from error
     try:

@@ -21,23 +21,6 @@ from faults import crashes
 MERGED = "rename /2.orbax-checkpoint-tmp/default.orbax-checkpoint-tmp/manifest.ocdbt"
 
 
-@pytest.fixture(scope="module")
-def zygote(tmp_path_factory):
-    library = crashes.build(tmp_path_factory.mktemp("fscalls"))
-    if library is None:
-        pytest.skip("there is no C compiler for the interposer")
-    zygote = crashes.Zygote(library)
-    yield zygote
-    zygote.close()
-
-
-@pytest.fixture(scope="module")
-def first_step(zygote, tmp_path_factory):
-    root = tmp_path_factory.mktemp("first") / "run"
-    zygote.save(root, 1)
-    return root
-
-
 def check(root, calls):
     """The invariants, after `calls` began of which the last was not made."""
     made = [call.split() for call in calls[:-1]]

@@ -1,0 +1,34 @@
+"""What dies: a process that forks others, and the step that they find."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator
+
+import pytest
+from faults import crashes
+
+
+@pytest.fixture(scope="session")
+def interposer(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The library that sees the calls that change a file system."""
+    library = crashes.build(tmp_path_factory.mktemp("fscalls"))
+    if library is None:
+        pytest.skip("there is no C compiler for the interposer")
+    return library
+
+
+@pytest.fixture(scope="module")
+def zygote(interposer: pathlib.Path) -> Iterator[crashes.Zygote]:
+    """Forks processes that die while they save."""
+    zygote = crashes.Zygote(interposer)
+    yield zygote
+    zygote.close()
+
+
+@pytest.fixture(scope="module")
+def first_step(zygote: crashes.Zygote, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A run with one step."""
+    root = tmp_path_factory.mktemp("first") / "run"
+    zygote.save(root, 1)
+    return root

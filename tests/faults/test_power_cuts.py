@@ -1,0 +1,108 @@
+"""The power is cut at calls of a save, on file systems of their own; then they are mounted again.
+
+The file system's own shutdown drops what is not on stable storage, as a power cut does, at a call
+that the interposer of the crash matrix picks. `late` is what hurts most: somebody else has just
+synced a file, so that the journal is committed with the names of our files, but without what was
+not synced of them. Every point is tried from the merge on; before it the step is not listed anyhow.
+LAZY_ORBAX_EVERY_POINT=1 tries all of the save, late and not.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from faults import crashes
+from faults.test_crash_matrix import MERGED, is_removal
+
+EVERY_POINT = os.environ.get("LAZY_ORBAX_EVERY_POINT") == "1"
+TABLE = "Power cuts"
+
+
+@pytest.fixture(params=["ext4", "xfs"])
+def disk(request, tmp_path):
+    try:
+        mounting = crashes.disk(tmp_path, request.param)
+        with mounting as disk:
+            yield disk
+    except crashes.Unable as reason:
+        pytest.skip(f"a disk cannot be mounted here: {reason}")
+
+
+class Cuts:
+    """Cuts the power of a disk in the second save of a run."""
+
+    def __init__(self, zygote, disk, first_step, copy):
+        self.zygote, self.disk, self.first_step, self.copy = zygote, disk, first_step, copy
+
+    def cut(self, call="", nth=1, *, late, **how):
+        """Returns the calls that began, the steps that stock Orbax lists, and what is wrong."""
+        root = self.disk.replace(self.first_step)
+        death = {"call": call, "nth": nth, "cut": str(self.disk.mounted), "late": late}
+        calls = self.zygote.die(root, 2, death, **how)
+        self.disk.after_the_cut(root, self.copy)
+        steps = crashes.stock_lists(self.copy)
+        removing = any(is_removal(*made.split(" ")) for made in calls[:-1])
+        # Orbax removes a step file by file, and lists it until the last is gone.
+        wrong = crashes.stock_restores(self.copy, *(steps[-1:] if removing else steps))
+        return calls, steps, wrong
+
+
+@pytest.fixture
+def cuts(zygote, disk, first_step, tmp_path):
+    return Cuts(zygote, disk, first_step, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "a little later"])
+@pytest.mark.parametrize("how", ["stock", "default", "DurablePath"])
+def test_a_step_that_is_finished(cuts, late, how, tell, request):
+    options = {"stock": {"stock": True}, "DurablePath": {"durable_path": True}}.get(how, {})
+    calls, steps, wrong = cuts.cut(late=late, **options)
+    assert calls[-1] == "finished"
+    survived = steps[-1] == 2 and not wrong
+    # The disk does lose what is not synced: of stock Orbax the step, or what is in its files.
+    assert survived == (how != "stock"), (steps, wrong)
+    found = "whole" if survived else "listed, and not restored" if wrong else "gone"
+    when = f"wait_until_finished(), {'a little later' if late else 'at once'}"
+    tell(TABLE, kind_of_disk(request), how, when, f"the step is {found}")
+    if not wrong:
+        crashes.save_again(cuts.copy, 3)
+
+
+def kind_of_disk(request):
+    return request.node.callspec.params["disk"]
+
+
+@pytest.mark.parametrize("how", ["default", "DurablePath"])
+def test_a_save_whose_power_is_cut_at_every_call(cuts, how, tell, request):
+    durable_path = how == "DurablePath"
+    dry, _, _ = cuts.cut(late=False, durable_path=durable_path)
+    run = dry[:-1]
+    begin = 0 if EVERY_POINT else run.index(MERGED)
+    end = len(run)
+    if durable_path and not EVERY_POINT:  # After that both do the same.
+        end = run.index("fsync ", run.index("rename /2")) + 1
+    n_cuts, without_metadata, failures = 0, 0, []
+    for late in [True, False] if EVERY_POINT else [True]:
+        for position in range(begin, end):
+            call, nth = run[position], run[: position + 1].count(run[position])
+            calls, steps, wrong = cuts.cut(call, nth, late=late, durable_path=durable_path)
+            n_cuts += 1
+            is_synced = calls[-1] == "finished" or (
+                "fsync " in calls[calls.index("rename /2") : -1] if "rename /2" in calls else False
+            )
+            is_open = crashes.published(calls, 2) and not is_synced and not durable_path
+            try:
+                assert steps[-1] in ([2] if is_synced else [1, 2])
+                if wrong and is_open:
+                    without_metadata += 1
+                    assert wrong.keys() == {2}
+                    assert (cuts.copy / "2" / "_CHECKPOINT_METADATA").stat().st_size == 0
+                else:
+                    assert wrong == {}
+                crashes.save_again(cuts.copy, 3)
+            except Exception as error:  # noqa: BLE001 - All are told at the end.
+                failures.append(f"cut before {nth}. {call}, late={late}: {error!r} {wrong}")
+    assert not failures, "\n".join(failures)
+    found = f"{without_metadata} left a listed step that is not restored"
+    tell(TABLE, kind_of_disk(request), how, f"{n_cuts} cuts in a save", found)
