@@ -154,8 +154,9 @@ def save_again(root: pathlib.Path, step: int) -> None:
 class Disk:
     """A file system of its own in a file, mounted."""
 
-    def __init__(self, directory: pathlib.Path, kind: str):
+    def __init__(self, directory: pathlib.Path, kind: str, *options: str):
         self.mounted, self._image, self._kind = directory / "disk", directory / "image", kind
+        self._options = ",".join(["loop", *options])
         self.mounted.mkdir()
         with self._image.open("wb") as image:
             image.truncate(320 * 2**20)  # The least that xfs takes.
@@ -165,7 +166,7 @@ class Disk:
 
     def mount(self) -> None:
         """Mounts it, which replays its journal."""
-        _run("mount", "-t", self._kind, "-o", "loop", str(self._image), str(self.mounted))
+        _run("mount", "-t", self._kind, "-o", self._options, str(self._image), str(self.mounted))
 
     def unmount(self) -> None:
         """Unmounts it, and frees its loop device."""
@@ -189,7 +190,7 @@ class Disk:
 
 
 @contextlib.contextmanager
-def disk(directory: pathlib.Path, kind: str) -> Iterator[Disk]:
+def disk(directory: pathlib.Path, kind: str, *options: str) -> Iterator[Disk]:
     """Mounts a new file system for a while.
 
     Raises:
@@ -198,13 +199,17 @@ def disk(directory: pathlib.Path, kind: str) -> Iterator[Disk]:
     if shutil.which(f"mkfs.{kind}") is None:
         raise Unable(f"mkfs.{kind} is not installed")
     try:
-        new = Disk(directory, kind)
+        new = Disk(directory, kind, *options)
     except subprocess.CalledProcessError as error:
         raise Unable(f"{' '.join(error.cmd)}: {error.stderr.strip()}") from error
     try:
         yield new
     finally:
-        new.unmount()
+        try:
+            new.unmount()
+        except subprocess.CalledProcessError:
+            _run("umount", "-l", str(new.mounted))
+            raise
 
 
 class Unable(Exception):

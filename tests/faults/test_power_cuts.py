@@ -19,10 +19,14 @@ EVERY_POINT = os.environ.get("LAZY_ORBAX_EVERY_POINT") == "1"
 TABLE = "Power cuts"
 
 
-@pytest.fixture(params=["ext4", "xfs"])
+# Without what ext4 does for programs that write a file anew in place and do not sync it.
+NO_HEURISTIC = "ext4 noauto_da_alloc"
+
+
+@pytest.fixture(params=["ext4", "xfs", NO_HEURISTIC])
 def disk(request, tmp_path):
     try:
-        mounting = crashes.disk(tmp_path, request.param)
+        mounting = crashes.disk(tmp_path, *request.param.split())
         with mounting as disk:
             yield disk
     except crashes.Unable as reason:
@@ -91,18 +95,19 @@ def test_a_save_whose_power_is_cut_at_every_call(cuts, how, tell, request):
             is_synced = calls[-1] == "finished" or (
                 "fsync " in calls[calls.index("rename /2") : -1] if "rename /2" in calls else False
             )
-            is_open = crashes.published(calls, 2) and not is_synced and not durable_path
             try:
                 assert steps[-1] in ([2] if is_synced else [1, 2])
-                if wrong and is_open:
+                assert wrong == {}
+                if not (cuts.copy / f"{steps[-1]}" / "_CHECKPOINT_METADATA").read_bytes():
+                    # Between Orbax's rename and our sync. The arrays are there.
+                    assert not is_synced
+                    assert not durable_path
                     without_metadata += 1
-                    assert wrong.keys() == {2}
-                    assert (cuts.copy / "2" / "_CHECKPOINT_METADATA").stat().st_size == 0
-                else:
-                    assert wrong == {}
                 crashes.save_again(cuts.copy, 3)
             except Exception as error:  # noqa: BLE001 - All are told at the end.
                 failures.append(f"cut before {nth}. {call}, late={late}: {error!r} {wrong}")
     assert not failures, "\n".join(failures)
-    found = f"{without_metadata} left a listed step that is not restored"
+    if kind_of_disk(request) == NO_HEURISTIC:  # The test sees what DurablePath is for.
+        assert bool(without_metadata) != durable_path
+    found = f"{without_metadata} left a listed step with empty metadata of its own"
     tell(TABLE, kind_of_disk(request), how, f"{n_cuts} cuts in a save", found)
