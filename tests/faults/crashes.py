@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import pathlib
@@ -180,6 +181,14 @@ class Disk:
         shutil.copytree(source, self.mounted / source.name)
         _run("sync", "-f", str(self.mounted))
         return self.mounted / source.name
+
+    def cut_power(self, interposer: pathlib.Path, *, late: bool) -> None:
+        """Cuts its power; if `late`, after somebody has synced a file of theirs."""
+        descriptor = os.open(self.mounted, os.O_RDONLY)
+        try:
+            assert not ctypes.CDLL(str(interposer)).cut_power(descriptor, late)
+        finally:
+            os.close(descriptor)
 
     def after_the_cut(self, root: pathlib.Path, copy: pathlib.Path) -> None:
         """Mounts it again, and copies what is left of `root`: so nobody keeps the disk busy."""

@@ -177,6 +177,19 @@ def _failing(place: str, here: bool) -> Any:
             yield
 
 
+def one_save(root: str, how: str) -> Report:
+    """Saves one step, with stock Orbax or with a form of lazy_orbax."""
+    handler = {
+        "stock": ocp.StandardCheckpointHandler,
+        "ocdbt": lazy_orbax.standard_handler,
+        "zarr": lambda: lazy_orbax.standard_handler(use_ocdbt=False),
+    }[how]()
+    with ocp.CheckpointManager(root, item_handlers=handler) as manager:
+        _save(manager, 1, states.on_mesh(_mesh(), 1))
+        manager.wait_until_finished()
+        return {"steps": manager.all_steps()}
+
+
 def two_items(root: str) -> Report:
     """One handler saves two items; one of them fails on the last process."""
     state = states.on_mesh(_mesh(), 0)
@@ -281,6 +294,7 @@ SCENARIOS = {
         twenty_saves,
         killed,
         failing,
+        one_save,
         two_items,
         hanging,
         busy,
