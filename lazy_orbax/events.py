@@ -36,7 +36,8 @@ class SaveTimeline:
         enqueued_s: `save()` returned; the arrays may be donated.
         staged_s: every byte was in host memory.
         durable_s: every byte was on storage, synced.
-        committed_s: Orbax published the step. Known on the process that publishes.
+        committed_s: Orbax published the step, and that was synced. Known on the process that
+            publishes.
         error: why the save failed, or `None`.
     """
 
