@@ -10,13 +10,16 @@ from lazy_orbax.options import LazyOptions
 from lazy_orbax.prewarm import prewarm
 from lazy_orbax.save import wait_until_staged
 from lazy_orbax.split import split_step
+from lazy_orbax.verification import ItemReport, VerifyReport, verify
 
 __all__ = [
+    "ItemReport",
     "LazyCheckpointHandler",
     "LazyOptions",
     "NodeLocalOptions",
     "SaveTimeline",
     "SnapshotStep",
+    "VerifyReport",
     "args",
     "errors",
     "node_local_options",
@@ -24,6 +27,7 @@ __all__ = [
     "pytree_handler",
     "split_step",
     "standard_handler",
+    "verify",
     "wait_until_staged",
 ]
 __version__ = "0.1.0"
