@@ -9,10 +9,16 @@ from typing import Any
 import tensorstore as ts
 
 from lazy_orbax.digest import Box
+from lazy_orbax.layout import Shape
 
 _OTHER_DTYPES = ("int2", "int4", "uint2", "uint4", "bool", "string", "json")
 # Of a Zarr v3 shard with one chunk: its offset and size, and a checksum of these.
 _INDEX_BYTES = 20
+
+
+def chunk_shape(store: ts.TensorStore) -> Shape:
+    """Returns the shape of what is stored under one key."""
+    return tuple(n or 1 for n in store.chunk_layout.write_chunk.shape or ())
 
 
 def chunk_keys(store: ts.TensorStore, box: Box) -> list[str]:
@@ -23,7 +29,7 @@ def chunk_keys(store: ts.TensorStore, box: Box) -> list[str]:
         box: a box of it.
     """
     metadata = store.spec().to_json()["metadata"]
-    chunk = store.chunk_layout.write_chunk.shape or ()
+    chunk = chunk_shape(store)
     ranges = [
         range(a // c, (a + n - 1) // c + 1)
         for a, n, c in zip(box.start, box.shape, chunk, strict=True)
@@ -60,7 +66,7 @@ def plain_bytes(store: ts.TensorStore, key: str) -> slice | None:
     codec, *more = metadata["codecs"]
     if codec.get("name") == "sharding_indexed" and not more:
         inner = codec["configuration"]
-        is_one = tuple(inner["chunk_shape"]) == store.chunk_layout.write_chunk.shape
+        is_one = tuple(inner["chunk_shape"]) == chunk_shape(store)
         if not is_one or inner.get("index_location", "end") != "end":
             return None
         if any(not _is_little(codec) for codec in inner["codecs"]):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
@@ -18,7 +19,8 @@ _PART_BYTES = 2**24
 _CARRIERS = {"int2": np.int8, "int4": np.int8, "uint2": np.uint8, "uint4": np.uint8}
 
 
-class Box(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True)
+class Box:
     """A rectangle of a leaf.
 
     Attributes:
@@ -47,10 +49,10 @@ def digest_of(array: np.ndarray) -> int:
     if array.dtype.name in _CARRIERS:
         array = array.astype(_CARRIERS[array.dtype.name])
     if array.flags.c_contiguous:
-        return xxhash.xxh3_64_intdigest(array.reshape(-1).view(np.uint8))
+        return digest_of_bytes(array.reshape(-1).view(np.uint8))
     hasher = xxhash.xxh3_64()
     for box in parts(array.shape, array.dtype.itemsize, _PART_BYTES):
-        hasher.update(np.ascontiguousarray(array[box.index]).reshape(-1).view(np.uint8))
+        hasher.update(bytes_of(array[box.index]).data)
     return hasher.intdigest()
 
 
@@ -61,7 +63,7 @@ def digest_of_bytes(content: bytes | memoryview | np.ndarray, *, seed: int = 0) 
         content: contiguous bytes.
         seed: the digest of what came before, if anything did.
     """
-    return xxhash.xxh3_64_intdigest(content, seed=seed)
+    return xxhash.xxh3_64_intdigest(content, seed=seed)  # type: ignore[arg-type]
 
 
 def hasher() -> Any:

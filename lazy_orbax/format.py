@@ -161,7 +161,7 @@ def _digest_template(
     specs = [leaf.spec.to_json() for leaf in stored]
     return digest_file.DigestTemplate(
         plan,
-        tuple(leaf.spec.dtype.name for leaf in stored),
+        tuple(str(getattr(leaf.spec.dtype, "name", "")) for leaf in stored),
         use_ocdbt=any(leaf.info.is_ocdbt_checkpoint for leaf in tree.leaves),
         driver=specs[0]["driver"] if specs else "zarr",
         process=process,

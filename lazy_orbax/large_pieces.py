@@ -7,7 +7,7 @@ import math
 import tensorstore as ts
 
 from lazy_orbax import digest
-from lazy_orbax.chunk_files import chunk_keys, plain_bytes
+from lazy_orbax.chunk_files import chunk_keys, chunk_shape, plain_bytes
 from lazy_orbax.digest import Box
 
 PART_BYTES = 2**26
@@ -22,7 +22,7 @@ def digest_in_parts(store: ts.TensorStore, box: Box) -> int:
         store: an open array.
         box: a box of it.
     """
-    chunk = store.chunk_layout.write_chunk.shape
+    chunk = chunk_shape(store)
     is_one = box.shape == chunk and all(a % n == 0 for a, n in zip(box.start, chunk, strict=True))
     found = _digest_of_chunk(store, box) if is_one else None
     if found is not None:

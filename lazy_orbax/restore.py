@@ -11,6 +11,7 @@ import jax
 
 from lazy_orbax import _orbax, stock
 from lazy_orbax.errors import Problem, RestoreError, summarize
+from lazy_orbax.layout import is_key
 from lazy_orbax.restored import check_restored
 from lazy_orbax.stored import StoredItem
 from lazy_orbax.verification import raise_corrupt
@@ -129,10 +130,10 @@ def _misfits(handler: Any, directory: Any, target: Any) -> list[str]:
     stored = {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(metadata)}
     problems = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(target):
-        found, wanted = (
-            getattr(stored.get(_names(path)), "shape", None),
-            getattr(leaf, "shape", None),
-        )
+        found = getattr(stored.get(_names(path)), "shape", None)
+        wanted = getattr(leaf, "shape", None)
+        if wanted is not None and is_key(leaf):  # Its data is what is stored.
+            wanted = jax.eval_shape(jax.random.key_data, leaf).shape
         if found is None or wanted is None or tuple(found) == tuple(wanted):
             continue
         problems.append(

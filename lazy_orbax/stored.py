@@ -255,13 +255,14 @@ class StoredItem:
             return None
 
     def _file_in(self, text: str) -> str | None:
-        """Returns the file that an error of TensorStore names, relative to the item."""
-        named = re.findall(r"[\"']([^\"']*/[^\"']*)[\"']", text)
+        """Returns the last file that an error of TensorStore names, relative to the item."""
         here = self.directory.partition("://")[2].partition("/")[2] or self.directory
-        for name in named:
-            if here.strip("/") in name:
-                return name.partition(here.strip("/"))[2].strip("/") or name
-        return named[0] if named else None
+        found = [
+            name.partition(here.strip("/"))[2].strip("/")
+            for name in re.findall(r"[\"']([^\"']*/[^\"']*)[\"']", text)
+            if here.strip("/") in name
+        ]
+        return next((name for name in reversed(found) if name), None)
 
 
 class _Failed(NamedTuple):

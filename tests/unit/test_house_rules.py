@@ -49,6 +49,8 @@ RANKS = {
     "verification": 7,
     "save": 8,
     "restore": 8,
+    "latest_good": 9,
+    "replaced": 9,
     "commit": 9,
     "handler": 10,
     "args": 11,
@@ -252,6 +254,8 @@ def test_what_is_public_is_documented(name):
     [
         "node_local_options",
         "pytree_handler",
+        "restore_latest_good",
+        "restore_replacing",
         "split_step",
         "standard_handler",
         "verify",
