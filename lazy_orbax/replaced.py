@@ -101,15 +101,8 @@ def restore_replacing(
     stored = StoredItem(directory)
     if not stored.is_covered:
         raise OptionError(f"{directory} has no digests, so no leaf of it is known to be wrong.")
-    problems = [*stored.problems, *stored.check_files()]
-    wrong: dict[str | None, Problem] = {}
-    for problem in stored.check_pieces(stored.pieces):
-        wrong.setdefault(problem.leaf, problem)
-    needed = _agreed([name for name in replacements if name in wrong], list(replacements))
-    problems += [problem for leaf, problem in wrong.items() if leaf not in needed]
-    if _agreed(["any"] if problems else [], ["any"]):
-        elsewhere = Problem("another process found it to be not what was saved")
-        raise_corrupt(directory, problems or [elsewhere], look=jax.process_index() == 0)
+    wrong = _needed(stored, replacements)
+    needed = list(wrong)
 
     def restored(of_step: int, names: Iterable[str]) -> dict[str, Any]:
         wanted = set(names)
@@ -122,23 +115,43 @@ def restore_replacing(
 
     found = restored(step, set(leaves) - set(needed))
     records = []
-    for older in sorted({r.step for n in needed if isinstance(r := replacements[n], FromStep)}):
-        names = [n for n in needed if replacements[n] == FromStep(older)]
+    from_steps = {n: r.step for n in needed if isinstance(r := replacements[n], FromStep)}
+    for older in sorted(set(from_steps.values())):
+        names = [name for name, of_step in from_steps.items() if of_step == older]
         theirs = restored(older, names)
         found |= {name: theirs[name] for name in names}
     for name in needed:
-        by = f"step {replacements[name].step}"
-        if not isinstance(replacements[name], FromStep):
+        if isinstance(replacements[name], FromStep):
+            by = f"step {replacements[name].step}"
+        else:
             found[name], by = _placed(replacements[name], leaves[name]), "a given value"
-        why = str(wrong.get(name, "another process could not read it"))
-        _LOG.warning("%s: leaf %s is replaced by %s: %s", directory, name, by, why)
-        records.append(Replaced(name, by, why))
+        _LOG.warning("%s: leaf %s is replaced by %s: %s", directory, name, by, wrong[name])
+        records.append(Replaced(name, by, wrong[name]))
     not_needed = tuple(name for name in replacements if name not in needed)
     for name in not_needed:
         _LOG.warning("%s: leaf %s is as it was saved and was not replaced.", directory, name)
     names = ocp.tree.get_param_names(target)
     value = jax.tree.map(lambda name: found[name], names)
     return RestoredWithReplacements(value, tuple(records), not_needed)
+
+
+def _needed(stored: StoredItem, replacements: Mapping[str, Any]) -> dict[str, str]:
+    """Returns which replacements are needed, and why: the same on all processes.
+
+    Raises:
+        CorruptCheckpointError: something is wrong that no replacement is given for.
+    """
+    wrong: dict[str | None, Problem] = {}
+    for problem in stored.check_pieces(stored.pieces):
+        wrong.setdefault(problem.leaf, problem)
+    problems = [*stored.problems, *stored.check_files()]
+    problems += [problem for leaf, problem in wrong.items() if leaf not in replacements]
+    if _agreed(["any"] if problems else [], ["any"]):
+        elsewhere = Problem("another process found it to be not what was saved")
+        look = jax.process_index() == 0
+        raise_corrupt(stored.directory, problems or [elsewhere], look=look)
+    needed = _agreed([name for name in replacements if name in wrong], list(replacements))
+    return {name: str(wrong.get(name, "another process could not read it")) for name in needed}
 
 
 def _refuse_misfits(leaves: Mapping[str, Any], replacements: Mapping[str, Any]) -> None:

@@ -5,7 +5,6 @@ import gc
 import logging
 import random
 
-import orbax.checkpoint as ocp
 import pytest
 from faults import flips
 from trees import assert_same
