@@ -170,6 +170,13 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         self._commits.append(commit)
         return [commit]
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether all processes of the job save and restore together, in one directory."""
+        options = self._multiprocessing_options
+        alone = getattr(options, "primary_host", 0) is None
+        return not alone and getattr(options, "active_processes", None) is None
+
     def plan_for(self, item: Any, save_args: Any, destination: Destination) -> Plan:
         """Returns the plan with which a tree like `item`, whose values are not read, is saved.
 

@@ -14,8 +14,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from lazy_orbax import stock
+from lazy_orbax.args import LazyRestore
 from lazy_orbax.errors import OptionError, Problem
 from lazy_orbax.events import step_of
+from lazy_orbax.handler import LazyCheckpointHandler
 from lazy_orbax.stored import StoredItem
 from lazy_orbax.verification import raise_corrupt
 
@@ -107,6 +109,8 @@ def restore_replacing(
     def restored(of_step: int, names: Iterable[str]) -> dict[str, Any]:
         wanted = set(names)
         partial = _without(target, leaves, [name for name in leaves if name not in wanted])
+        if isinstance(args, ocp.args.StandardRestore):  # It takes no placeholders.
+            return _by_ourselves(_item_directory(manager, of_step, item), partial, args)
         own = dataclasses.replace(args, item=partial)
         if item is None:
             return stock.named_leaves(manager.restore(of_step, args=own))
@@ -167,6 +171,19 @@ def _refuse_misfits(leaves: Mapping[str, Any], replacements: Mapping[str, Any]) 
                 f"The replacement of {name} is {found[1]}{list(found[0])}, the target wants "
                 f"{wanted[1]}{list(wanted[0])}; give that, or FromStep."
             )
+
+
+def _by_ourselves(directory: str, partial: Any, args: Any) -> dict[str, Any]:
+    restore_args = ocp.checkpoint_utils.construct_restore_args(args.item)
+    for arg in jax.tree.leaves(restore_args):
+        if hasattr(arg, "strict"):
+            arg.strict = args.strict
+    handler = LazyCheckpointHandler()
+    try:
+        whole = LazyRestore(partial, restore_args)
+        return stock.named_leaves(handler.restore(epath.Path(directory), whole))
+    finally:
+        handler.close()
 
 
 def _item_directory(manager: ocp.CheckpointManager, step: int, item: str | None) -> str:

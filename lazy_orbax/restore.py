@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from lazy_orbax import _orbax, stock
 from lazy_orbax.errors import Problem, RestoreError, summarize
@@ -47,14 +49,28 @@ def restore(handler: Any, directory: Any, args: Any, by_orbax: Callable[[], Any]
         RestoreError: the target does not fit what is stored.
         CorruptCheckpointError: what is stored, or was restored, is not what was saved.
     """
-    errors = _DEFERRED.get()
+    errors, failure, value = _DEFERRED.get(), None, None
     try:
-        return _restore(handler, directory, args, by_orbax, look=errors is None)
-    except Exception as error:
-        if errors is None:
-            raise
-        errors.append(error)
-        return getattr(args, "item", None)
+        value = _restore(handler, directory, args, by_orbax, look=errors is None)
+    except Exception as error:  # noqa: BLE001 - Raised below, or put where it is waited for.
+        failure = error
+    if errors is not None:
+        errors += [failure] if failure is not None else []
+        return getattr(args, "item", None) if failure is not None else value
+    failed = _agree(handler, failure is not None)
+    if failure is not None:
+        raise failure
+    if failed:
+        raise RestoreError(f"{directory} was not restored: process {failed[0]} failed; see there.")
+    return value
+
+
+def _agree(handler: Any, has_failed: bool) -> list[int]:
+    """Returns which processes failed. Who did not would wait for them in Orbax's barrier."""
+    if jax.process_count() == 1 or not handler.options.verify_restore or not handler.is_shared:
+        return []
+    found = multihost_utils.process_allgather(np.array(has_failed))
+    return np.flatnonzero(found).tolist()
 
 
 def _restore(

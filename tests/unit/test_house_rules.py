@@ -50,12 +50,12 @@ RANKS = {
     "save": 8,
     "restore": 8,
     "latest_good": 9,
-    "replaced": 9,
     "commit": 9,
     "handler": 10,
     "args": 11,
     "faces": 11,
     "prewarm": 12,
+    "replaced": 12,
     "__init__": 13,
     "__main__": 13,
 }
