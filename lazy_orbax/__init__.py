@@ -6,26 +6,44 @@ from lazy_orbax.events import SaveTimeline
 from lazy_orbax.faces import pytree_handler, standard_handler
 from lazy_orbax.handler import LazyCheckpointHandler
 from lazy_orbax.in_step import SnapshotStep
+from lazy_orbax.latest_good import LatestGood, Skipped, restore_latest_good
 from lazy_orbax.node_local import NodeLocalOptions, node_local_options
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.prewarm import prewarm
+from lazy_orbax.replaced import (
+    FromStep,
+    Replaced,
+    RestoredWithReplacements,
+    restore_replacing,
+)
 from lazy_orbax.save import wait_until_staged
 from lazy_orbax.split import split_step
+from lazy_orbax.verification import ItemReport, VerifyReport, verify
 
 __all__ = [
     "DurablePath",
+    "FromStep",
+    "ItemReport",
+    "LatestGood",
     "LazyCheckpointHandler",
     "LazyOptions",
     "NodeLocalOptions",
+    "Replaced",
+    "RestoredWithReplacements",
     "SaveTimeline",
+    "Skipped",
     "SnapshotStep",
+    "VerifyReport",
     "args",
     "errors",
     "node_local_options",
     "prewarm",
     "pytree_handler",
+    "restore_latest_good",
+    "restore_replacing",
     "split_step",
     "standard_handler",
+    "verify",
     "wait_until_staged",
 ]
 __version__ = "0.1.0"

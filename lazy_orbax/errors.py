@@ -6,11 +6,13 @@
 | `TreeError`, `DeletedArrayError` | fixes the tree that was to be saved; nothing was written |
 | `SaveError` | goes on training; the last committed step is untouched, the next save may work |
 | `NotDurableError` | the same; the step is listed, but only a later one will survive a power cut |
-| `RestoreError` | fixes the restore target, or the checkpoint |
+| `RestoreError` | fixes the restore target |
+| `CorruptCheckpointError` | takes an older step: this one is not what was saved |
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 _MOST_SHOWN = 10
@@ -82,6 +84,62 @@ class NotDurableError(SaveError):
 
 class RestoreError(LazyOrbaxError, ValueError):
     """What was asked for does not fit what the checkpoint holds. Nothing was changed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Something of a checkpoint that is not what was saved.
+
+    Attributes:
+        what: what was found, and what was wanted.
+        file: the file or key, below the item's directory where it has no path of its own.
+        leaf: the leaf, as Orbax names it, where it is one leaf's.
+        index: the range of that leaf, such as `[0:4, 8:16]`.
+    """
+
+    what: str
+    file: str | None = None
+    leaf: str | None = None
+    index: str | None = None
+
+    def __str__(self) -> str:
+        leaf = f"leaf {self.leaf}{self.index or ''}" if self.leaf is not None else ""
+        where = ", ".join(part for part in (leaf, f"file {self.file}" if self.file else "") if part)
+        return f"{where}: {self.what}" if where else self.what
+
+
+class CorruptCheckpointError(LazyOrbaxError, ValueError):
+    """A checkpoint is not what was saved. Nothing of it was handed out, and nothing was changed.
+
+    Attributes:
+        directory: the item's directory.
+        problems: everything that is wrong, as far as was looked.
+        leaf: the leaf of the first problem, as Orbax names it.
+        index: the range of that leaf.
+        file: the file of the first problem.
+        newest_whole_step: the newest other step that is whole, where one was looked for.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        problems: Sequence[Problem],
+        *,
+        newest_whole_step: int | None = None,
+        looked: bool = False,
+    ):
+        self.directory, self.problems = directory, tuple(problems)
+        first = self.problems[0]
+        self.leaf, self.index, self.file = first.leaf, first.index, first.file
+        self.newest_whole_step = newest_whole_step
+        if newest_whole_step is not None:
+            advice = f"The newest step that is whole is {newest_whole_step}; restore that."
+        elif looked:
+            advice = "No other step here is known to be whole."
+        else:
+            advice = "Restore another step; lazy_orbax.verify tells which are whole."
+        listed = summarize(list(map(str, problems)))
+        super().__init__(f"The checkpoint {directory} is not what was saved:{listed}\n{advice}")
 
 
 class StockFallbackWarning(UserWarning):

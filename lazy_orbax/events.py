@@ -39,6 +39,8 @@ class SaveTimeline:
         committed_s: Orbax published the step, and that was synced. Known on the process that
             publishes.
         error: why the save failed, or `None`.
+        same_as: the directory of the save before of this item, by the same handler, if this
+            process then wrote the very same bytes: perhaps the state is no longer trained.
     """
 
     directory: str
@@ -52,6 +54,7 @@ class SaveTimeline:
     durable_s: float | None = None
     committed_s: float | None = None
     error: BaseException | None = None
+    same_as: str | None = None
 
 
 class Recorder:

@@ -13,14 +13,21 @@ from typing import Any, NamedTuple
 
 import tensorstore as ts
 
-from lazy_orbax import _orbax
+from lazy_orbax import _orbax, digest_file
 from lazy_orbax.errors import TreeError, summarize
-from lazy_orbax.layout import Layout, Leaf
+from lazy_orbax.layout import Leaf
+from lazy_orbax.plan import Plan
 from lazy_orbax.tree import TreeInfo
 
 TREE_METADATA_FILE = "_METADATA"
 SHARDING_FILE = "_sharding"
-_RESERVED = (TREE_METADATA_FILE, SHARDING_FILE, "_strings.json", "array_metadatas")
+_RESERVED = (
+    TREE_METADATA_FILE,
+    SHARDING_FILE,
+    "_strings.json",
+    "array_metadatas",
+    digest_file.DIRECTORY,
+)
 # Orbax wants one B-tree node for a whole checkpoint, for fast reading. That holds for the tree that
 # readers see, which it merges at the end. In the tree that a process writes, slab by slab, every
 # flush would write that one node again: time and bytes would grow with the square of the leaves.
@@ -59,6 +66,7 @@ class Format:
         files: small files beside the arrays that this process writes, by name.
         tree_metadata: content of `_METADATA`, or `None` where another process writes it.
         is_primary: whether this process writes what is written once.
+        digests: what the digests of all its saves have in common.
     """
 
     leaves: tuple[StoredLeaf, ...]
@@ -67,6 +75,7 @@ class Format:
     files: dict[str, bytes]
     tree_metadata: dict[str, Any] | None
     is_primary: bool
+    digests: digest_file.DigestTemplate
 
     @functools.cached_property
     def _tree_metadata_bytes(self) -> bytes:
@@ -86,17 +95,15 @@ class Format:
 def make_format(
     handler: Any,
     tree: TreeInfo,
-    leaves: Sequence[Leaf],
-    layouts: Sequence[Layout],
+    plan: Plan,
     key_metadata: dict[int, dict[str, str]],
 ) -> Format:
-    """Asks Orbax how `leaves` are stored.
+    """Asks Orbax how the leaves of a plan are stored.
 
     Args:
         handler: the handler that saves, for its settings.
         tree: Orbax's view of the whole tree.
-        leaves: the leaves that the plan covers.
-        layouts: their layouts.
+        plan: the plan.
         key_metadata: by position, what is stored beside the data of a typed PRNG key.
 
     Raises:
@@ -106,7 +113,8 @@ def make_format(
     kvstores: dict[str, int] = {}
     array_metadatas, write_shapes, problems = [], {}, []
     samples: dict[str, _Sample] = {}
-    for leaf, layout in zip(leaves, layouts, strict=True):
+    leaves = plan.leaves
+    for leaf, layout in zip(leaves, plan.layouts, strict=True):
         info = tree.leaves[leaf.position]
         try:
             spec, metadata = _orbax.array_write_spec(
@@ -127,7 +135,8 @@ def make_format(
                 write_shapes[leaf.name] = metadata.write_shape
     if problems:
         raise TreeError(f"These leaves cannot be stored:{summarize(problems)}")
-    is_primary = _orbax.is_primary_host(_orbax.primary_host(handler))
+    primary_host = _orbax.primary_host(handler)
+    is_primary = _orbax.is_primary_host(primary_host)
     return Format(
         tuple(stored),
         tuple(kvstores),
@@ -135,6 +144,32 @@ def make_format(
         _small_files(tree, leaves, array_metadatas, is_primary),
         _orbax.tree_metadata(handler, tree, write_shapes) if is_primary else None,
         is_primary,
+        _digest_template(tree, plan, stored, primary_host),
+    )
+
+
+def _digest_template(
+    tree: TreeInfo, plan: Plan, stored: Sequence[StoredLeaf], primary_host: int | None
+) -> digest_file.DigestTemplate:
+    process = _orbax.process_index()
+    mine = {leaf.position for leaf in plan.leaves}
+    others = [
+        leaf.name
+        for position, leaf in enumerate(tree.leaves)
+        if position not in mine and not leaf.info.skip_deserialize
+    ]
+    specs = [leaf.spec.to_json() for leaf in stored]
+    return digest_file.DigestTemplate(
+        plan,
+        tuple(str(getattr(leaf.spec.dtype, "name", "")) for leaf in stored),
+        use_ocdbt=any(leaf.info.is_ocdbt_checkpoint for leaf in tree.leaves),
+        driver=specs[0]["driver"] if specs else "zarr",
+        process=process,
+        # Without a primary host each process has a directory of its own.
+        processes=(
+            (process,) if primary_host is None else tuple(sorted(plan.processes | {primary_host}))
+        ),
+        others=tuple(others),
     )
 
 

@@ -7,6 +7,7 @@ temporary directories, barriers, publishing, retention; and all of restore.
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any
 
@@ -24,8 +25,9 @@ from lazy_orbax.object_store import scheme_of, stand_in
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.plan import Plan
 from lazy_orbax.prepare import prepare
-from lazy_orbax.restore import explained
+from lazy_orbax.restore import restore
 from lazy_orbax.save import Save
+from lazy_orbax.stale import Fingerprints
 from lazy_orbax.sync import Inode
 from lazy_orbax.tree import Destination
 from lazy_orbax.write import merge_remotely
@@ -91,6 +93,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         )
         self._pace = Pace(self.options.write_bytes_per_s)
         self._commits: list[Commit] = []
+        self._fingerprints = Fingerprints()
         self._multiprocessing_options = keywords.get("multiprocessing_options")
         restore_gb = restore_concurrent_gb or _STOCK_CONCURRENT_GB
         self.settings = _hashable({**keywords, "use_compression": use_compression})
@@ -135,7 +138,12 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             abstract=False,
         )
         save = Save(
-            prepared, self.options, limit_bytes=self.limit_bytes, pace=self._pace, path=path
+            prepared,
+            self.options,
+            limit_bytes=self.limit_bytes,
+            pace=self._pace,
+            path=path,
+            fingerprints=self._fingerprints,
         )
         others = await stock.serialize_others(prepared.others, leaves, directory)
         agreement = agreement_on(
@@ -164,6 +172,13 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         self._commits.append(commit)
         return [commit]
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether all processes of the job save and restore together, in one directory."""
+        options = self._multiprocessing_options
+        alone = getattr(options, "primary_host", 0) is None
+        return not alone and getattr(options, "active_processes", None) is None
+
     def plan_for(self, item: Any, save_args: Any, destination: Destination) -> Plan:
         """Returns the plan with which a tree like `item`, whose values are not read, is saved.
 
@@ -181,7 +196,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         return prepared.plan
 
     def restore(self, directory: Any, args: Any = None) -> Any:
-        """Restores a tree, by Orbax's own path.
+        """Restores a tree, by Orbax's own path, and verifies it (`LazyOptions.verify_restore`).
 
         Args:
             directory: the item's directory.
@@ -192,10 +207,11 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
 
         Raises:
             RestoreError: the target does not fit what is stored; every misfit leaf is named.
+            CorruptCheckpointError: what is stored, or was restored, is not what was saved.
         """
-        with explained(self, directory, args):
-            stock_args = stock.restore_args(args) if args and _orbax.MISSING else args
-            return super().restore(directory, args=stock_args)
+        stock_args = stock.restore_args(args) if args and _orbax.MISSING else args
+        by_orbax = functools.partial(super().restore, directory, args=stock_args)
+        return restore(self, directory, args, by_orbax)
 
     def finalize(self, directory: Any) -> None:
         """Lets Orbax merge what the processes wrote, and syncs it. Orbax publishes the step then.

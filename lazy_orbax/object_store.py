@@ -80,6 +80,16 @@ def kvstore_spec(template: str, directory: str) -> dict[str, Any]:
     )
 
 
+def plain_kvstore_spec(directory: str) -> dict[str, Any]:
+    """Returns the spec of a directory, or an address, as a plain key-value store."""
+    scheme = scheme_of(directory)
+    if not scheme:
+        return {"driver": "file", "path": directory.rstrip("/") + "/"}
+    bucket, _, path = directory.removeprefix(f"{scheme}://").partition("/")
+    driver = {"gs": "gcs"}.get(scheme, scheme)
+    return {"driver": driver, "bucket": bucket, "path": path.rstrip("/") + "/"}
+
+
 def _as_json(text: str) -> str:
     return json.dumps(text)[1:-1]
 

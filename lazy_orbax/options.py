@@ -45,6 +45,9 @@ class LazyOptions:
             scheduling priority (Linux only). For training steps that use every core.
         storage_timeout_s: most seconds to wait for an object store (`gs://`) to acknowledge a
             write, retries included; the save then fails. Local directories are waited for.
+        verify_restore: compare what was restored with the digests that were saved with it, and
+            raise `CorruptCheckpointError` where it differs. Costs about a copy to the host of what
+            was restored. Checkpoints without digests are restored as they are.
         on_timeline: called once per saved item, from a background thread, when it was committed
             or has failed. It must not raise, save or wait.
 
@@ -58,6 +61,7 @@ class LazyOptions:
     write_bytes_per_s: int | None = None
     low_priority: bool = False
     storage_timeout_s: float = 300.0
+    verify_restore: bool = True
     on_timeline: Callable[[SaveTimeline], None] | None = None
 
     def __post_init__(self) -> None:
@@ -71,8 +75,9 @@ class LazyOptions:
                 raise OptionError(
                     f"{name}={value!r} must be a whole number of bytes, at least {_MIB} (1 MiB)."
                 )
-        if not isinstance(self.low_priority, bool):
-            raise OptionError(f"low_priority={self.low_priority!r} is neither True nor False.")
+        for name in ("low_priority", "verify_restore"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name}={getattr(self, name)!r} is neither True nor False.")
         timeout_s = self.storage_timeout_s
         is_number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
         if not is_number or not 1 <= timeout_s < float("inf"):

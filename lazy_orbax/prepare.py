@@ -222,6 +222,6 @@ def _make(
     arrays = [leaf.position for leaf in planned if leaf.sharding is not None]
     policy = _orbax.replica_policy(tree.leaves[arrays[0]].type_handler if arrays else None)
     plan = make_plan(planned, policy, process_index=jax.process_index(), slab_bytes=slab_bytes)
-    format_ = make_format(handler, tree, plan.leaves, plan.layouts, key_metadata)
+    format_ = make_format(handler, tree, plan, key_metadata)
     positions = tuple(leaf.position for leaf in planned)
     return Prepared(plan, format_, tuple(key_metadata), tuple(others), positions)

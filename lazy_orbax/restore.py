@@ -1,14 +1,110 @@
-"""Restore is Orbax's own; only its complaints are put so that they name the leaf."""
+"""Restore is Orbax's own; what it restored is verified, and its complaints name the leaf."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
-from lazy_orbax.errors import RestoreError, summarize
+from lazy_orbax import _orbax, stock
+from lazy_orbax.errors import Problem, RestoreError, summarize
+from lazy_orbax.layout import is_key
+from lazy_orbax.restored import check_restored
+from lazy_orbax.stored import StoredItem
+from lazy_orbax.verification import raise_corrupt
+
+# Where it is set, what goes wrong is put there, and not raised: the other processes are in the
+# middle of the restore, and this one must go through it too.
+_DEFERRED: contextvars.ContextVar[list[Exception] | None] = contextvars.ContextVar(
+    "lazy_orbax_deferred", default=None
+)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[list[Exception]]:
+    """Collects what goes wrong in `restore`, which then returns what it was given as a target."""
+    errors: list[Exception] = []
+    token = _DEFERRED.set(errors)
+    try:
+        yield errors
+    finally:
+        _DEFERRED.reset(token)
+
+
+def restore(handler: Any, directory: Any, args: Any, by_orbax: Callable[[], Any]) -> Any:
+    """Restores an item, and verifies it if the handler's options say so.
+
+    Args:
+        handler: the handler that restores.
+        directory: the item's directory.
+        args: what was asked for, or `None`.
+        by_orbax: restores it.
+
+    Raises:
+        RestoreError: the target does not fit what is stored.
+        CorruptCheckpointError: what is stored, or was restored, is not what was saved.
+    """
+    errors, failure, value = _DEFERRED.get(), None, None
+    try:
+        value = _restore(handler, directory, args, by_orbax, look=errors is None)
+    except Exception as error:  # noqa: BLE001 - Raised below, or put where it is waited for.
+        failure = error
+    if errors is not None:
+        errors += [failure] if failure is not None else []
+        return getattr(args, "item", None) if failure is not None else value
+    failed = _agree(handler, failure is not None)
+    if failure is not None:
+        raise failure
+    if failed:
+        raise RestoreError(f"{directory} was not restored: process {failed[0]} failed; see there.")
+    return value
+
+
+def _agree(handler: Any, has_failed: bool) -> list[int]:
+    """Returns which processes failed. Who did not would wait for them in Orbax's barrier."""
+    if jax.process_count() == 1 or not handler.options.verify_restore or not handler.is_shared:
+        return []
+    found = multihost_utils.process_allgather(np.array(has_failed))
+    return np.flatnonzero(found).tolist()
+
+
+def _restore(
+    handler: Any, directory: Any, args: Any, by_orbax: Callable[[], Any], *, look: bool
+) -> Any:
+    # With several processes one looks for another step: each would read all of it.
+    look = look and jax.process_index() == 0
+    place = str(directory)
+    # What is not trusted is looked at here, before anything else reads it.
+    verifies = handler.options.verify_restore and not _orbax.MISSING
+    stored = StoredItem(place) if verifies else None
+    if stored is None or not stored.is_covered:
+        with explained(handler, directory, args):
+            return by_orbax()
+    raise_corrupt(place, [*stored.problems, *stored.check_files()], look=look)
+    try:
+        with explained(handler, directory, args):
+            value = by_orbax()
+    except Exception as error:
+        raise_corrupt(place, _reasons(stored, error), error, look=look)
+        raise
+    raise_corrupt(place, check_restored(stored, stock.named_leaves(value)), look=look)
+    return value
+
+
+def _reasons(stored: StoredItem, error: Exception) -> list[Problem]:
+    """Returns what is wrong with a checkpoint that could not be restored. Nothing, if it is whole.
+
+    Where the target is what does not fit, no data is read.
+    """
+    problems = stored.check_arrays()
+    if not problems and not isinstance(error, RestoreError):
+        problems = list(stored.check_pieces(stored.pieces))
+    return problems
 
 
 @contextlib.contextmanager
@@ -50,10 +146,10 @@ def _misfits(handler: Any, directory: Any, target: Any) -> list[str]:
     stored = {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(metadata)}
     problems = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(target):
-        found, wanted = (
-            getattr(stored.get(_names(path)), "shape", None),
-            getattr(leaf, "shape", None),
-        )
+        found = getattr(stored.get(_names(path)), "shape", None)
+        wanted = getattr(leaf, "shape", None)
+        if wanted is not None and is_key(leaf):  # Its data is what is stored.
+            wanted = jax.eval_shape(jax.random.key_data, leaf).shape
         if found is None or wanted is None or tuple(found) == tuple(wanted):
             continue
         problems.append(

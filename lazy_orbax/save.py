@@ -24,6 +24,7 @@ from lazy_orbax.plan import Slab
 from lazy_orbax.prepare import Prepared
 from lazy_orbax.room import Room
 from lazy_orbax.snapshot import Held
+from lazy_orbax.stale import Fingerprints
 from lazy_orbax.sync import Inode
 from lazy_orbax.write import Writer, save_error
 
@@ -56,6 +57,7 @@ class Save:
         limit_bytes: int,
         pace: Pace,
         path: str,
+        fingerprints: Fingerprints,
     ):
         """Starts the clock; `snapshot` starts the work.
 
@@ -65,10 +67,11 @@ class Save:
             limit_bytes: most bytes of snapshot in host memory.
             pace: how fast it may be written.
             path: the item's directory, which need not exist yet.
+            fingerprints: what the saves before held.
         """
         self.recorder = Recorder(path, options.on_timeline)
         self._prepared, self._options, self._limit_bytes = prepared, options, limit_bytes
-        self._path, self._pace = path, pace
+        self._path, self._pace, self._fingerprints = path, pace, fingerprints
         self.synced_directories: set[Inode] = set()
         self._lock = threading.Lock()
         self._state = State.SNAPSHOT
@@ -261,7 +264,7 @@ class Save:
                     plan, pace, ended = prepared.plan, self._pace, self._ended
                     drain(self._on_host, writer, plan, pace=pace, ended=ended)
                     if not self.is_over:
-                        writer.finish(custom_metadata)
+                        self._fingerprints.compare(self.recorder, writer.finish(custom_metadata))
                         self.synced_directories = writer.synced_directories
                 self._move(State.DURABLE)
         except BaseException as error:  # noqa: BLE001 - Raised below.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from lazy_orbax.tree import LeafInfo
@@ -35,6 +36,13 @@ def restore_args(args: Any) -> Any:
     """Returns the stock PyTree handler's arguments of the same fields."""
     fields = ("item", "restore_args", "partial_restore")
     return ocp.args.PyTreeRestore(**{name: getattr(args, name) for name in fields})
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Returns every leaf of a tree, and every empty node, by its name in a checkpoint."""
+    names = ocp.tree.get_param_names(tree)
+    leaves = jax.tree.structure(names).flatten_up_to(tree)
+    return dict(zip(jax.tree.leaves(names), leaves, strict=True))
 
 
 async def serialize_others(

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-from lazy_orbax import _orbax, object_store
+from lazy_orbax import _orbax, digest, object_store
 from lazy_orbax.errors import SaveError
 from lazy_orbax.events import final_directory, step_of
 from lazy_orbax.format import Format
@@ -61,6 +61,7 @@ class Writer:
         remote = object_store.context_spec(directory, timeout_s)
         self._context = ts.Context({**_CONTEXT, **remote})
         self._stores: dict[int, Any] = {}
+        self._digests: dict[int, int] = {}
         self._unacknowledged: list[list[Request]] = []
         self._files: ts.KvStore | None = None
         self._kvstores: list[ts.KvStore] = []
@@ -109,6 +110,9 @@ class Writer:
             lasting = view.nbytes > _LARGEST_CACHED_BYTES
             future = store[piece.index].write(view, can_reference_source_data_indefinitely=lasting)
             requests.append(Request(future, self._plan.leaves[piece.leaf].name))
+            # While TensorStore is at work. What is cast on the way is hashed as it is read back.
+            stored_dtype = self._format.digests.dtypes[piece.leaf]
+            self._digests[id(piece)] = digest.digest_of(digest.cast(view, stored_dtype))
         return requests
 
     def _new_requests(self) -> list[Request]:
@@ -128,7 +132,7 @@ class Writer:
         store = self._deadline.result_of(opening)
         return store if stored.cast_from is None else ts.cast(store, ts.dtype(stored.cast_from))
 
-    def finish(self, custom_metadata: Any) -> None:
+    def finish(self, custom_metadata: Any) -> str:
         """Writes the small files, and waits until everything is durable.
 
         In a local directory that means synced, file by file and directory by directory. In an
@@ -136,6 +140,9 @@ class Writer:
 
         Args:
             custom_metadata: JSON-serializable, stored beside the tree.
+
+        Returns:
+            A fingerprint of all that this process wrote.
 
         Raises:
             SaveError: the storage refused something, or did not answer in time.
@@ -145,14 +152,19 @@ class Writer:
             for leaf in range(len(self._plan.leaves)):
                 if leaf not in self._stores:
                     self._stores[leaf] = self._open_leaf(leaf, requests)
+        files = self._format.metadata_files(custom_metadata)
+        ours, digests, fingerprint = self._format.digests.fill(
+            self._digests, files, self._directory
+        )
         if self._files is not None:
-            for name, content in self._format.metadata_files(custom_metadata).items():
+            for name, content in {**files, ours: digests}.items():
                 requests.append(Request(self._files.write(name, content), name))
         self.wait(requests)
         self._stores.clear()
         if self._syncer is not None:
             self._syncer.finish()
             self.synced_directories = self._syncer.directories
+        return fingerprint
 
     def close(self) -> None:
         """Gives up what is not acknowledged, and joins the threads that sync.

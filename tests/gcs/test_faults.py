@@ -157,13 +157,27 @@ def test_a_fault_while_restoring(job, proxy, root, what, fault, tell):
     tell("Faults on gs://", what, "restored", f"{outcome.took_s:5.1f} s")
 
 
-def test_a_flipped_bit_in_a_download_is_not_noticed(job, proxy, root, tell):
-    """The format has no digest of a chunk: it is restored wrong, here as by stock Orbax."""
+DIRECTORY = r"read \S*/1/default/"
+
+
+@pytest.mark.parametrize(
+    ("what", "flips"),
+    [
+        ("one download", of(READ, "flip", times=1)),
+        ("every download", of(READ, "flip")),
+        ("_METADATA", of(DIRECTORY + "_METADATA", "flip")),
+        ("the digests", of(DIRECTORY + "lazy_orbax_digests/", "flip")),
+    ],
+)
+def test_a_flipped_bit_in_a_download_is_noticed(job, proxy, root, what, flips, tell):
+    """Stock Orbax restores it as other numbers."""
     job.do("open", root)
     job.do("save", 1)
-    with proxy.breaking(Fault(**of(READ, "flip"))) as met:
+    with proxy.breaking(Fault(**flips)) as met:
         outcome = job.attempt("wrong", 1)
     assert met.met
-    assert outcome.error or outcome.result
-    found = outcome.error or f"WRONG, silently: {len(outcome.result)} leaves"
-    tell("Faults on gs://", "download: a flipped bit", found, f"{outcome.took_s:5.1f} s")
+    assert outcome.error == "CorruptCheckpointError", outcome.trace
+    assert f"{root}/1/default" in outcome.message
+    tell("Faults on gs://", f"a flipped bit: {what}", outcome.error, f"{outcome.took_s:5.1f} s")
+    # On storage it is whole.
+    assert job.attempt("wrong", 1).result == []

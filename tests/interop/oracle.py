@@ -18,6 +18,7 @@ from etils import epath
 from interop.described import contents, description
 
 import lazy_orbax
+from lazy_orbax.digest_file import DIRECTORY
 
 FACES = ("standard", "pytree", "direct")
 MODES = ("stage", "direct")
@@ -125,6 +126,8 @@ def stored(directory: pathlib.Path) -> dict[str, Any]:
     for file in sorted(directory.rglob("*")):
         name = str(file.relative_to(directory))
         if file.is_dir() or name.startswith("ocdbt.process_"):
+            continue
+        if name.startswith(f"{DIRECTORY}/"):  # Ours, which stock Orbax ignores.
             continue
         if name == "manifest.ocdbt" or name.startswith("d/"):
             continue

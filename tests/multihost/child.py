@@ -84,6 +84,50 @@ def twenty_saves(root: str) -> Report:
         }
 
 
+def corrupted(root: str) -> Report:
+    """Breaks what only process 1 reads of step 3: all must agree, and none may hang."""
+    mesh = _mesh()
+    report: Report = {}
+    with _manager(root) as manager:
+        state = states.on_mesh(mesh, 0)
+        step = states.training_step(state)
+        for n in (1, 2, 3):
+            state = step(state)
+            _save(manager, n, state)
+            manager.wait_until_finished()
+        before = manager.directory / "3" / "default" / "ocdbt.process_1" / "d"
+        ocp.multihost.sync_global_processes("saved")
+        report["whole"] = lazy_orbax.verify(root).is_whole
+        ocp.multihost.sync_global_processes("verified")
+        if jax.process_index() == 0:
+            file = max(before.iterdir(), key=lambda path: path.stat().length)
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 4
+            file.write_bytes(bytes(content))
+        ocp.multihost.sync_global_processes("broken")
+        args = ocp.args.StandardRestore(states.targets(mesh, states.SPECS))
+        report["plain"] = _outcome(lambda: manager.restore(3, args=args))
+        found = lazy_orbax.restore_latest_good(manager, args=args)
+        report["step"] = found.step
+        report["differences"] = states.differences(found.value, states.values(2))
+        report["skipped"] = [skipped.why for skipped in found.skipped]
+        problems = [str(problem) for problem in lazy_orbax.verify(root).all_problems]
+        report["problems"] = problems
+        leaf = problems[0].split()[1].partition("[")[0]
+        replaced = lazy_orbax.restore_replacing(
+            manager, 3, args=args, replacements={leaf: lazy_orbax.FromStep(2)}
+        )
+        report["replaced"] = [(record.leaf, record.by) for record in replaced.replaced]
+        report["leaf"] = leaf
+        report["left"] = states.differences(replaced.value, states.values(3))
+        ocp.multihost.sync_global_processes("replaced")
+        if jax.process_index() == 0:
+            (before.parent.parent / "lazy_orbax_digests" / "process_1").unlink()
+        ocp.multihost.sync_global_processes("digests removed")
+        report["without"] = [str(p) for p in lazy_orbax.verify(root).all_problems]
+    return report
+
+
 def killed(root: str, point: str, watched: int, victim: int, pids: str) -> Report:
     """Saves step 1, then kills `victim` when `watched` comes to `point` of the save of step 2."""
     me = jax.process_index()
@@ -292,6 +336,7 @@ SCENARIOS = {
     function.__name__: function
     for function in (
         twenty_saves,
+        corrupted,
         killed,
         failing,
         one_save,

@@ -67,3 +67,19 @@ def test_disks_that_are_not_shared(tmp_path, n):
         files = tmp_path / "run" / f"disk_of_{i}" / "3" / "default"
         assert (files / "_METADATA").is_file()
         assert [d.name for d in files.glob("ocdbt.process_*")] == [f"ocdbt.process_{i}"]
+
+
+def test_processes_agree_on_what_is_corrupt(tmp_path):
+    both = reports(run_job(2, "corrupted", tmp_path / "run", logs=tmp_path / "logs"))
+    for report in both:
+        assert report["whole"]
+        assert (report["step"], report["differences"]) == (2, [])
+        assert len(report["problems"]) == 1
+        assert "ocdbt.process_1/" in report["problems"][0]
+        assert report["replaced"] == [[report["leaf"], "step 2"]]
+        assert {text.split()[0] for text in report["left"]} <= {report["leaf"]}
+        assert any("process_1" in text and "missing" in text for text in report["without"])
+    kinds = sorted(report["plain"]["kind"] for report in both)
+    assert kinds == ["CorruptCheckpointError", "RestoreError"]
+    reasons = [report["skipped"][0] for report in both]
+    assert sum("another process" in reason for reason in reasons) == 1

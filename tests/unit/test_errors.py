@@ -74,7 +74,7 @@ def test_every_error_is_in_the_one_tree():
         x for x in vars(errors).values() if isinstance(x, type) and x.__module__ == errors.__name__
     ]
     assert len(classes) >= 6
-    for cls in classes:
+    for cls in set(classes) - {errors.Problem}:
         assert issubclass(cls, errors.LazyOrbaxError | Warning)
         assert cls.__doc__
 

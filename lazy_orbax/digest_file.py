@@ -1,0 +1,204 @@
+"""The file of digests that each process writes beside the tree. Stock Orbax ignores it.
+
+It holds a digest of every piece that the process wrote, as it lay in host memory, and of the small
+files that it wrote.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lazy_orbax.digest import Box, digest_of_bytes
+from lazy_orbax.events import final_directory, step_of
+from lazy_orbax.layout import Shape
+from lazy_orbax.plan import Piece, Plan
+
+DIRECTORY = "lazy_orbax_digests"
+_FORMAT = 1
+_HEAD = b'{"digest":"%016x",'
+_HEAD_BYTES = len(_HEAD % 0)
+
+
+class DigestError(ValueError):
+    """A file of digests is not what was written."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DigestTemplate:
+    """What is the same in the digests of every save of a plan.
+
+    Attributes:
+        plan: the plan.
+        dtypes: dtype on disk of each of its leaves.
+        use_ocdbt: whether the leaves are in OCDBT.
+        driver: TensorStore's driver, `zarr` or `zarr3`.
+        process: this process.
+        processes: every process that writes such a file for the item.
+        others: names of leaves that have no digest: their own type handlers write them.
+    """
+
+    plan: Plan
+    dtypes: tuple[str, ...]
+    use_ocdbt: bool
+    driver: str
+    process: int
+    processes: tuple[int, ...]
+    others: tuple[str, ...]
+
+    @functools.cached_property
+    def _pieces(self) -> tuple[Piece, ...]:
+        """What this process writes, leaf by leaf."""
+        pieces = [piece for slab in self.plan.slabs for piece in slab.pieces]
+        return tuple(sorted(pieces, key=lambda piece: piece.leaf))
+
+    @functools.cached_property
+    def _fixed(self) -> bytes:
+        leaves: dict[int, list[Any]] = {}
+        for piece in self._pieces:
+            leaf = self.plan.leaves[piece.leaf]
+            entry = [leaf.name, self.dtypes[piece.leaf], leaf.shape, []]
+            leaves.setdefault(piece.leaf, entry)[3].append([piece.start, piece.shape])
+        fixed = {
+            "format": _FORMAT,
+            "hash": "xxh3_64",
+            "process": self.process,
+            "processes": self.processes,
+            "use_ocdbt": self.use_ocdbt,
+            "driver": self.driver,
+            "others": self.others,
+            "leaves": list(leaves.values()),
+        }
+        return json.dumps(fixed, separators=(",", ":")).encode()
+
+    @functools.cached_property
+    def _fixed_digest(self) -> int:
+        return digest_of_bytes(self._fixed)
+
+    def fill(
+        self, digests: Mapping[int, int], files: Mapping[str, bytes], directory: str
+    ) -> tuple[str, bytes, str]:
+        """Returns name and content of the file, and the fingerprint of all that was written.
+
+        Args:
+            digests: digest of each piece, by the `id` of the piece in the plan.
+            files: the small files that this process writes, by name.
+            directory: the item's directory.
+        """
+        found = np.fromiter((digests[id(p)] for p in self._pieces), ">u8", len(self._pieces))
+        fingerprint = f"{digest_of_bytes(found, seed=self._fixed_digest):016x}"
+        changing = {
+            "step": step_of(final_directory(directory)),
+            "fingerprint": fingerprint,
+            "files": {
+                name: [len(content), f"{digest_of_bytes(content):016x}"]
+                for name, content in files.items()
+            },
+            "pieces": found.tobytes().hex(),
+        }
+        tail = json.dumps(changing, separators=(",", ":")).encode()
+        body = b"".join((self._fixed[1:-1], b",", tail[1:]))
+        content = _HEAD % digest_of_bytes(body) + body
+        return f"{DIRECTORY}/process_{self.process}", content, fingerprint
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafDigests:
+    """The digests of what one process wrote of one leaf.
+
+    Attributes:
+        name: as Orbax names the leaf.
+        dtype: dtype on disk.
+        shape: global shape.
+        boxes: the pieces.
+        digests: one for each of them.
+    """
+
+    name: str
+    dtype: str
+    shape: Shape
+    boxes: tuple[Box, ...]
+    digests: tuple[int, ...]
+
+    def joined(self, other: LeafDigests) -> LeafDigests:
+        """Returns the digests of what two processes wrote of this leaf."""
+        boxes, digests = self.boxes + other.boxes, self.digests + other.digests
+        return dataclasses.replace(self, boxes=boxes, digests=digests)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessDigests:
+    """A file of digests as it was read. The attributes are those of `DigestTemplate.fill`."""
+
+    process: int
+    processes: tuple[int, ...]
+    use_ocdbt: bool
+    driver: str
+    others: tuple[str, ...]
+    step: int | None
+    fingerprint: str
+    files: dict[str, tuple[int, int]]
+    leaves: tuple[LeafDigests, ...]
+
+
+def parse(content: bytes) -> ProcessDigests:
+    """Reads a file of digests.
+
+    Raises:
+        DigestError: it is not what was written.
+    """
+    body = memoryview(content)[_HEAD_BYTES:]
+    if content[:_HEAD_BYTES] != _HEAD % digest_of_bytes(body):
+        raise DigestError(f"its own digest does not fit its {len(content)} bytes")
+    try:
+        found = json.loads(content)
+        if found["format"] != _FORMAT or found["hash"] != "xxh3_64":
+            raise DigestError(f"it has form {found['format']!r}, which a later lazy_orbax can read")
+        return _parsed(found)
+    except (KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise DigestError(f"it does not have the fields it should have: {error!r}") from error
+    except ValueError as error:
+        raise DigestError(str(error)) from error
+
+
+def _parsed(found: dict[str, Any]) -> ProcessDigests:
+    if found["driver"] not in ("zarr", "zarr3"):
+        raise DigestError(f"it names a driver {found['driver']!r}")
+    digests = np.frombuffer(bytes.fromhex(found["pieces"]), ">u8").tolist()
+    leaves, done = [], 0
+    for name, dtype, shape, pieces in found["leaves"]:
+        boxes = tuple(_box(start, extent, shape) for start, extent in pieces)
+        mine = tuple(digests[done : done + len(boxes)])
+        done += len(boxes)
+        leaves.append(LeafDigests(str(name), str(dtype), tuple(shape), boxes, mine))
+    if done != len(digests):
+        raise DigestError(f"it has {len(digests)} digests for {done} pieces")
+    return ProcessDigests(
+        process=int(found["process"]),
+        processes=tuple(map(int, found["processes"])),
+        use_ocdbt=bool(found["use_ocdbt"]),
+        driver=found["driver"],
+        others=tuple(map(str, found["others"])),
+        step=found["step"],
+        fingerprint=str(found["fingerprint"]),
+        files={
+            str(name): (int(size), int(digest, 16))
+            for name, (size, digest) in found["files"].items()
+        },
+        leaves=tuple(leaves),
+    )
+
+
+def _box(start: Sequence[int], extent: Sequence[int], shape: Sequence[int]) -> Box:
+    fits = all(
+        isinstance(n, int) and 0 <= a < a + n <= whole
+        for a, n, whole in zip(start, extent, shape, strict=True)
+    )
+    if not fits:
+        raise DigestError(f"it has a piece at {start} of shape {extent} in a leaf of {shape}")
+    return Box(tuple(start), tuple(extent))

@@ -1,0 +1,203 @@
+"""What was restored, against the digests of what was saved: the arrays themselves are looked at.
+
+Reading a file again would not tell that a bit was flipped in the one download that counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lazy_orbax import digest
+from lazy_orbax.digest import Box
+from lazy_orbax.errors import Problem
+from lazy_orbax.layout import is_key
+from lazy_orbax.stored import Piece, StoredItem
+
+# What is brought to the host at once.
+_BATCH_BYTES = 2**26
+_BATCH_ARRAYS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What this process has of a leaf: a rectangle of it, and the array that holds that."""
+
+    leaf: str
+    box: Box
+    data: Any
+
+
+def check_restored(stored: StoredItem, leaves: Mapping[str, Any]) -> list[Problem]:
+    """Returns what is not as it was saved.
+
+    Pieces that lie whole in what was restored are hashed as they are. Others are read again, and
+    what was restored of them is compared with that, in the dtype in which it was restored.
+
+    Args:
+        stored: the item, with its digests.
+        leaves: what was restored, by Orbax's name of the leaf. What is no array or number is not
+            looked at. Nothing stays cached on the arrays.
+    """
+    problems: list[Problem] = []
+    parts: list[_Part] = []
+    again: list[_Part] = []
+    for name, value in leaves.items():
+        if name not in stored.leaves:
+            continue
+        saved = stored.leaves[name]
+        mine = list(_parts(name, value))
+        same = all(part.data.dtype.name == saved.dtype for part in mine)
+        if same and mine and _shape(value) == saved.shape:
+            parts += mine
+        else:
+            again += mine
+    done: set[tuple[str, Box]] = set()
+    for part, host in _on_host(parts):
+        for piece in _touching(stored, part):
+            if _is_within(piece.box, part.box):
+                done.add((piece.leaf, piece.box))
+                if digest.digest_of(host[_relative(piece.box, part.box)]) != piece.digest:
+                    problems.append(_explain(stored, piece))
+    left = [
+        part
+        for part in parts
+        if any((piece.leaf, piece.box) not in done for piece in _touching(stored, part))
+    ]
+    return problems + list(_compare(stored, left + again, done))
+
+
+def _parts(name: str, value: Any) -> Iterator[_Part]:
+    """Returns each distinct shard of an array, or all of a NumPy array or number."""
+    if isinstance(value, jax.Array):
+        array = jax.random.key_data(value) if is_key(value) else value
+        seen = set()
+        for shard in array.addressable_shards:
+            start = tuple(part.start or 0 for part in shard.index)
+            if start not in seen and math.prod(shard.data.shape):
+                seen.add(start)
+                yield _Part(name, Box(start, shard.data.shape), shard.data)
+    elif isinstance(value, np.ndarray | np.generic | bool | int | float | complex):
+        array = np.asarray(value)
+        yield _Part(name, Box((0,) * array.ndim, array.shape), array)
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    if isinstance(value, jax.Array) and is_key(value):
+        return jax.eval_shape(jax.random.key_data, value).shape
+    return np.shape(value)
+
+
+def _on_host(parts: Iterable[_Part]) -> Iterator[tuple[_Part, np.ndarray]]:
+    """Brings parts to the host, some at a time. They are copies of ours: theirs would be kept."""
+    batch: list[_Part] = []
+    n_bytes = 0
+    for part in parts:
+        if isinstance(part.data, np.ndarray):
+            yield part, part.data
+            continue
+        if batch and (n_bytes + part.data.nbytes > _BATCH_BYTES or len(batch) == _BATCH_ARRAYS):
+            yield from _brought(batch)
+            batch, n_bytes = [], 0
+        batch.append(part)
+        n_bytes += part.data.nbytes
+    yield from _brought(batch)
+
+
+def _brought(batch: list[_Part]) -> Iterator[tuple[_Part, np.ndarray]]:
+    arrays = [part.data for part in batch]
+    targets = [_host_sharding(array) for array in arrays]
+    copies = jax.device_put(arrays, targets, may_alias=False) if batch else []
+    for part, ours in zip(batch, copies, strict=True):
+        yield part, np.asarray(ours)
+
+
+def _host_sharding(array: jax.Array) -> jax.sharding.Sharding:
+    """Returns where a copy needs no device memory, if there is such a place."""
+    (device,) = array.sharding.device_set
+    kinds = {memory.kind for memory in device.addressable_memories()}
+    if "pinned_host" not in kinds:
+        return array.sharding
+    return array.sharding.with_memory_kind("pinned_host")
+
+
+def _touching(stored: StoredItem, part: _Part) -> Iterator[Piece]:
+    """Returns the pieces that have something of a part."""
+    leaf = stored.leaves[part.leaf]
+    for box, found in zip(leaf.boxes, leaf.digests, strict=True):
+        if _overlap(box, part.box) is not None:
+            yield Piece(part.leaf, box, found)
+
+
+def _overlap(a: Box, b: Box) -> Box | None:
+    if len(a.start) != len(b.start):
+        return None
+    start = tuple(map(max, a.start, b.start))
+    ends = [
+        min(i + n, j + m) for i, n, j, m in zip(a.start, a.shape, b.start, b.shape, strict=True)
+    ]
+    shape = tuple(end - first for end, first in zip(ends, start, strict=True))
+    return Box(start, shape) if all(n > 0 for n in shape) else None
+
+
+def _is_within(box: Box, whole: Box) -> bool:
+    return _overlap(box, whole) == box
+
+
+def _relative(box: Box, whole: Box) -> tuple[slice, ...]:
+    moved = tuple(a - b for a, b in zip(box.start, whole.start, strict=True))
+    return Box(moved, box.shape).index
+
+
+def _explain(stored: StoredItem, piece: Piece) -> Problem:
+    """Finds out whether the storage is wrong, or only what was read from it."""
+    for problem in stored.check_pieces([piece]):
+        return problem
+    what = "restored wrongly, though the storage holds it right: it changed on the way here"
+    return Problem(what, stored.file_of(piece), piece.leaf, str(piece.box))
+
+
+def _compare(
+    stored: StoredItem, parts: Iterable[_Part], done: set[tuple[str, Box]]
+) -> Iterator[Problem]:
+    """Reads again the pieces of parts that are not `done`, and compares them with the parts."""
+    for part in parts:
+        pieces = [p for p in _touching(stored, part) if (p.leaf, p.box) not in done]
+        if not pieces:
+            continue
+        ((_, host),) = _on_host([part])
+        for piece, data in stored.read(pieces, whole=True):
+            if isinstance(data, Problem):
+                yield data
+            elif not _is_same(data, piece.box, host, part.box):
+                yield Problem(
+                    f"restored as {host.dtype} it differs from what the storage holds: it changed "
+                    "on the way here",
+                    stored.file_of(piece),
+                    piece.leaf,
+                    str(_overlap(piece.box, part.box)),
+                )
+
+
+def _is_same(data: np.ndarray, box: Box, host: np.ndarray, part: Box) -> bool:
+    """Whether two arrays hold the same where their boxes overlap, but for the dtype."""
+    common = _overlap(box, part)
+    assert common is not None
+    wanted, found = data[_relative(common, box)], host[_relative(common, part)]
+    if wanted.dtype != found.dtype:
+        try:
+            wanted = digest.cast(np.ascontiguousarray(wanted), found.dtype.name)
+        except (ValueError, TypeError):
+            return True  # TensorStore has no such cast, so Orbax did not read it that way.
+    equal = digest.bytes_of(wanted) == digest.bytes_of(found)
+    if equal.all() or found.dtype == data.dtype:
+        return bool(equal.all())
+    # What a cast makes of a NaN, or of what does not fit, is not the same everywhere.
+    nans = np.array([x != x for x in (wanted, found)]).all(axis=0)
+    outside = found.dtype.kind in "iub" and data.dtype.kind not in "iub"
+    return outside or bool(((wanted == found) | nans).all())

@@ -1,0 +1,236 @@
+"""Whether a checkpoint is what was saved: without a model, without devices, out of core."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from etils import epath
+
+from lazy_orbax import digest_file
+from lazy_orbax.errors import CorruptCheckpointError, OptionError, Problem
+from lazy_orbax.events import step_of
+from lazy_orbax.object_store import scheme_of
+from lazy_orbax.stored import StoredItem
+
+_STEP_FILE = "_CHECKPOINT_METADATA"
+_COMMIT_FILE = "commit_success.txt"
+_TEMPORARY = ".orbax-checkpoint-tmp"
+_ITEM_FILES = ("_METADATA", "manifest.ocdbt", digest_file.DIRECTORY)
+_NO_DIGESTS = (
+    "it has no digests: saved by stock Orbax, by another handler or by an older lazy_orbax"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ItemReport:
+    """What was found of one item.
+
+    Attributes:
+        directory: the item's directory.
+        n_leaves: leaves that were read and compared with their digests.
+        n_bytes: their size, in bytes.
+        not_covered: what has no digest, and was therefore not looked at.
+        problems: what is not as it was saved.
+    """
+
+    directory: str
+    n_leaves: int
+    n_bytes: int
+    not_covered: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def is_covered(self) -> bool:
+        """Whether there are digests."""
+        return self.n_leaves > 0 or bool(self.problems)
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyReport:
+    """What `verify` found.
+
+    Attributes:
+        path: what was verified.
+        items: the items, one after the other.
+        problems: what is wrong beside them: not committed, no item, broken metadata of a step.
+    """
+
+    path: str
+    items: tuple[ItemReport, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def all_problems(self) -> tuple[Problem, ...]:
+        """Everything that is wrong."""
+        return self.problems + tuple(p for item in self.items for p in item.problems)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong with what is covered. See `ItemReport.not_covered`."""
+        return not self.all_problems
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is wrong, and something is covered."""
+        return self.ok and any(item.is_covered for item in self.items)
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {problem}" for problem in self.problems]
+        for item in self.items:
+            state = "CORRUPT" if item.problems else "ok" if item.is_covered else "not covered"
+            lines.append(f"{item.directory}: {state}, {item.n_leaves} leaves, {item.n_bytes} bytes")
+            lines += [f"  {problem}" for problem in item.problems]
+            lines += [f"  not covered: {name}" for name in item.not_covered]
+        return "\n".join(lines)
+
+
+def verify(path: Any) -> VerifyReport:
+    """Reads a checkpoint and compares it with its digests. Changes nothing.
+
+    It needs no model and no devices, and little memory: parts of 64 MiB, or a chunk where chunks
+    are compressed or larger than that and in an encoding of their own.
+
+    Args:
+        path: an item, a step, or a run with many steps; a directory or a `gs://` address.
+
+    Returns:
+        What was found, the problems included: nothing is raised for those.
+
+    Raises:
+        OptionError: there is no checkpoint.
+    """
+    place = epath.Path(path)
+    if not place.is_dir():
+        raise OptionError(f"{place} is not a directory. Give an item, a step or a run.")
+    children = sorted(child.name for child in place.iterdir())
+    if _is_item(children):
+        step = _step_problems(place, children, is_item=True) if _STEP_FILE in children else []
+        return VerifyReport(str(place), (_verify_item(place),), tuple(step))
+    if _STEP_FILE in children or _has_items(place, children):
+        items, problems = _verify_step(place, children)
+        return VerifyReport(str(place), tuple(items), tuple(problems))
+    items, problems = [], []
+    for name in sorted(children, key=lambda name: (step_of(f"/{name}") or 0, name)):
+        child = place / name
+        if not child.is_dir() or (step_of(f"/{name}") is None and _TEMPORARY not in name):
+            continue
+        if _TEMPORARY in name:
+            problems.append(Problem("was never committed", str(child)))
+            continue
+        found, wrong = _verify_step(child, sorted(part.name for part in child.iterdir()))
+        items += found
+        problems += [
+            dataclasses.replace(p, file="/".join(filter(None, (str(child), p.file)))) for p in wrong
+        ]
+    if not items and not problems:
+        raise OptionError(f"{place} holds no checkpoint. Give an item, a step or a run.")
+    return VerifyReport(str(place), tuple(items), tuple(problems))
+
+
+def newest_whole_step(directory: str) -> int | None:
+    """Returns the newest other step of the same run whose item of this name is whole.
+
+    Args:
+        directory: the directory of an item that is not.
+    """
+    place = epath.Path(directory)
+    step_is_parent = step_of(f"/{place.name}") is None
+    step, inner = (place.parent, place.name) if step_is_parent else (place, "")
+    if step_of(f"/{step.name}") is None:
+        return None
+    steps = {
+        number: child
+        for child in step.parent.iterdir()
+        if (number := step_of(f"/{child.name}")) is not None
+        and child.name != step.name
+        and _TEMPORARY not in child.name
+    }
+    for number in sorted(steps, reverse=True):
+        candidate = steps[number] / inner if inner else steps[number]
+        if candidate.is_dir():
+            found = _verify_item(candidate)
+            if found.is_covered and not found.problems:
+                return number
+    return None
+
+
+def raise_corrupt(
+    directory: str, problems: list[Problem], cause: BaseException | None = None, *, look: bool
+) -> None:
+    """Raises, where there are problems, the error that names them and the newest whole step.
+
+    Args:
+        directory: the item's directory.
+        problems: what is wrong with it.
+        cause: what brought it up, if it was an error.
+        look: whether to look for another step that is whole.
+
+    Raises:
+        CorruptCheckpointError: there are problems.
+    """
+    if problems:
+        newest = newest_whole_step(directory) if look else None
+        raise CorruptCheckpointError(
+            directory, problems, newest_whole_step=newest, looked=look
+        ) from cause
+
+
+def _is_item(children: list[str]) -> bool:
+    return any(name in children for name in _ITEM_FILES)
+
+
+def _has_items(place: epath.Path, children: list[str]) -> bool:
+    found = [place / name for name in children if step_of(f"/{name}") is None]
+    return any(
+        child.is_dir() and _is_item([part.name for part in child.iterdir()]) for child in found
+    )
+
+
+def _verify_step(place: epath.Path, children: list[str]) -> tuple[list[ItemReport], list[Problem]]:
+    if _is_item(children):
+        return [_verify_item(place)], _step_problems(place, children, is_item=True)
+    problems = _step_problems(place, children, is_item=False)
+    items = [
+        _verify_item(place / name)
+        for name in children
+        if not name.startswith(".") and (place / name).is_dir()
+    ]
+    if not items:
+        problems.append(Problem("holds no item"))
+    return items, problems
+
+
+def _step_problems(place: epath.Path, children: list[str], *, is_item: bool) -> list[Problem]:
+    """Returns what is wrong with what Orbax keeps of a step beside its items."""
+    problems = []
+    if _TEMPORARY in str(place):
+        problems.append(Problem("was never committed"))
+    if scheme_of(str(place)) and _COMMIT_FILE not in children:
+        problems.append(Problem("is missing: the step was never committed", _COMMIT_FILE))
+    if _STEP_FILE not in children:
+        return problems
+    try:
+        found = json.loads((place / _STEP_FILE).read_text())
+        if not isinstance(found, dict):
+            raise ValueError("it is not an object")
+    except (ValueError, OSError, RecursionError) as error:
+        return [*problems, Problem(f"cannot be read: {error}", _STEP_FILE)]
+    items = found.get("item_handlers")
+    if isinstance(items, dict) and not is_item:
+        missing = [name for name in items if name not in children]
+        problems += [
+            Problem("is missing; it was saved as an item of this step", n) for n in missing
+        ]
+    return problems
+
+
+def _verify_item(place: epath.Path) -> ItemReport:
+    directory = str(place)
+    stored = StoredItem(directory)
+    if not stored.is_covered:
+        return ItemReport(directory, 0, 0, (_NO_DIGESTS,), ())
+    problems = [*stored.problems, *stored.check_files(), *stored.check_pieces(stored.pieces)]
+    others = tuple(f"leaf {name}: its own type handler wrote it" for name in stored.others)
+    return ItemReport(directory, len(stored.leaves), stored.n_bytes, others, tuple(problems))
