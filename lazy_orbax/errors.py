@@ -6,11 +6,13 @@
 | `TreeError`, `DeletedArrayError` | fixes the tree that was to be saved; nothing was written |
 | `SaveError` | goes on training; the last committed step is untouched, the next save may work |
 | `RestoreError` | fixes the restore target, or the checkpoint |
+| `MalformedCheckpointError` | restores another checkpoint; nobody should trust this one |
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 _MOST_SHOWN = 10
 
@@ -72,6 +74,29 @@ class SaveError(LazyOrbaxError, RuntimeError):
 
 class RestoreError(LazyOrbaxError, ValueError):
     """What was asked for does not fit what the checkpoint holds. Nothing was changed."""
+
+
+class MalformedCheckpointError(LazyOrbaxError, ValueError):
+    """A checkpoint is not one that Orbax wrote, or is dangerous to restore. Nothing was restored.
+
+    Attributes:
+        file: the file or directory at fault.
+        found: what is there.
+        wanted: what should be.
+    """
+
+    def __init__(self, file: Any, found: str, wanted: str):
+        self.file, self.found, self.wanted = str(file), found, wanted
+        super().__init__(
+            f"{file}: found {found}, wanted {wanted}. The checkpoint is malformed: restore another "
+            "step, or get this one again from where it was written."
+        )
+
+    @classmethod
+    def of(cls, file: Any, problems: Sequence[str]) -> MalformedCheckpointError:
+        """Returns the error of a file with several things wrong, each said in full."""
+        found = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        return cls(file, found, f"none of these:{summarize(problems)}\n")
 
 
 class StockFallbackWarning(UserWarning):

@@ -26,6 +26,7 @@ from lazy_orbax.prepare import prepare
 from lazy_orbax.restore import explained
 from lazy_orbax.save import Save
 from lazy_orbax.tree import Destination
+from lazy_orbax.untrusted import checked
 from lazy_orbax.write import merge_remotely
 
 _GB = 10**9
@@ -190,10 +191,20 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
 
         Raises:
             RestoreError: the target does not fit what is stored; every misfit leaf is named.
+            MalformedCheckpointError: it is not a checkpoint that Orbax wrote.
         """
-        with explained(self, directory, args):
+        with checked(directory, args), explained(self, directory, args):
             stock_args = stock.restore_args(args) if args and _orbax.MISSING else args
             return super().restore(directory, args=stock_args)
+
+    def metadata(self, directory: Any) -> Any:
+        """Returns what Orbax says about the leaves of a checkpoint.
+
+        Raises:
+            MalformedCheckpointError: it is not a checkpoint that Orbax wrote.
+        """
+        with checked(directory, None):
+            return super().metadata(directory)
 
     def finalize(self, directory: Any) -> None:
         """Lets Orbax merge what the processes wrote. Orbax publishes the step after this.

@@ -26,6 +26,10 @@ RANKS = {
     "_orbax": 3,
     "stock": 3,
     "sync": 3,
+    "file_checks": 1,
+    "zarr_checks": 2,
+    "metadata_checks": 2,
+    "ocdbt_checks": 3,
     "agreement": 4,
     "node_local": 4,
     "pack": 4,
@@ -41,6 +45,7 @@ RANKS = {
     "in_step": 6,
     "save": 7,
     "restore": 7,
+    "untrusted": 7,
     "commit": 8,
     "handler": 9,
     "args": 10,
@@ -190,7 +195,7 @@ def test_our_attributes_do_not_hide_those_of_the_stock_handler():
         and isinstance(node.ctx, ast.Store)
         and getattr(node.value, "id", "") == "self"
     }
-    meant = {"__init__", "async_save", "restore", "finalize", "close", "typestr"}
+    meant = {"__init__", "async_save", "restore", "metadata", "finalize", "close", "typestr"}
     assert {"async_save", "restore", "close"} <= methods
     assert (methods | attributes) & theirs <= meant
 
