@@ -33,9 +33,10 @@ class Files:
     """What lies in a local directory.
 
     Attributes:
-        names: of all files but chunks, as paths relative to the directory.
+        names: of the files that describe an array, as paths relative to the directory.
         count: the number of files.
-        longest_chunk: the largest chunk file of plain Zarr, and its bytes.
+        longest_chunk: the largest of the other files further down, and its bytes; a chunk in plain
+            Zarr.
     """
 
     names: frozenset[str]
@@ -48,8 +49,7 @@ def survey(directory: str, metadata_names: frozenset[str]) -> Files:
 
     Args:
         directory: the item's directory.
-        metadata_names: what the files are called that describe an array; the others beside them
-            are chunks.
+        metadata_names: what the files are called that describe an array.
 
     Raises:
         MalformedCheckpointError: there is something else than files and directories.
@@ -59,7 +59,6 @@ def survey(directory: str, metadata_names: frozenset[str]) -> Files:
     pending = [""]
     while pending:
         folder = pending.pop()
-        here, is_array = [], False
         for entry in os.scandir(os.path.join(directory, folder)):
             name = os.path.join(folder, entry.name)
             status = _status(entry, os.path.join(directory, name))
@@ -70,13 +69,10 @@ def survey(directory: str, metadata_names: frozenset[str]) -> Files:
                     pending.append(name)
                 continue
             count += 1
-            is_array |= entry.name in metadata_names
-            here.append((name, entry.name, status.st_size))
-        for name, last, size_bytes in here:
-            if last in metadata_names or not folder or folder == "array_metadatas":
+            if entry.name in metadata_names:
                 names.add(name)
-            elif is_array and size_bytes > longest[1]:
-                longest = (name, size_bytes)
+            elif folder and status.st_size > longest[1]:
+                longest = (name, status.st_size)
     return Files(frozenset(names), count, longest)
 
 
