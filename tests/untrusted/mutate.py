@@ -214,7 +214,7 @@ def database_content(rng: random.Random, directory: pathlib.Path) -> str:
     elif kind == "bomb":
         # A table of as many data files as zeros.
         count = rng.choice((10**4, 10**6, 2 * 10**7))
-        head = content[:28] if is_manifest else content[:1]
+        head = content[: ocdbt_codec.config_bytes(content) if is_manifest else 1]
         content = head + ocdbt_codec.varint(count) + bytes(3 * count)
     body = ocdbt_codec.compressed(content)
     if kind == "blocks":

@@ -15,8 +15,6 @@ import tensorstore as ts
 
 MANIFEST_MAGIC = bytes.fromhex("0cdb3a2a")
 NODE_MAGIC = bytes.fromhex("0cdb20de")
-# The configuration of a manifest, up to its table of data files.
-_CONFIG_BYTES = 28
 _HEADER_BYTES, _CHECKSUM_BYTES = 14, 4
 
 
@@ -44,6 +42,17 @@ def varint(value: int) -> bytes:
         encoded += bytes([value & 127 | 128])
         value >>= 7
     return encoded + bytes([value])
+
+
+def config_bytes(manifest: bytes) -> int:
+    """Returns the length of the configuration in a manifest's content; a table of files follows."""
+    position = 16  # The identity of the database.
+    for _ in range(3):  # The kind of manifest, the longest inline value, the longest node.
+        while manifest[position] & 128:
+            position += 1
+        position += 1
+    position += 1  # The arity.
+    return position + (5 if manifest[position] else 1)  # The compression, and its level.
 
 
 def table(*names: bytes) -> bytes:
@@ -76,7 +85,8 @@ def put_root(directory: pathlib.Path, node: bytes, *, name: bytes = b"d/" + b"0"
     manifest = directory / "manifest.ocdbt"
     (directory / "d").mkdir(exist_ok=True)
     (directory / name.decode()).write_bytes(node)
-    config = content(manifest.read_bytes())[:_CONFIG_BYTES]
+    old = content(manifest.read_bytes())
+    config = old[: config_bytes(old)]
     version = varint(1) + varint(1) + bytes([height, 0, 0]) + varint(len(node))
     statistics = varint(10) + varint(len(node)) + varint(10)
     body = config + table(name) + version + statistics + struct.pack("<Q", 1) + b"\0"
