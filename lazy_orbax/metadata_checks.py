@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -74,11 +75,14 @@ def check_tree(content: bytes, file: Any) -> Tree:
         if not isinstance(entry, dict):
             complain(where, entry, "a JSON object")
             continue
-        keys = _check_keys(entry.get("key_metadata"), where, len(entries), complain)
+        keys = _check_keys(entry.get("key_metadata"), where, complain)
         value_type = _check_value(entry.get("value_metadata"), where, complain)
-        if keys is not None and value_type is not None:
-            _place(root, keys, where, complain)
+        if keys == [] and len(entries) > 1:
+            complain(f"{where}, key_metadata", keys, "a key: there are other leaves")
+        elif keys is not None and value_type is not None:
+            _place(root, keys)
             leaves[".".join(name for _, name in keys)] = value_type
+    _check_containers(root, complain)
     rich = metadata.get("value_metadata_tree")
     if rich is not None:
         _check_rich(parse_json(rich, file, object) if isinstance(rich, str) else rich, complain)
@@ -86,9 +90,7 @@ def check_tree(content: bytes, file: Any) -> Tree:
     return Tree(leaves, metadata.get("use_ocdbt"))
 
 
-def _check_keys(
-    keys: Any, where: str, most: int, complain: Complain
-) -> list[tuple[int, str]] | None:
+def _check_keys(keys: Any, where: str, complain: Complain) -> list[tuple[int, str]] | None:
     if not isinstance(keys, list) or len(keys) > _MOST_LEVELS:
         found = f"{len(keys)} levels" if isinstance(keys, list) else keys
         complain(f"{where}, key_metadata", found, f"a list of at most {_MOST_LEVELS} keys")
@@ -96,15 +98,16 @@ def _check_keys(
     path = []
     for key in keys:
         name, kind = (key.get("key"), key.get("key_type")) if isinstance(key, dict) else (key, None)
-        if not isinstance(name, str) or type(kind) is not int or kind not in (_SEQUENCE, _DICT):
+        if (
+            not isinstance(name, str)
+            or not _is_unicode(name)
+            or type(kind) is not int
+            or kind not in (_SEQUENCE, _DICT)
+        ):
             complain(f"{where}, key_metadata", key, "a key of a dictionary or a sequence")
             return None
         if kind == _SEQUENCE and not (name.isascii() and name.isdigit() and len(name) < 19):
             complain(f"{where}, key_metadata", name, "the position in a sequence")
-            return None
-        # Orbax fills up a list to its largest position, and each has an entry.
-        if kind == _SEQUENCE and int(name) >= most:
-            complain(f"{where}, key_metadata", name, f"a position below {most}, the leaves")
             return None
         path.append((kind, name))
     return path
@@ -124,17 +127,24 @@ def _check_value(value: Any, where: str, complain: Complain) -> str | None:
     return "None" if skip is True else str(value_type)
 
 
-def _place(
-    root: dict[Any, Any], keys: list[tuple[int, str]], where: str, complain: Complain
-) -> None:
-    """Finds out whether dictionary and sequence keys are mixed in one container."""
+def _place(root: dict[Any, Any], keys: list[tuple[int, str]]) -> None:
+    """Puts a key path into a tree of dictionaries."""
     node = root
     for key in keys:
-        kind = next(iter(node))[0] if node else key[0]
-        if kind != key[0]:
-            complain(where, key[1], "keys of one kind in one container")
-            return
         node = node.setdefault(key, {})
+
+
+def _check_containers(root: dict[Any, Any], complain: Complain) -> None:
+    """Checks that each container is a dictionary, or a sequence without gaps."""
+    pending = [("the tree", root)]
+    while pending:
+        where, node = pending.pop()
+        positions = sorted(int(name) for kind, name in node if kind == _SEQUENCE)
+        if positions and positions != list(range(len(node))):
+            found = [name for _, name in node]
+            complain(f"{where}, key_metadata", found, "one kind of key, and positions without gaps")
+            continue
+        pending += [(f"what is in {brief(name)}", inner) for (_, name), inner in node.items()]
 
 
 def _check_rich(tree: Any, complain: Complain) -> None:
@@ -185,18 +195,34 @@ def check_array_metadatas(content: bytes, file: Any) -> None:
     if not isinstance(entries, list):
         complain(ARRAY_METADATAS, entries, "a list")
         entries = []
+    if _nested([metadata], (ARRAY_METADATAS,)):
+        complain(ARRAY_METADATAS, metadata, "nothing else")
     for position, entry in enumerate(entries):
         one = entry.get("array_metadata") if isinstance(entry, dict) else None
         where = f"entry {position}"
         if not isinstance(one, dict) or not isinstance(one.get("param_name"), str):
             complain(where, entry, "the metadata of a named array")
             continue
+        # Orbax takes any object of that name for another entry.
+        inner = [entry, one, one.get("ext_metadata") or {}]
+        if _nested(inner, ("array_metadata", "write_shape", "chunk_shape", "ext_metadata")):
+            complain(where, entry, "nothing but the metadata of an array")
         for name in ("write_shape", "chunk_shape"):
             if not _is_shape(one.get(name)):
                 complain(f"{where}, {name}", one.get(name), "a list of sizes")
         if not isinstance(one.get("ext_metadata"), dict | None):
             complain(f"{where}, ext_metadata", one["ext_metadata"], "a JSON object or null")
     complain.raise_all()
+
+
+def _nested(objects: list[Any], known: tuple[str, ...]) -> bool:
+    """Whether there are objects or lists in fields that are not known."""
+    return any(
+        isinstance(value, dict | list) and name not in known
+        for one in objects
+        if isinstance(one, dict)
+        for name, value in one.items()
+    )
 
 
 def check_shardings(content: bytes, file: Any) -> None:

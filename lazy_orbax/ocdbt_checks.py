@@ -181,20 +181,20 @@ def _bound_node(node: bytes, where: Any) -> None:
         if version != 0 or compression not in (0, 1):
             raise ValueError(f"format {version}, compression {compression}")
         body = node[_HEADER_BYTES + 2 : -_CHECKSUM_BYTES]
-        decoded_bytes = _decoded_bytes(body) if compression else len(body)
+        length = decoded_bytes(body) if compression else len(body)
     except (ValueError, IndexError) as error:
         found = f"no OCDBT node ({error})"
         raise MalformedCheckpointError(where, found, "what TensorStore wrote") from error
     most = min(_MOST_NODE_BYTES, max(_SMALL_NODE_BYTES, _MOST_EXPANSION * len(node)))
-    if decoded_bytes > most:
+    if length > most:
         raise MalformedCheckpointError(
             where,
-            f"{len(node)} bytes that decode to {decoded_bytes}",
+            f"{len(node)} bytes that decode to {length}",
             f"at most {most}",
         )
 
 
-def _decoded_bytes(data: bytes) -> int:
+def decoded_bytes(data: bytes) -> int:
     """Returns a bound on the decoded length of zstd frames, from their headers alone.
 
     Raises:

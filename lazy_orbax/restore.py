@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lazy_orbax.errors import RestoreError, summarize
 
@@ -56,7 +57,7 @@ def _misfits(handler: Any, directory: Any, target: Any) -> list[str]:
         )
         if found is None or wanted is None or tuple(found) == tuple(wanted):
             continue
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             continue  # Stored as its data, which has one dimension more.
         problems.append(
             f"{jax.tree_util.keystr(path)}: found {list(found)}, wanted {list(wanted)}; give the "

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import dataclasses
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
@@ -22,20 +21,16 @@ from lazy_orbax.errors import MalformedCheckpointError
 from lazy_orbax.file_checks import Files, brief, read_small, survey
 from lazy_orbax.object_store import scheme_of
 from lazy_orbax.options import memory_bytes
+from lazy_orbax.size_checks import Arrays, refuse_oversize
 
 # Parsed JSON takes up to 25 times its text: this is a tenth of memory. `_METADATA` has about 220
 # bytes a leaf, and 16 MiB are 76,000 leaves.
 _LEAST_JSON_BYTES = 16 * 2**20
 _JSON_SHARE = 256
+# `_sharding` lists every device of the mesh for every leaf, in strings that stay strings.
+_SHARDING_SHARE = 32
 # Small arrays are in the file of older checkpoints itself.
 _AGGREGATE_SHARE = 8
-# A chunk may be missing where it equals the fill value, but most are stored.
-_CHUNKS_PER_KEY = 16
-_FEW_CHUNKS = 2**18
-# What compression may add to a chunk that does not compress.
-_INCOMPRESSIBLE = 1.02
-_CHUNK_OVERHEAD_BYTES = 2**16
-
 _ZARR_NAMES = frozenset({".zarray", "zarr.json"})
 _AGGREGATE_FILE = "checkpoint"
 
@@ -88,36 +83,46 @@ def refuse_malformed(directory: Any, args: Any, aggregate: str) -> None:
             return
         files = survey(str(directory), _ZARR_NAMES)
     limit_bytes = max(_LEAST_JSON_BYTES, memory_bytes() // _JSON_SHARE)
-    read_small_size(directory, aggregate, memory_bytes() // _AGGREGATE_SHARE)
+    _check_aggregate(directory, aggregate, memory_bytes() // _AGGREGATE_SHARE)
     tree = _check_json(directory, limit_bytes, args)
     arrays = _declared(directory, files, tree)
     if args is not None:
-        _refuse_oversize(directory, arrays, _wanted(tree, arrays.declared, args))
+        names = arrays.declared.keys() & tree.leaves.keys() if tree else arrays.declared.keys()
+        refuse_oversize(directory, arrays, set(names), args)
 
 
-def read_small_size(directory: epath.Path, name: str, limit_bytes: int) -> None:
-    """Checks that a file, if there is one, is not larger than `limit_bytes`.
+def _check_aggregate(directory: epath.Path, name: str, limit_bytes: int) -> None:
+    """Checks the file in which older checkpoints keep their structure, if there is one.
 
     Raises:
-        MalformedCheckpointError: it is.
+        MalformedCheckpointError: it is too large, or not what Orbax can read.
     """
-    path = directory / name
-    if path.exists() and (found := path.stat().length) > limit_bytes:
-        raise MalformedCheckpointError(path, f"{found} bytes", f"at most {limit_bytes}")
+    if (content := read_small(directory, name, limit_bytes)) is None:
+        return
+    try:
+        ocp.msgpack_utils.msgpack_restore(content)
+    except Exception as error:
+        raise MalformedCheckpointError(
+            directory / name,
+            f"{len(content)} bytes that are no tree in msgpack ({brief(repr(error))})",
+            "what Orbax wrote",
+        ) from error
 
 
 def _check_json(directory: epath.Path, limit_bytes: int, args: Any) -> metadata_checks.Tree | None:
     """Checks those of Orbax's JSON files that will be read."""
 
-    def content(name: str) -> bytes | None:
-        return read_small(directory, name, limit_bytes)
+    def content(name: str, most_bytes: int = limit_bytes) -> bytes | None:
+        return read_small(directory, name, most_bytes)
 
     tree = None
     if (found := content(metadata_checks.TREE_FILE)) is not None:
         path = directory / metadata_checks.TREE_FILE
         tree = metadata_checks.check_tree(found, path)
-    if _needs_shardings(args) and (found := content(metadata_checks.SHARDING_FILE)) is not None:
-        metadata_checks.check_shardings(found, directory / metadata_checks.SHARDING_FILE)
+    if _needs_shardings(args):
+        most_bytes = max(limit_bytes, memory_bytes() // _SHARDING_SHARE)
+        if (found := content(metadata_checks.SHARDING_FILE, most_bytes)) is not None:
+            metadata_checks.check_shardings(found, directory / metadata_checks.SHARDING_FILE)
     for path in (directory / metadata_checks.ARRAY_METADATAS).glob("process_*"):
         name = f"{metadata_checks.ARRAY_METADATAS}/{path.name}"
         if (found := content(name)) is not None:
@@ -134,29 +139,16 @@ def _needs_shardings(args: Any) -> bool:
     is_leaf = lambda leaf: hasattr(leaf, "restore_type")  # noqa: E731
     leaves = jax.tree.leaves(getattr(args, "restore_args", None), is_leaf=is_leaf)
     return not leaves or any(
-        getattr(leaf, "sharding", None) is None and getattr(leaf, "mesh", None) is None
+        getattr(leaf, "restore_type", None) in (None, jax.Array)
+        and getattr(leaf, "sharding", None) is None
+        and getattr(leaf, "mesh", None) is None
         for leaf in leaves
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Arrays:
-    """What the arrays of a checkpoint declare, by the name they are stored under.
-
-    Attributes:
-        declared: their sizes.
-        stored: how many files or keys there are; `None` where nobody counted.
-        longest_value: the longest stored chunk and its bytes.
-    """
-
-    declared: dict[str, zarr_checks.Declared]
-    stored: int | None
-    longest_value: tuple[str, int]
-
-
 def _declared(
     directory: epath.Path, files: Files | None, tree: metadata_checks.Tree | None
-) -> _Arrays:
+) -> Arrays:
     spec = _orbax.directory_kvstore_spec(str(directory))
     base = ts.KvStore.open({**spec, "path": f"{spec['path'].rstrip('/')}/"}).result()
     # Orbax goes by `_METADATA`, and by the manifest where that does not say.
@@ -169,7 +161,7 @@ def _declared(
                 key.rpartition("/")[0]: zarr_checks.declared(value, f"{where}, key {brief(key)}")
                 for key, value in database.metadata.items()
             }
-            return _Arrays(found, database.keys, database.longest_value)
+            return Arrays(found, database.keys, database.longest_value)
     if tree is not None:
         _refuse_paths(directory, tree)
     if files is not None:
@@ -182,7 +174,7 @@ def _declared(
         for name, content in _contents(directory, base, names, files is not None)
     }
     count, longest = (files.count, files.longest_chunk) if files else (None, ("", 0))
-    return _Arrays(found, count, longest)
+    return Arrays(found, count, longest)
 
 
 def _contents(
@@ -211,83 +203,3 @@ def _refuse_paths(directory: epath.Path, tree: metadata_checks.Tree) -> None:
     ]
     if problems:
         raise MalformedCheckpointError.of(directory / metadata_checks.TREE_FILE, problems)
-
-
-def _wanted(
-    tree: metadata_checks.Tree | None, declared: dict[str, zarr_checks.Declared], args: Any
-) -> tuple[set[str], set[str]]:
-    """Returns the arrays that will be restored, and those of them whose size a target gives."""
-    item, restore_args = getattr(args, "item", None), getattr(args, "restore_args", None)
-    names = set(declared if tree is None else declared.keys() & tree.leaves.keys())
-    if item is None or getattr(args, "transforms", None) is not None:
-        return names, set()
-    in_item = {_name(path) for path, leaf in _with_path(item) if leaf is not ...}
-    if not getattr(args, "partial_restore", False):
-        in_item = names - {_name(path) for path, leaf in _with_path(item) if leaf is ...}
-    given = {
-        _name(path)
-        for path, leaf in _with_path(restore_args)
-        if getattr(leaf, "global_shape", None) is not None
-    }
-    return names & in_item, names & in_item & given
-
-
-def _with_path(tree: Any) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_leaves_with_path(
-        tree, is_leaf=lambda leaf: hasattr(leaf, "restore_type")
-    )
-
-
-def _name(path: Any) -> str:
-    """Returns the name under which Orbax stores a leaf."""
-    return ".".join(
-        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
-    )
-
-
-def _refuse_oversize(
-    directory: epath.Path, arrays: _Arrays, wanted: tuple[set[str], set[str]]
-) -> None:
-    """Checks that what will be allocated fits this machine, or is what the caller expects."""
-    restored, given = wanted
-    host_bytes = memory_bytes()
-    available_bytes = (host_bytes + _device_bytes()) * jax.process_count()
-    sizes = {name: arrays.declared[name] for name in restored}
-    total_bytes = sum(size.total_bytes for name, size in sizes.items() if name not in given)
-    if total_bytes > available_bytes:
-        name = max(sizes.keys() - given, key=lambda name: sizes[name].total_bytes)
-        raise MalformedCheckpointError(
-            directory,
-            f"arrays that declare {total_bytes} bytes, the largest being {brief(name)} with shape "
-            f"{brief(list(sizes[name].shape))}",
-            f"at most the {available_bytes} bytes of memory here, or a target (an abstract tree "
-            "with these shapes) that says so much is wanted",
-        )
-    for name, size in sizes.items():
-        if size.chunk_bytes > host_bytes:
-            raise MalformedCheckpointError(
-                f"{directory}, leaf {brief(name)}",
-                f"a chunk of {size.chunk_bytes} bytes",
-                f"at most the {host_bytes} bytes of memory here",
-            )
-    name, stored_bytes = arrays.longest_value
-    longest_bytes = max((size.chunk_bytes for size in arrays.declared.values()), default=0)
-    longest_bytes = min(longest_bytes, host_bytes)
-    most_bytes = math.ceil(longest_bytes * _INCOMPRESSIBLE) + _CHUNK_OVERHEAD_BYTES
-    if stored_bytes > most_bytes:
-        raise MalformedCheckpointError(
-            f"{directory}, chunk {brief(name)}",
-            f"{stored_bytes} bytes",
-            f"at most {most_bytes}: the longest chunk declared has {longest_bytes}",
-        )
-    chunks = sum(size.chunks for size in sizes.values())
-    if arrays.stored is not None and chunks > max(_FEW_CHUNKS, _CHUNKS_PER_KEY * arrays.stored):
-        raise MalformedCheckpointError(
-            directory, f"{chunks} chunks declared and {arrays.stored} stored", "most of them stored"
-        )
-
-
-def _device_bytes() -> int:
-    """Returns the memory of this process's devices, where it is not the host's."""
-    stats = [d.memory_stats() for d in jax.local_devices() if d.platform != "cpu"]
-    return sum((one or {}).get("bytes_limit", 0) for one in stats)

@@ -30,6 +30,7 @@ RANKS = {
     "zarr_checks": 2,
     "metadata_checks": 2,
     "ocdbt_checks": 3,
+    "size_checks": 3,
     "agreement": 4,
     "node_local": 4,
     "pack": 4,

@@ -17,11 +17,43 @@ from untrusted import ocdbt_codec
 
 Mutation = Callable[[random.Random, pathlib.Path], str]
 
-_NAMES = ("", ".", "..", "../../etc", "/etc/passwd", "a\0b", "\ud800", "\u202e", "a" * 300, "_METADATA")
+_NAMES = (
+    "",
+    ".",
+    "..",
+    "../../etc",
+    "/etc/passwd",
+    "a\0b",
+    "\ud800",
+    "\u202e",
+    "a" * 300,
+    "_METADATA",
+)
 _NUMBERS = (-1, 0, 1, 2, 7, 32, 33, 255, 65536, 10**6, 2**31, 2**40, 2**62, 2**63, 10**30, 0.5)
 _WORDS = (
-    *("jax.Array", "np.ndarray", "scalar", "string", "None", "Dict", "NamedTuple", "jax.random.key"),
-    *("|O", "<f4", "<f8", "|V9999999", "<U7", "bfloat16", "float32", "object", "blosc", "zstd", "gzip"),
+    *(
+        "jax.Array",
+        "np.ndarray",
+        "scalar",
+        "string",
+        "None",
+        "Dict",
+        "NamedTuple",
+        "jax.random.key",
+    ),
+    *(
+        "|O",
+        "<f4",
+        "<f8",
+        "|V9999999",
+        "<U7",
+        "bfloat16",
+        "float32",
+        "object",
+        "blosc",
+        "zstd",
+        "gzip",
+    ),
     *("pickle", "json2", "NamedSharding", "default", "sharding_indexed", "regular", "C", "F", "/"),
 )
 # They stand for texts that `json.dumps` does not write.
@@ -263,7 +295,18 @@ def raw_bytes(rng: random.Random, directory: pathlib.Path) -> str:
 def whole_files(rng: random.Random, directory: pathlib.Path) -> str:
     """Deletes, swaps and empties files, and puts other things in their place."""
     file, other = rng.choice(_files(directory)), rng.choice(_files(directory))
-    kinds = ("delete", "swap", "empty", "directory", "fifo", "link", "loop", "device", "sparse", "up")
+    kinds = (
+        "delete",
+        "swap",
+        "empty",
+        "directory",
+        "fifo",
+        "link",
+        "loop",
+        "device",
+        "sparse",
+        "up",
+    )
     kind = rng.choice(kinds)
     if kind == "swap":
         content = file.read_bytes()
