@@ -100,7 +100,7 @@ def _check_keys(keys: Any, where: str, complain: Complain) -> list[tuple[int, st
         name, kind = (key.get("key"), key.get("key_type")) if isinstance(key, dict) else (key, None)
         if (
             not isinstance(name, str)
-            or not _is_unicode(name)
+            or re.search("[\ud800-\udfff]", name)
             or type(kind) is not int
             or kind not in (_SEQUENCE, _DICT)
         ):
@@ -177,11 +177,9 @@ def _check_namedtuple(value: dict[str, Any], complain: Complain) -> None:
 
 
 def _is_shape(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) <= _MOST_DIMENSIONS
-        and all(type(size) is int and 0 <= size < 2**62 for size in value)
-    )
+    if not isinstance(value, list) or len(value) > _MOST_DIMENSIONS:
+        return False
+    return all(type(size) is int and 0 <= size < 2**62 for size in value)
 
 
 def check_array_metadatas(content: bytes, file: Any) -> None:
