@@ -8,12 +8,14 @@
 | `NotDurableError` | the same; the step is listed, but only a later one will survive a power cut |
 | `RestoreError` | fixes the restore target |
 | `CorruptCheckpointError` | takes an older step: this one is not what was saved |
+| `MalformedCheckpointError` | restores another checkpoint; nobody should trust this one |
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 _MOST_SHOWN = 10
 
@@ -140,6 +142,29 @@ class CorruptCheckpointError(LazyOrbaxError, ValueError):
             advice = "Restore another step; lazy_orbax.verify tells which are whole."
         listed = summarize(list(map(str, problems)))
         super().__init__(f"The checkpoint {directory} is not what was saved:{listed}\n{advice}")
+
+
+class MalformedCheckpointError(LazyOrbaxError, ValueError):
+    """A checkpoint is not one that Orbax wrote, or is dangerous to restore. Nothing was restored.
+
+    Attributes:
+        file: the file or directory at fault.
+        found: what is there.
+        wanted: what should be.
+    """
+
+    def __init__(self, file: Any, found: str, wanted: str):
+        self.file, self.found, self.wanted = str(file), found, wanted
+        super().__init__(
+            f"{file}: found {found}, wanted {wanted}. The checkpoint is malformed: restore another "
+            "step, or get this one again from where it was written."
+        )
+
+    @classmethod
+    def of(cls, file: Any, problems: Sequence[str]) -> MalformedCheckpointError:
+        """Returns the error of a file with several things wrong, each said in full."""
+        found = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        return cls(file, found, f"none of these:{summarize(problems)}\n")
 
 
 class StockFallbackWarning(UserWarning):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import types
 import weakref
 from typing import Any
 
@@ -12,6 +14,7 @@ from lazy_orbax import _orbax
 from lazy_orbax.errors import OptionError
 from lazy_orbax.handler import LazyCheckpointHandler
 from lazy_orbax.options import LazyOptions
+from lazy_orbax.restore import examined
 
 # What is inside the handlers that `pytree_handler` and `standard_handler` returned.
 _INSIDE: weakref.WeakKeyDictionary[Any, LazyCheckpointHandler] = weakref.WeakKeyDictionary()
@@ -38,8 +41,27 @@ def pytree_handler(
     if _orbax.MISSING:
         return ocp.PyTreeCheckpointHandler(aggregate_filename, **shared)
     handler = ocp.PyTreeCheckpointHandler(aggregate_filename, handler_impl=lazy, **shared)
+    _examine_before_restore(handler, aggregate_filename, verifies=lazy.options.verify_restore)
     _INSIDE[handler] = lazy
     return handler
+
+
+def _examine_before_restore(
+    handler: Any, aggregate_filename: str | None, *, verifies: bool
+) -> None:
+    """Makes a stock handler look at a checkpoint before it reads older ones by itself."""
+    restore = handler.restore
+
+    @functools.wraps(restore)
+    def checking(directory: Any, *positional: Any, **keywords: Any) -> Any:
+        args = keywords.get("args")
+        if args is None:
+            given = inspect.signature(restore).bind(directory, *positional, **keywords).arguments
+            args = types.SimpleNamespace(**given)
+        with examined(directory, args, aggregate_filename, verifies=verifies):
+            return restore(directory, *positional, **keywords)
+
+    handler.restore = checking
 
 
 def standard_handler(

@@ -25,11 +25,12 @@ from lazy_orbax.object_store import scheme_of, stand_in
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.plan import Plan
 from lazy_orbax.prepare import prepare
-from lazy_orbax.restore import restore
+from lazy_orbax.restore import examined, restore
 from lazy_orbax.save import Save
 from lazy_orbax.stale import Fingerprints
 from lazy_orbax.sync import Inode
 from lazy_orbax.tree import Destination
+from lazy_orbax.untrusted import checked
 from lazy_orbax.write import merge_remotely
 
 _GB = 10**9
@@ -208,10 +209,21 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         Raises:
             RestoreError: the target does not fit what is stored; every misfit leaf is named.
             CorruptCheckpointError: what is stored, or was restored, is not what was saved.
+            MalformedCheckpointError: it is not a checkpoint that Orbax wrote.
         """
         stock_args = stock.restore_args(args) if args and _orbax.MISSING else args
         by_orbax = functools.partial(super().restore, directory, args=stock_args)
-        return restore(self, directory, args, by_orbax)
+        with examined(directory, args, verifies=self.options.verify_restore):
+            return restore(self, directory, args, by_orbax)
+
+    def metadata(self, directory: Any) -> Any:
+        """Returns what Orbax says about the leaves of a checkpoint.
+
+        Raises:
+            MalformedCheckpointError: it is not a checkpoint that Orbax wrote.
+        """
+        with checked(directory, None):
+            return super().metadata(directory)
 
     def finalize(self, directory: Any) -> None:
         """Lets Orbax merge what the processes wrote, and syncs it. Orbax publishes the step then.

@@ -92,10 +92,10 @@ class LazyOptions:
         """The budget in bytes, with the default resolved for this machine."""
         if self.host_bytes is not None:
             return self.host_bytes
-        return int(_memory_bytes() * _DEFAULT_HOST_FRACTION)
+        return int(memory_bytes() * _DEFAULT_HOST_FRACTION)
 
 
-def _memory_bytes() -> int:
+def memory_bytes() -> int:
     """Returns the memory of this machine, or of its container where that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in map(pathlib.Path, _CGROUP_LIMITS):

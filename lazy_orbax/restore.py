@@ -12,10 +12,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lazy_orbax import _orbax, stock
-from lazy_orbax.errors import Problem, RestoreError, summarize
+from lazy_orbax.errors import MalformedCheckpointError, Problem, RestoreError, summarize
 from lazy_orbax.layout import is_key
 from lazy_orbax.restored import check_restored
 from lazy_orbax.stored import StoredItem
+from lazy_orbax.untrusted import checked
 from lazy_orbax.verification import raise_corrupt
 
 # Where it is set, what goes wrong is put there, and not raised: the other processes are in the
@@ -34,6 +35,32 @@ def deferred() -> Iterator[list[Exception]]:
         yield errors
     finally:
         _DEFERRED.reset(token)
+
+
+@contextlib.contextmanager
+def examined(
+    directory: Any, args: Any, aggregate: str | None = None, *, verifies: bool
+) -> Iterator[None]:
+    """Refuses a malformed checkpoint; as a corrupt one, where its digests say that it is that.
+
+    Args:
+        directory: the item's directory.
+        args: what is to be restored; `None` for metadata alone.
+        aggregate: the file in which older checkpoints keep small arrays, if it has another name.
+        verifies: whether to ask the digests.
+
+    Raises:
+        MalformedCheckpointError: it is not a checkpoint that Orbax wrote.
+        CorruptCheckpointError: it was one.
+    """
+    try:
+        with checked(directory, args, aggregate):
+            yield
+    except MalformedCheckpointError as error:
+        if verifies and not _orbax.MISSING:
+            stored = StoredItem(str(directory))
+            raise_corrupt(str(directory), _reasons(stored, error), error, look=True)
+        raise
 
 
 def restore(handler: Any, directory: Any, args: Any, by_orbax: Callable[[], Any]) -> Any:
@@ -79,7 +106,6 @@ def _restore(
     # With several processes one looks for another step: each would read all of it.
     look = look and jax.process_index() == 0
     place = str(directory)
-    # What is not trusted is looked at here, before anything else reads it.
     verifies = handler.options.verify_restore and not _orbax.MISSING
     stored = StoredItem(place) if verifies else None
     if stored is None or not stored.is_covered:
@@ -101,7 +127,7 @@ def _reasons(stored: StoredItem, error: Exception) -> list[Problem]:
 
     Where the target is what does not fit, no data is read.
     """
-    problems = stored.check_arrays()
+    problems = [*stored.problems, *stored.check_files(), *stored.check_arrays()]
     if not problems and not isinstance(error, RestoreError):
         problems = list(stored.check_pieces(stored.pieces))
     return problems

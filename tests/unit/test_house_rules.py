@@ -26,6 +26,11 @@ RANKS = {
     "_orbax": 3,
     "stock": 3,
     "sync": 3,
+    "file_checks": 1,
+    "zarr_checks": 2,
+    "metadata_checks": 2,
+    "ocdbt_checks": 3,
+    "size_checks": 3,
     "agreement": 4,
     "node_local": 4,
     "pack": 4,
@@ -47,6 +52,7 @@ RANKS = {
     "drain": 7,
     "in_step": 6,
     "restored": 7,
+    "untrusted": 7,
     "verification": 7,
     "save": 8,
     "restore": 8,
@@ -202,7 +208,7 @@ def test_our_attributes_do_not_hide_those_of_the_stock_handler():
         and isinstance(node.ctx, ast.Store)
         and getattr(node.value, "id", "") == "self"
     }
-    meant = {"__init__", "async_save", "restore", "finalize", "close", "typestr"}
+    meant = {"__init__", "async_save", "restore", "metadata", "finalize", "close", "typestr"}
     assert {"async_save", "restore", "close"} <= methods
     assert (methods | attributes) & theirs <= meant
 

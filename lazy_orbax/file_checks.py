@@ -1,0 +1,135 @@
+"""Which files an item's directory holds, and bounded reading of the small ones.
+
+A file of a checkpoint may be a FIFO that hangs whoever opens it, a device without end, or larger
+than memory. Links are followed (caches of downloaded models are made of them) and what they lead to
+counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import reprlib
+import stat
+from typing import Any
+
+from etils import epath
+
+from lazy_orbax.errors import MalformedCheckpointError
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 80
+_BRIEF.maxlevel = 2
+
+
+def brief(value: Any) -> str:
+    """Returns a value of any size and depth as a short ASCII text."""
+    return _BRIEF.repr(value).encode("ascii", "backslashreplace").decode()
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """What lies in a local directory.
+
+    Attributes:
+        names: of the files that describe an array, as paths relative to the directory.
+        count: the number of files.
+        longest_chunk: the largest of the other files further down, and its bytes; a chunk in plain
+            Zarr.
+    """
+
+    names: frozenset[str]
+    count: int
+    longest_chunk: tuple[str, int]
+
+
+def survey(directory: str, metadata_names: frozenset[str]) -> Files:
+    """Looks at every file of a local directory without opening one.
+
+    Args:
+        directory: the item's directory.
+        metadata_names: what the files are called that describe an array.
+
+    Raises:
+        MalformedCheckpointError: there is something else than files and directories.
+    """
+    names, count, longest = set(), 0, ("", 0)
+    seen: set[tuple[int, int]] = set()
+    pending = [""]
+    while pending:
+        folder = pending.pop()
+        for entry in os.scandir(os.path.join(directory, folder)):
+            name = os.path.join(folder, entry.name)
+            status = _status(entry, os.path.join(directory, name))
+            if stat.S_ISDIR(status.st_mode):
+                # A link may lead back up: nothing is looked at twice.
+                if (status.st_dev, status.st_ino) not in seen:
+                    seen.add((status.st_dev, status.st_ino))
+                    pending.append(name)
+                continue
+            count += 1
+            if entry.name in metadata_names:
+                names.add(name)
+            elif folder and status.st_size > longest[1]:
+                longest = (name, status.st_size)
+    return Files(frozenset(names), count, longest)
+
+
+def _status(entry: os.DirEntry[str], path: str) -> os.stat_result:
+    try:
+        status = entry.stat()
+    except OSError as error:
+        raise MalformedCheckpointError(
+            path, f"a link to nowhere ({error.strerror})", "a file"
+        ) from error
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        kind = stat.filemode(status.st_mode)[0]
+        raise MalformedCheckpointError(
+            path, f"a special file (type {kind!r})", "a regular file or a directory"
+        )
+    return status
+
+
+def read_small(directory: epath.Path, name: str, limit_bytes: int) -> bytes | None:
+    """Returns the content of a file, or `None` where there is none.
+
+    Args:
+        directory: the item's directory, local or an address.
+        name: a path relative to it.
+        limit_bytes: more is not read.
+
+    Raises:
+        MalformedCheckpointError: it is a directory, or larger than that.
+    """
+    try:
+        with (directory / name).open("rb") as file:
+            content = file.read(limit_bytes + 1)
+    except FileNotFoundError:
+        return None
+    except IsADirectoryError as error:
+        raise MalformedCheckpointError(directory / name, "a directory", "a file") from error
+    if len(content) > limit_bytes:
+        raise MalformedCheckpointError(
+            directory / name, f"more than {limit_bytes} bytes", "metadata of at most that"
+        )
+    return content
+
+
+def parse_json(content: bytes | str, where: Any, wanted: type = dict) -> Any:
+    """Returns JSON as values, of bounded depth.
+
+    Raises:
+        MalformedCheckpointError: it is no JSON, is nested too deeply, or is not a `wanted`.
+    """
+    try:
+        text = content.decode() if isinstance(content, bytes) else content
+        value = json.loads(text)
+    except RecursionError as error:
+        raise MalformedCheckpointError(where, "JSON nested too deeply", "flat metadata") from error
+    except ValueError as error:
+        found = f"{len(content)} bytes that are no JSON ({brief(str(error))})"
+        raise MalformedCheckpointError(where, found, "a JSON object") from error
+    if not isinstance(value, wanted):
+        raise MalformedCheckpointError(where, brief(value), f"a JSON {wanted.__name__}")
+    return value
