@@ -160,6 +160,11 @@ class MalformedCheckpointError(LazyOrbaxError, ValueError):
             "step, or get this one again from where it was written."
         )
 
+    @property
+    def problem(self) -> Problem:
+        """What is wrong, without advice."""
+        return Problem(f"found {self.found}, wanted {self.wanted}", self.file)
+
     @classmethod
     def of(cls, file: Any, problems: Sequence[str]) -> MalformedCheckpointError:
         """Returns the error of a file with several things wrong, each said in full."""

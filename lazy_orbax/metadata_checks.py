@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+
 from lazy_orbax.errors import MalformedCheckpointError
 from lazy_orbax.file_checks import brief, parse_json
 
@@ -18,9 +20,10 @@ ARRAY_METADATAS = "array_metadatas"
 _MOST_LEVELS = 256
 _MOST_DIMENSIONS = 32
 _SEQUENCE, _DICT = 1, 2
+_AXIS_TYPES = frozenset(map(str, jax.sharding.AxisType))
 
-# Says where, what was found and what was wanted.
-Complain = Callable[[str, Any, str], None]
+# Says where (for a leaf its key path, and the part), what was found and what was wanted.
+Complain = Callable[[str | tuple[str, str], Any, str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +45,9 @@ class _Complaints:
     def __init__(self, file: Any):
         self._file, self._problems = file, []
 
-    def __call__(self, where: str, found: Any, wanted: str) -> None:
+    def __call__(self, where: str | tuple[str, str], found: Any, wanted: str) -> None:
+        if isinstance(where, tuple):  # Put into words only where there is something to say.
+            where = f"leaf {brief(where[0])}, {where[1]}"
         self._problems.append(f"{where}: found {brief(found)}, wanted {wanted}")
 
     def raise_all(self) -> None:
@@ -71,29 +76,27 @@ def check_tree(content: bytes, file: Any) -> Tree:
     leaves: dict[str, str] = {}
     root: dict[Any, Any] = {}
     for keypath, entry in entries.items():
-        where = f"leaf {brief(keypath)}"
         if not isinstance(entry, dict):
-            complain(where, entry, "a JSON object")
+            complain((keypath, "entry"), entry, "a JSON object")
             continue
-        keys = _check_keys(entry.get("key_metadata"), where, complain)
-        value_type = _check_value(entry.get("value_metadata"), where, complain)
+        keys = _check_keys(entry.get("key_metadata"), keypath, complain)
+        value_type = _check_value(entry.get("value_metadata"), keypath, complain)
         if keys == [] and len(entries) > 1:
-            complain(f"{where}, key_metadata", keys, "a key: there are other leaves")
+            complain((keypath, "key_metadata"), keys, "a key: there are other leaves")
         elif keys is not None and value_type is not None:
             _place(root, keys)
             leaves[".".join(name for _, name in keys)] = value_type
     _check_containers(root, complain)
     rich = metadata.get("value_metadata_tree")
-    if rich is not None:
-        _check_rich(parse_json(rich, file, object) if isinstance(rich, str) else rich, complain)
+    _check_rich(parse_json(rich, file, object) if isinstance(rich, str) else rich, complain)
     complain.raise_all()
     return Tree(leaves, metadata.get("use_ocdbt"))
 
 
-def _check_keys(keys: Any, where: str, complain: Complain) -> list[tuple[int, str]] | None:
+def _check_keys(keys: Any, keypath: str, complain: Complain) -> list[tuple[int, str]] | None:
     if not isinstance(keys, list) or len(keys) > _MOST_LEVELS:
         found = f"{len(keys)} levels" if isinstance(keys, list) else keys
-        complain(f"{where}, key_metadata", found, f"a list of at most {_MOST_LEVELS} keys")
+        complain((keypath, "key_metadata"), found, f"a list of at most {_MOST_LEVELS} keys")
         return None
     path = []
     for key in keys:
@@ -104,26 +107,26 @@ def _check_keys(keys: Any, where: str, complain: Complain) -> list[tuple[int, st
             or type(kind) is not int
             or kind not in (_SEQUENCE, _DICT)
         ):
-            complain(f"{where}, key_metadata", key, "a key of a dictionary or a sequence")
+            complain((keypath, "key_metadata"), key, "a key of a dictionary or a sequence")
             return None
         if kind == _SEQUENCE and not (name.isascii() and name.isdigit() and len(name) < 19):
-            complain(f"{where}, key_metadata", name, "the position in a sequence")
+            complain((keypath, "key_metadata"), name, "the position in a sequence")
             return None
         path.append((kind, name))
     return path
 
 
-def _check_value(value: Any, where: str, complain: Complain) -> str | None:
+def _check_value(value: Any, keypath: str, complain: Complain) -> str | None:
     if not isinstance(value, dict):
-        complain(f"{where}, value_metadata", value, "a JSON object")
+        complain((keypath, "value_metadata"), value, "a JSON object")
         return None
     value_type, skip = value.get("value_type"), value.get("skip_deserialize")
     if not isinstance(skip, bool):
-        complain(f"{where}, skip_deserialize", skip, "true or false")
+        complain((keypath, "skip_deserialize"), skip, "true or false")
     if not isinstance(value_type, str):
-        complain(f"{where}, value_type", value_type, "the name of a type")
+        complain((keypath, "value_type"), value_type, "the name of a type")
     if "write_shape" in value and not _is_shape(value["write_shape"]):
-        complain(f"{where}, write_shape", value["write_shape"], "a list of sizes")
+        complain((keypath, "write_shape"), value["write_shape"], "a list of sizes")
     return "None" if skip is True else str(value_type)
 
 
@@ -138,13 +141,13 @@ def _check_containers(root: dict[Any, Any], complain: Complain) -> None:
     """Checks that each container is a dictionary, or a sequence without gaps."""
     pending = [("the tree", root)]
     while pending:
-        where, node = pending.pop()
+        name, node = pending.pop()
         positions = sorted(int(name) for kind, name in node if kind == _SEQUENCE)
         if positions and positions != list(range(len(node))):
             found = [name for _, name in node]
-            complain(f"{where}, key_metadata", found, "one kind of key, and positions without gaps")
+            complain((name, "keys"), found, "one kind of key, and positions without gaps")
             continue
-        pending += [(f"what is in {brief(name)}", inner) for (_, name), inner in node.items()]
+        pending += [(name, inner) for (_, name), inner in node.items() if inner]
 
 
 def _check_rich(tree: Any, complain: Complain) -> None:
@@ -164,8 +167,7 @@ def _check_rich(tree: Any, complain: Complain) -> None:
 
 
 def _check_namedtuple(value: dict[str, Any], complain: Complain) -> None:
-    entries = value.get("entries")
-    names = [value.get("module"), value.get("clazz")]
+    entries, names = value.get("entries"), [value.get("module"), value.get("clazz")]
     if isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries):
         names += [entry.get("key") for entry in entries]
     else:
@@ -231,14 +233,12 @@ def check_shardings(content: bytes, file: Any) -> None:
     """
     complain, seen = _Complaints(file), set()
     for name, text in parse_json(content, file).items():
-        where = f"leaf {brief(name)}"
         if not isinstance(text, str):
-            complain(where, text, "JSON in a string")
+            complain((name, "sharding"), text, "JSON in a string")
         elif text not in seen:  # Thousands of leaves share a few.
             seen.add(text)
-            sharding = parse_json(text, file)
-            for part, found, wanted in _misfits_of_sharding(sharding):
-                complain(f"{where}, {part}", found, wanted)
+            for part, found, wanted in _misfits_of_sharding(parse_json(text, file)):
+                complain((name, part), found, wanted)
     complain.raise_all()
 
 
@@ -260,8 +260,9 @@ def _misfits_of_sharding(sharding: dict[str, Any]) -> Iterator[tuple[str, Any, s
         part is None or isinstance(part, str) or _are_strings(part) for part in spec
     ):
         yield "partition_spec", spec, "a list of axis names"
-    if not (sharding.get("axis_types") is None or _are_strings(sharding["axis_types"])):
-        yield "axis_types", sharding["axis_types"], "a list of names"
+    kinds = sharding.get("axis_types") or []
+    if not _are_strings(kinds) or not _AXIS_TYPES.issuperset(kinds):
+        yield "axis_types", kinds, f"some of {', '.join(sorted(_AXIS_TYPES))}"
     mesh = sharding.get("device_mesh")
     if mesh is not None and not (isinstance(mesh, dict) and _is_mesh(mesh.get("mesh"))):
         yield "device_mesh", mesh, "nested lists of device ids"

@@ -59,7 +59,11 @@ def examined(
     except MalformedCheckpointError as error:
         if verifies and not _orbax.MISSING:
             stored = StoredItem(str(directory))
-            raise_corrupt(str(directory), _reasons(stored, error), error, look=True)
+            # Its data may be what is dangerous.
+            problems = [*stored.problems, *stored.check_files()]
+            if stored.is_covered and error.file != str(directory):  # Else it is only too large.
+                problems = problems or [error.problem]
+            raise_corrupt(str(directory), problems, error, look=True)
         raise
 
 
@@ -127,7 +131,7 @@ def _reasons(stored: StoredItem, error: Exception) -> list[Problem]:
 
     Where the target is what does not fit, no data is read.
     """
-    problems = [*stored.problems, *stored.check_files(), *stored.check_arrays()]
+    problems = stored.check_arrays()
     if not problems and not isinstance(error, RestoreError):
         problems = list(stored.check_pieces(stored.pieces))
     return problems

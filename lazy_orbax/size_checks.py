@@ -72,25 +72,38 @@ def refuse_oversize(directory: Any, arrays: Arrays, names: set[str], args: Any) 
         directory: the item's directory, for errors.
         arrays: what its arrays declare.
         names: those that may be restored.
-        args: what was asked for.
+        args: what was asked for; `None` is no array as a whole.
 
     Raises:
         MalformedCheckpointError: it is too much.
     """
     restored, given = _wanted(names, args)
-    host_bytes = memory_bytes()
-    available_bytes = (host_bytes + _device_bytes()) * jax.process_count()
-    sizes = {name: arrays.declared[name] for name in restored}
-    total_bytes = sum(size.total_bytes for name, size in sizes.items() if name not in given)
-    if total_bytes > available_bytes:
-        name = max(sizes.keys() - given.keys(), key=lambda name: sizes[name].total_bytes)
+    if args is not None:  # For metadata and digests, no array is allocated as a whole.
+        _refuse_oversize(directory, arrays, restored - given.keys())
+    _refuse_odd_chunks(directory, arrays, restored, given)
+
+
+def _refuse_oversize(directory: Any, arrays: Arrays, names: set[str]) -> None:
+    """Checks that arrays of which only the checkpoint says how large they are fit this machine."""
+    available_bytes = (memory_bytes() + _device_bytes()) * jax.process_count()
+    sizes = {name: arrays.declared[name].total_bytes for name in names}
+    if sum(sizes.values()) > available_bytes:
+        name = max(sizes, key=lambda name: sizes[name])
         raise MalformedCheckpointError(
             directory,
-            f"arrays that declare {total_bytes} bytes, the largest being {brief(name)} with shape "
-            f"{brief(list(sizes[name].shape))}",
+            f"arrays that declare {sum(sizes.values())} bytes, the largest being {brief(name)} "
+            f"with shape {brief(list(arrays.declared[name].shape))}",
             f"at most the {available_bytes} bytes of memory here, or a target (an abstract tree "
             "with these shapes) that says so much is wanted",
         )
+
+
+def _refuse_odd_chunks(
+    directory: Any, arrays: Arrays, restored: set[str], given: dict[str, int]
+) -> None:
+    """Checks that no chunk and no number of chunks is out of proportion."""
+    host_bytes = memory_bytes()
+    sizes = {name: arrays.declared[name] for name in restored}
     for name, size in sizes.items():
         if size.chunk_bytes > host_bytes:
             raise MalformedCheckpointError(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
+from etils import epath
 
 from lazy_orbax import digest, digest_file, object_store
 from lazy_orbax.chunk_files import chunk_keys, file_of
@@ -22,6 +23,8 @@ _BATCH_BYTES = PART_BYTES
 _BATCH_PIECES = 256
 _CACHE_BYTES = 2**27
 _STORAGE_TIMEOUT_S = 300.0
+# About 60 bytes for each piece.
+_MOST_DIGEST_BYTES = 2**28
 
 
 class Piece(NamedTuple):
@@ -86,6 +89,10 @@ class StoredItem:
         found: list[digest_file.ProcessDigests] = []
         for name in names:
             file = f"{digest_file.DIRECTORY}/{name}"
+            if (size := self._size_of(file)) is None or size > _MOST_DIGEST_BYTES:
+                what = f"cannot be used: found {size} bytes, wanted at most {_MOST_DIGEST_BYTES}"
+                self.problems.append(Problem(what, file))
+                continue
             try:
                 found.append(digest_file.parse(here.read(name).result().value))
             except DigestError as error:
@@ -111,22 +118,35 @@ class StoredItem:
                 leaf = known.joined(leaf)
             self.leaves[leaf.name] = leaf
 
+    def _size_of(self, name: str) -> int | None:
+        """Returns the size of a file in bytes; `None` if there is no such file."""
+        path = epath.Path(self.directory) / name
+        return path.stat().length if path.is_file() else None
+
     def check_files(self) -> list[Problem]:
         """Returns what is wrong with the small files beside the arrays."""
         problems = []
-        reads = {name: self._small.read(name) for name in self._files}
+        sizes = {name: self._size_of(name) for name in self._files}
+        # What has another size is not read: it may be of any size.
+        reads = {
+            name: self._small.read(name)
+            for name, (size, _) in self._files.items()
+            if sizes[name] == size
+        }
         for name, (size, wanted) in self._files.items():
+            if sizes[name] is None:
+                problems.append(Problem("is missing", name))
+                continue
+            if name not in reads:
+                what = f"has {sizes[name]} bytes, but {size} were written"
+                problems.append(Problem(what, name))
+                continue
             try:
                 found = reads[name].result()
             except (ValueError, OSError) as error:
                 problems.append(Problem(f"cannot be read: {error}", name))
                 continue
-            if found.state != "value":
-                problems.append(Problem("is missing", name))
-            elif len(found.value) != size:
-                what = f"has {len(found.value)} bytes, but {size} were written"
-                problems.append(Problem(what, name))
-            elif digest.digest_of_bytes(found.value) != wanted:
+            if digest.digest_of_bytes(found.value) != wanted:
                 problems.append(Problem(f"its {size} bytes are not those that were written", name))
         return problems
 

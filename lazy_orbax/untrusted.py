@@ -65,7 +65,7 @@ def checked(directory: Any, args: Any, aggregate: str | None = None) -> Iterator
         _CHECKED.reset(token)
 
 
-def refuse_malformed(directory: Any, args: Any, aggregate: str) -> None:
+def refuse_malformed(directory: Any, args: Any, aggregate: str = _AGGREGATE_FILE) -> None:
     """Checks the files of an item, what they declare, and whether this machine could hold it.
 
     Args:
@@ -86,9 +86,8 @@ def refuse_malformed(directory: Any, args: Any, aggregate: str) -> None:
     _check_aggregate(directory, aggregate, memory_bytes() // _AGGREGATE_SHARE)
     tree = _check_json(directory, limit_bytes, args)
     arrays = _declared(directory, files, tree)
-    if args is not None:
-        names = arrays.declared.keys() & tree.leaves.keys() if tree else arrays.declared.keys()
-        refuse_oversize(directory, arrays, set(names), args)
+    names = arrays.declared.keys() & tree.leaves.keys() if tree else arrays.declared.keys()
+    refuse_oversize(directory, arrays, set(names), args)
 
 
 def _check_aggregate(directory: epath.Path, name: str, limit_bytes: int) -> None:
@@ -157,10 +156,9 @@ def _declared(
         database = ocdbt_checks.contents(directory, base, suffixes)
         if database is not None:
             where = directory / ocdbt_checks.MANIFEST
-            found = {
-                key.rpartition("/")[0]: zarr_checks.declared(value, f"{where}, key {brief(key)}")
-                for key, value in database.metadata.items()
-            }
+            found = zarr_checks.declared_by_all(
+                database.metadata.items(), lambda key: f"{where}, key {brief(key)}"
+            )
             return Arrays(found, database.keys, database.longest_value)
     if tree is not None:
         _refuse_paths(directory, tree)
@@ -169,10 +167,8 @@ def _declared(
     else:
         leaves = tree.leaves if tree else {}
         names = [f"{leaf}/{name}" for leaf in leaves for name in _ZARR_NAMES]
-    found = {
-        name.rpartition("/")[0]: zarr_checks.declared(content, directory / name)
-        for name, content in _contents(directory, base, names, files is not None)
-    }
+    contents = _contents(directory, base, names, files is not None)
+    found = zarr_checks.declared_by_all(contents, lambda name: str(directory / name))
     count, longest = (files.count, files.longest_chunk) if files else (None, ("", 0))
     return Arrays(found, count, longest)
 

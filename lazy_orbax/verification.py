@@ -9,10 +9,11 @@ from typing import Any
 from etils import epath
 
 from lazy_orbax import digest_file
-from lazy_orbax.errors import CorruptCheckpointError, OptionError, Problem
+from lazy_orbax.errors import CorruptCheckpointError, MalformedCheckpointError, OptionError, Problem
 from lazy_orbax.events import step_of
 from lazy_orbax.object_store import scheme_of
 from lazy_orbax.stored import StoredItem
+from lazy_orbax.untrusted import refuse_malformed
 
 _STEP_FILE = "_CHECKPOINT_METADATA"
 _COMMIT_FILE = "commit_success.txt"
@@ -228,6 +229,10 @@ def _step_problems(place: epath.Path, children: list[str], *, is_item: bool) -> 
 
 def _verify_item(place: epath.Path) -> ItemReport:
     directory = str(place)
+    try:
+        refuse_malformed(place, None)
+    except MalformedCheckpointError as error:
+        return ItemReport(directory, 0, 0, (), (error.problem,))
     stored = StoredItem(directory)
     if not stored.is_covered:
         return ItemReport(directory, 0, 0, (_NO_DIGESTS,), ())

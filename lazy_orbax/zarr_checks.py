@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from lazy_orbax.errors import MalformedCheckpointError
@@ -65,6 +66,30 @@ def declared(content: bytes, where: Any) -> Declared:
     return Declared(
         tuple(shape), math.prod(shape) * item_bytes, math.prod(chunk) * item_bytes, chunks
     )
+
+
+def declared_by_all(
+    contents: Iterable[tuple[str, bytes]], where: Callable[[str], str]
+) -> dict[str, Declared]:
+    """Returns what every array declares, by its name.
+
+    Args:
+        contents: of `name/.zarray` or `name/zarr.json`, or of both, with that path.
+        where: what to call such a path in an error.
+
+    Raises:
+        MalformedCheckpointError: one is not what a Zarr array of numbers is described by.
+    """
+    found: dict[str, Declared] = {}
+    alike: dict[bytes, Declared] = {}  # Most arrays of a model are like others.
+    for path, content in contents:
+        if (one := alike.get(content)) is None:
+            one = alike[content] = declared(content, where(path))
+        name = path.rpartition("/")[0]
+        # Which of two is read depends on the handler: the larger counts.
+        if name not in found or one.total_bytes > found[name].total_bytes:
+            found[name] = one
+    return found
 
 
 class _Unfit(Exception):

@@ -52,7 +52,7 @@ RANKS = {
     "drain": 7,
     "in_step": 6,
     "restored": 7,
-    "untrusted": 7,
+    "untrusted": 6,
     "verification": 7,
     "save": 8,
     "restore": 8,

@@ -70,8 +70,8 @@ class Worker:
         return json.loads(line) if line else None
 
     def end(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        with self._process:  # Closes the pipes.
+            self._process.kill()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +136,7 @@ def is_bad(case: Case) -> bool:
 
 def table(found: list[Case]) -> list[list[str]]:
     """Returns the restores that ended in each way, by the kind of change."""
-    rows = [["what was spoiled", "cases", *COLUMNS]]
+    rows = [["(what was spoiled)", "cases", *COLUMNS]]
     for kind in (*MUTATIONS, "all"):
         chosen = [case for case in found if kind in (case.kind, "all")]
         ended = collections.Counter(how for case in chosen for how in case.ended)

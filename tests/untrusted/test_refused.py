@@ -20,7 +20,7 @@ from untrusted import ocdbt_codec
 
 import lazy_orbax
 from lazy_orbax import digest_file, ocdbt_checks, untrusted
-from lazy_orbax.errors import MalformedCheckpointError, RestoreError
+from lazy_orbax.errors import CorruptCheckpointError, MalformedCheckpointError, RestoreError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning"),
@@ -194,6 +194,16 @@ def test_a_file_of_metadata_that_is_too_large(copy, monkeypatch):
         ({"sharding_type": "NamedSharding", "shape": ["x"]}, "shape"),
         ({"sharding_type": "NamedSharding", "shape": [1], "axis_names": "x"}, "axis_names"),
         ({"sharding_type": "SingleDeviceSharding"}, "device_str"),
+        (
+            {
+                "sharding_type": "NamedSharding",
+                "shape": [1],
+                "axis_names": ["x"],
+                "partition_spec": [],
+                "axis_types": ["AxisType.New"],
+            },
+            "axis_types",
+        ),
     ],
 )
 def test_shardings(sharding, text, copy):
@@ -266,6 +276,19 @@ def test_what_an_array_of_zarr3_may_not_declare(fields, text, copy):
     directory = copy("plain zarr3")
     change_array(directory, "a.w", **fields)
     refused(directory, "a.w/zarr.json", text)
+
+
+@pytest.mark.parametrize("form", ["ocdbt", "plain"])
+def test_of_two_descriptions_the_larger_counts(form, copy):
+    directory = copy(form)
+    large = {"shape": [2**50], "chunk_grid": {"configuration": {"chunk_shape": [2**20]}}}
+    content = {"zarr_format": 3, "codecs": [], "data_type": "float32", **large}
+    if form == "plain":
+        (directory / "a.w" / "zarr.json").write_text(json.dumps(content))
+    else:
+        base = {"driver": "ocdbt", "base": f"file://{directory}/"}
+        ts.KvStore.open(base).result()["a.w/zarr.json"] = json.dumps(content).encode()
+    refused(directory, str(2**52 + 20))
 
 
 @pytest.mark.parametrize("form", ["plain", "plain zarr3"])
@@ -377,8 +400,9 @@ def test_a_step_of_a_manager(tmp_path):
         manager.save(0, args=ocp.args.StandardSave({"x": jnp.ones(4)}))
         manager.wait_until_finished()
         (tmp_path / "0" / "default" / "_METADATA").write_text("{}")
-        with pytest.raises(MalformedCheckpointError, match="tree_metadata"):
+        with pytest.raises(CorruptCheckpointError, match="_METADATA: has 2 bytes") as caught:
             manager.restore(0, args=ocp.args.StandardRestore({"x": jnp.ones(4)}))
+    assert isinstance(caught.value.__cause__, MalformedCheckpointError)
 
 
 def test_a_directory_that_is_not_there_is_orbax_s_to_tell(tmp_path):
