@@ -16,7 +16,7 @@ from lazy_orbax.layout import Shape
 # A piece that is not contiguous is made so in parts of this size.
 _PART_BYTES = 2**24
 # They have less than a byte each, of which only the low bits are stored.
-_CARRIERS = {"int2": np.int8, "int4": np.int8, "uint2": np.uint8, "uint4": np.uint8}
+_CARRIERS = {ts.dtype(name).numpy_dtype: np.int8 for name in ("int2", "int4") if hasattr(ts, name)}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,8 +46,8 @@ def digest_of(array: np.ndarray) -> int:
     Args:
         array: of any shape and any dtype that is stored. Contiguous memory is not copied.
     """
-    if array.dtype.name in _CARRIERS:
-        array = array.astype(_CARRIERS[array.dtype.name])
+    if array.dtype in _CARRIERS:
+        array = array.astype(_CARRIERS[array.dtype])
     if array.flags.c_contiguous:
         return digest_of_bytes(array.reshape(-1).view(np.uint8))
     hasher = xxhash.xxh3_64()
@@ -73,8 +73,8 @@ def hasher() -> Any:
 
 def bytes_of(array: np.ndarray) -> np.ndarray:
     """Returns the bytes of which `digest_of` is the digest."""
-    if array.dtype.name in _CARRIERS:
-        array = array.astype(_CARRIERS[array.dtype.name])
+    if array.dtype in _CARRIERS:
+        array = array.astype(_CARRIERS[array.dtype])
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 

@@ -52,6 +52,12 @@ class DigestTemplate:
     others: tuple[str, ...]
 
     @functools.cached_property
+    def casts(self) -> tuple[str | None, ...]:
+        """The dtype on disk of each leaf that is cast on the way there, else `None`."""
+        pairs = zip(self.plan.leaves, self.dtypes, strict=True)
+        return tuple(None if leaf.dtype.name == dtype else dtype for leaf, dtype in pairs)
+
+    @functools.cached_property
     def _pieces(self) -> tuple[Piece, ...]:
         """What this process writes, leaf by leaf."""
         pieces = [piece for slab in self.plan.slabs for piece in slab.pieces]
@@ -124,6 +130,29 @@ class LeafDigests:
     shape: Shape
     boxes: tuple[Box, ...]
     digests: tuple[int, ...]
+
+    @functools.cached_property
+    def _by_start(self) -> dict[Shape, int]:
+        return {box.start: i for i, box in enumerate(self.boxes)}
+
+    @functools.cached_property
+    def _corners(self) -> tuple[np.ndarray, np.ndarray]:
+        starts = np.array([box.start for box in self.boxes]).reshape(len(self.boxes), -1)
+        return starts, starts + np.array([box.shape for box in self.boxes]).reshape(starts.shape)
+
+    def touching(self, box: Box) -> list[tuple[Box, int]]:
+        """Returns the pieces, and their digests, that have something of a box in them."""
+        same = self._by_start.get(box.start)
+        if same is not None and self.boxes[same] == box:
+            found: list[int] = [same]
+        elif len(box.start) != len(self.shape):
+            found = []
+        else:
+            starts, ends = self._corners
+            after = np.array(box.start) + np.array(box.shape, int)
+            overlaps = (np.maximum(starts, box.start) < np.minimum(ends, after)).all(axis=1)
+            found = np.flatnonzero(overlaps).tolist()
+        return [(self.boxes[i], self.digests[i]) for i in found]
 
     def joined(self, other: LeafDigests) -> LeafDigests:
         """Returns the digests of what two processes wrote of this leaf."""

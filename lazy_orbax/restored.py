@@ -6,6 +6,7 @@ Reading a file again would not tell that a bit was flipped in the one download t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -57,19 +58,14 @@ def check_restored(stored: StoredItem, leaves: Mapping[str, Any]) -> list[Proble
             parts += mine
         else:
             again += mine
-    done: set[tuple[str, Box]] = set()
     for part, host in _on_host(parts):
         for piece in _touching(stored, part):
-            if _is_within(piece.box, part.box):
-                done.add((piece.leaf, piece.box))
-                if digest.digest_of(host[_relative(piece.box, part.box)]) != piece.digest:
-                    problems.append(_explain(stored, piece))
-    left = [
-        part
-        for part in parts
-        if any((piece.leaf, piece.box) not in done for piece in _touching(stored, part))
-    ]
-    return problems + list(_compare(stored, left + again, done))
+            if not _is_within(piece.box, part.box):
+                again.append(part)  # Another process has the rest.
+                break
+            if digest.digest_of(host[_relative(piece.box, part.box)]) != piece.digest:
+                problems.append(_explain(stored, piece))
+    return problems + list(_compare(stored, again))
 
 
 def _parts(name: str, value: Any) -> Iterator[_Part]:
@@ -110,28 +106,28 @@ def _on_host(parts: Iterable[_Part]) -> Iterator[tuple[_Part, np.ndarray]]:
 
 
 def _brought(batch: list[_Part]) -> Iterator[tuple[_Part, np.ndarray]]:
-    arrays = [part.data for part in batch]
-    targets = [_host_sharding(array) for array in arrays]
-    copies = jax.device_put(arrays, targets, may_alias=False) if batch else []
-    for part, ours in zip(batch, copies, strict=True):
-        yield part, np.asarray(ours)
+    by_sharding: dict[Any, list[_Part]] = {}
+    for part in batch:
+        by_sharding.setdefault(part.data.sharding, []).append(part)
+    for sharding, group in by_sharding.items():
+        arrays = [part.data for part in group]
+        copies = jax.device_put(arrays, _host_sharding(sharding), may_alias=False)
+        for part, ours in zip(group, copies, strict=True):
+            yield part, np.asarray(ours)
 
 
-def _host_sharding(array: jax.Array) -> jax.sharding.Sharding:
+@functools.lru_cache(maxsize=4096)
+def _host_sharding(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
     """Returns where a copy needs no device memory, if there is such a place."""
-    (device,) = array.sharding.device_set
+    (device,) = sharding.device_set
     kinds = {memory.kind for memory in device.addressable_memories()}
-    if "pinned_host" not in kinds:
-        return array.sharding
-    return array.sharding.with_memory_kind("pinned_host")
+    return sharding.with_memory_kind("pinned_host") if "pinned_host" in kinds else sharding
 
 
 def _touching(stored: StoredItem, part: _Part) -> Iterator[Piece]:
     """Returns the pieces that have something of a part."""
-    leaf = stored.leaves[part.leaf]
-    for box, found in zip(leaf.boxes, leaf.digests, strict=True):
-        if _overlap(box, part.box) is not None:
-            yield Piece(part.leaf, box, found)
+    for box, found in stored.leaves[part.leaf].touching(part.box):
+        yield Piece(part.leaf, box, found)
 
 
 def _overlap(a: Box, b: Box) -> Box | None:
@@ -146,7 +142,7 @@ def _overlap(a: Box, b: Box) -> Box | None:
 
 
 def _is_within(box: Box, whole: Box) -> bool:
-    return _overlap(box, whole) == box
+    return box == whole or _overlap(box, whole) == box
 
 
 def _relative(box: Box, whole: Box) -> tuple[slice, ...]:
@@ -162,14 +158,10 @@ def _explain(stored: StoredItem, piece: Piece) -> Problem:
     return Problem(what, stored.file_of(piece), piece.leaf, str(piece.box))
 
 
-def _compare(
-    stored: StoredItem, parts: Iterable[_Part], done: set[tuple[str, Box]]
-) -> Iterator[Problem]:
-    """Reads again the pieces of parts that are not `done`, and compares them with the parts."""
+def _compare(stored: StoredItem, parts: Iterable[_Part]) -> Iterator[Problem]:
+    """Reads the pieces of parts again, and compares them with the parts."""
     for part in parts:
-        pieces = [p for p in _touching(stored, part) if (p.leaf, p.box) not in done]
-        if not pieces:
-            continue
+        pieces = list(_touching(stored, part))
         ((_, host),) = _on_host([part])
         for piece, data in stored.read(pieces, whole=True):
             if isinstance(data, Problem):

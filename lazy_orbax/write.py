@@ -102,7 +102,7 @@ class Writer:
 
     def write(self, pieces: Iterable[tuple[Piece, np.ndarray]]) -> list[Request]:
         """Starts writing pieces and returns what to `wait` for."""
-        requests = self._new_requests()
+        requests, casts = self._new_requests(), self._format.digests.casts
         for piece, view in pieces:
             store = self._stores.get(piece.leaf)
             if store is None:
@@ -111,8 +111,9 @@ class Writer:
             future = store[piece.index].write(view, can_reference_source_data_indefinitely=lasting)
             requests.append(Request(future, self._plan.leaves[piece.leaf].name))
             # While TensorStore is at work. What is cast on the way is hashed as it is read back.
-            stored_dtype = self._format.digests.dtypes[piece.leaf]
-            self._digests[id(piece)] = digest.digest_of(digest.cast(view, stored_dtype))
+            if (dtype := casts[piece.leaf]) is not None:
+                view = digest.cast(view, dtype)
+            self._digests[id(piece)] = digest.digest_of(view)
         return requests
 
     def _new_requests(self) -> list[Request]:
