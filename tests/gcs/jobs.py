@@ -12,6 +12,7 @@ import google.cloud.storage  # noqa: F401
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from faults.training import SLAB_BYTES, Steps, make_state
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -97,6 +98,10 @@ class Job:
             pairs = zip(found, all_bits(wanted), strict=True)
             wrong += [f"{step}: {a[0]}" for a, b in pairs if a != b]
         return wrong
+
+    def spoil(self, step: int, name: str, content: bytes) -> None:
+        """Writes a file of a step again, with other content."""
+        (epath.Path(self.manager.directory) / str(step) / "default" / name).write_bytes(content)
 
     def differences(self, step: int, n_steps: int) -> list[str]:
         """Returns what is not restored as the state after so many steps of `multihost.states`."""

@@ -32,3 +32,22 @@ def test_saves_of_states_that_are_donated_at_once(start, root):
     assert job.do("train", 5) == []
     assert job.do("steps") == list(range(5))
     assert job.do("in_flight_bytes") == 0
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "content"),
+    [
+        ("ocdbt", "_METADATA", b"{}"),
+        ("ocdbt", "manifest.ocdbt", b"\x0c\xdb" * 40),
+        ("zarr", "w/.zarray", b'{"zarr_format": 2, "shape": [4], "chunks": [1099511627776]}'),
+    ],
+    ids=["tree", "manifest", "array"],
+)
+def test_what_is_malformed_is_refused(start, root, form, name, content):
+    job = start()
+    job.do("open", root, **FORMATS[form])
+    job.do("save", 1)
+    job.do("spoil", 1, name, content)
+    outcome = job.attempt("wrong", 1)
+    assert outcome.error == "MalformedCheckpointError", outcome.trace
+    assert f"{root}/1/default/{name}" in outcome.message

@@ -96,6 +96,14 @@ def _places(value: Any, found: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
     return found
 
 
+def _parsed(value: Any) -> Any:
+    """Returns the JSON in a string; `None` where there is none, or no more."""
+    try:
+        return json.loads(value) if isinstance(value, str) and value.startswith("{") else None
+    except (ValueError, RecursionError):
+        return None
+
+
 def _spoil(rng: random.Random, value: Any) -> Any:
     """Returns JSON with some change; `value` is changed too."""
     for _ in range(rng.choice((1, 1, 1, 2, 5))):
@@ -106,10 +114,8 @@ def _spoil(rng: random.Random, value: Any) -> Any:
         action = rng.randrange(10)
         if action < 6:
             inner = container[key]
-            if isinstance(inner, str) and inner.startswith("{") and rng.random() < 0.8:
-                container[key] = text_of(_spoil(rng, json.loads(inner)))
-            else:
-                container[key] = _value(rng)
+            within = _parsed(inner) if rng.random() < 0.8 else None
+            container[key] = _value(rng) if within is None else text_of(_spoil(rng, within))
         elif action == 6:
             del container[key]
         elif action == 7 and isinstance(container, dict):
