@@ -166,7 +166,22 @@ class Disk:
             image.truncate(320 * 2**20)  # The least that xfs takes.
         flags = ["-q", "-F"] if kind == "ext4" else ["-q", "-f"]
         _run(f"mkfs.{kind}", *flags, str(self._image))
-        self.mount()
+        # Unmounts what is left when the tests are killed: its standard input ends with them.
+        self._janitor = subprocess.Popen(
+            ["sh", "-c", 'read -r _; umount -l "$0" 2>&1', str(self.mounted)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            self.mount()
+        except subprocess.CalledProcessError:
+            self.dismiss_janitor()
+            raise
+
+    def dismiss_janitor(self) -> None:
+        """Ends the process that would unmount it."""
+        self._janitor.communicate(timeout=_TIMEOUT_S)
 
     def mount(self) -> None:
         """Mounts it, which replays its journal."""
@@ -222,6 +237,8 @@ def disk(directory: pathlib.Path, kind: str, *options: str) -> Iterator[Disk]:
         except subprocess.CalledProcessError:
             _run("umount", "-l", str(new.mounted))
             raise
+        finally:
+            new.dismiss_janitor()
 
 
 class Unable(Exception):
