@@ -71,17 +71,17 @@ class Zygote:
         self._errors.seek(0)
         return self._errors.read()[-4000:]
 
-    def _do(self, root: pathlib.Path, step: int, **how: Any) -> None:
+    def _do(self, root: pathlib.Path, step: int, **how: Any) -> int:
+        """Returns how a fork ended that saves."""
         request = {"root": str(root), "step": step, "stock": False, "durable_path": False, **how}
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        status = self._answer()["status"]
-        assert status == (KILLED if "death" in how else 0), f"{request}: {status}\n{self._said()}"
+        return self._answer()["status"]
 
     def save(self, root: pathlib.Path, step: int) -> None:
         """Saves a step and lives."""
-        self._do(root, step)
+        assert self._do(root, step) == 0, self._said()
 
     def die(self, root: pathlib.Path, step: int, death: dict[str, Any], **how: bool) -> list[str]:
         """Saves a step and dies.
@@ -95,9 +95,12 @@ class Zygote:
         Returns:
             The calls that began. The last of them was not made, unless it is `finished`.
         """
-        self._do(root, step, death={"log": str(self._log), **death}, **how)
+        status = self._do(root, step, death={"log": str(self._log), **death}, **how)
         calls = self._log.read_text().splitlines()
         assert "the power was not cut" not in calls
+        # Another thread may see that the disk is gone before the process is killed.
+        saw_it = death.get("cut") and calls[-1] == death.get("call")
+        assert status == KILLED or saw_it, f"{death}: {status}\n{self._said()}"
         return calls
 
     def close(self) -> None:
@@ -163,7 +166,22 @@ class Disk:
             image.truncate(320 * 2**20)  # The least that xfs takes.
         flags = ["-q", "-F"] if kind == "ext4" else ["-q", "-f"]
         _run(f"mkfs.{kind}", *flags, str(self._image))
-        self.mount()
+        # Unmounts what is left when the tests are killed: its standard input ends with them.
+        self._janitor = subprocess.Popen(
+            ["sh", "-c", 'read -r _; umount -l "$0" 2>&1', str(self.mounted)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            self.mount()
+        except subprocess.CalledProcessError:
+            self.dismiss_janitor()
+            raise
+
+    def dismiss_janitor(self) -> None:
+        """Ends the process that would unmount it."""
+        self._janitor.communicate(timeout=_TIMEOUT_S)
 
     def mount(self) -> None:
         """Mounts it, which replays its journal."""
@@ -219,6 +237,8 @@ def disk(directory: pathlib.Path, kind: str, *options: str) -> Iterator[Disk]:
         except subprocess.CalledProcessError:
             _run("umount", "-l", str(new.mounted))
             raise
+        finally:
+            new.dismiss_janitor()
 
 
 class Unable(Exception):
