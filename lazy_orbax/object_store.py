@@ -1,4 +1,4 @@
-"""What is different where a checkpoint goes to an object store: addresses, retries, deadlines.
+"""What is different where a checkpoint goes to an object store: addresses, retries. And deadlines.
 
 A write that an object store has acknowledged is durable: there is nothing to sync, and an object
 appears whole or not at all. What may fail is the way there, so every wait has a deadline of ours.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import json
+import os
 import threading
 import time
 from collections.abc import Coroutine, Iterable, Sequence
@@ -29,6 +31,7 @@ _BUCKET = "lazy-orbax-bucket"
 _RETRY_SHARE = 2 / 3
 _FIRST_DELAY_S = 1.0
 _LONGEST_DELAY_S = 32.0
+_LONGEST_LOOK_S = 10.0
 
 
 def scheme_of(directory: str) -> str:
@@ -152,18 +155,31 @@ class Outstanding:
             waited = True
             here[0].exception(timeout=max(0.0, deadline_s - time.monotonic()))
 
+    def is_quiet(self, directory: str) -> bool:
+        """Whether nothing is there that may still write to the directory."""
+        with self._lock:
+            return all(future.done() for future in self._futures.get(directory, ()))
+
 
 _OUTSTANDING = Outstanding()
 
 
+def is_quiet(directory: str) -> bool:
+    """Whether nothing that a save was given may still come to an item's (final) directory."""
+    return _OUTSTANDING.is_quiet(final_directory(directory))
+
+
 class Deadline:
-    """How long may be waited for one acknowledgement: for ever, in a local directory.
+    """How long the storage may acknowledge nothing, and in a local directory write nothing.
 
     Of one save of one item: from `begin` to `end` it may write.
     """
 
     def __init__(self, directory: str, timeout_s: float):
-        self._timeout_s = timeout_s if scheme_of(directory) else None
+        self._timeout_s, self._directory = timeout_s, directory
+        self._is_local = not scheme_of(directory)
+        self._is_missed = False
+        self._written: int | None = None
         self._place = final_directory(directory)
         self._ended: concurrent.futures.Future[None] = concurrent.futures.Future()
 
@@ -176,8 +192,6 @@ class Deadline:
         Raises:
             TimeoutError: it still can.
         """
-        if self._timeout_s is None:
-            return False
         try:
             return _OUTSTANDING.enter(self._place, self._ended, self._timeout_s)
         except TimeoutError as error:
@@ -194,10 +208,12 @@ class Deadline:
         Args:
             unfinished: futures of TensorStore.
         """
-        if self._timeout_s is None:
-            for future in unfinished:
-                future.cancel()
-            return
+        if self._is_local and not self._is_missed:
+            # Something else went wrong. What was handed over is soon written, or refused as well.
+            with contextlib.suppress(TimeoutError):
+                for future in unfinished:
+                    self._await(future)
+            unfinished = [future for future in unfinished if not future.done()]
         if unfinished:
             _OUTSTANDING.leave(self._place, unfinished)
         if not self._ended.done():
@@ -209,17 +225,42 @@ class Deadline:
         Raises:
             TimeoutError: the storage did not acknowledge in time.
         """
-        if self._timeout_s is None:
-            return future.result()
-        try:
-            return future.result(timeout=self._timeout_s)
-        except TimeoutError as error:
-            if future.done():  # It is its own error, or came at the last moment.
-                return future.result()
-            raise TimeoutError(
-                f"the storage acknowledged nothing for {self._timeout_s:g} s "
-                "(LazyOptions.storage_timeout_s)"
-            ) from error
+        self._await(future)
+        return future.result()
+
+    def _await(self, future: Any) -> None:
+        """Waits until a future is done, as long as there is progress."""
+        while True:
+            with contextlib.suppress(Exception):  # It is told of by who asks for the result.
+                future.exception(timeout=self._timeout_s)
+            if future.done():
+                return
+            if not self._is_local or not self._writes_on():
+                break
+        self._is_missed = True
+        raise TimeoutError(
+            f"the storage acknowledged nothing for {self._timeout_s:g} s "
+            "(LazyOptions.storage_timeout_s)"
+        )
+
+    def _writes_on(self) -> bool:
+        """Whether the local directory has grown since this was asked: a large piece takes long."""
+        before, found = self._written, []
+
+        def look() -> None:
+            sizes = [
+                os.stat(os.path.join(path, name)).st_size
+                for path, _, names in os.walk(self._directory)
+                for name in names
+            ]
+            found.append(sum(sizes))
+
+        # A daemon: where the storage hangs, looking hangs as well.
+        looking = threading.Thread(target=look, name="lazy_orbax-look", daemon=True)
+        looking.start()
+        looking.join(min(self._timeout_s, _LONGEST_LOOK_S))
+        self._written = found[0] if found else None
+        return bool(found) and found[0] != before
 
     def run(self, work: Coroutine[Any, Any, None], name: str) -> None:
         """Runs what Orbax does for us on the storage, and gives it up when it takes too long.

@@ -54,7 +54,7 @@ class Writer:
             plan: what is written.
             format_: how it is stored.
             directory: the item's (temporary) directory, or its `gs://` address.
-            timeout_s: most seconds to wait for an object store to acknowledge one write.
+            timeout_s: most seconds in which the storage may acknowledge nothing.
         """
         self._plan, self._format, self._directory = plan, format_, directory
         self._deadline = object_store.Deadline(directory, timeout_s)
@@ -65,8 +65,9 @@ class Writer:
         self._files: ts.KvStore | None = None
         self._kvstores: list[ts.KvStore] = []
         self.synced_directories: set[Inode] = set()
-        own = re.findall(rf"{re.escape(PROCESS_DIRECTORY)}[^/\"]*", " ".join(format_.kvstores))
-        self._syncer = Syncer(directory, own) if os.path.isabs(directory) else None
+        own = own_directories(format_)
+        is_local = os.path.isabs(directory)
+        self._syncer = Syncer(directory, own, timeout_s=timeout_s) if is_local else None
         may_hold_late_writes = self._deadline.begin()
         try:
             if format_.is_primary or format_.files:
@@ -193,6 +194,11 @@ class Writer:
         if named:
             return max(named, key=len)
         return None if not names else f"{names[0]} and {len(names) - 1} others with it"
+
+
+def own_directories(format_: Format) -> list[str]:
+    """Returns the names of the directories in an item's that only this process writes to."""
+    return re.findall(rf"{re.escape(PROCESS_DIRECTORY)}[^/\"]*", " ".join(format_.kvstores))
 
 
 def merge_remotely(handler: Any, directory: Any, *, timeout_s: float) -> None:

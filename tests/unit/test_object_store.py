@@ -201,9 +201,42 @@ def test_a_writer_that_cannot_open_its_stores_holds_up_nobody(monkeypatch):
             write.Writer(None, format_, "gs://bucket/late/5/default", timeout_s=1)
 
 
-def test_a_failed_save_to_a_local_directory_calls_its_writes_back():
-    _, future = ts.Promise.new()
-    deadline = object_store.Deadline("/data/run/1/default", 0.01)
+def test_a_failed_save_to_a_local_directory_waits_for_its_writes():
+    promise, future = ts.Promise.new()
+    deadline = object_store.Deadline("/data/run/1/default", 30)
     deadline.begin()
+    threading.Timer(0.05, promise.set_result, (None,)).start()
     deadline.end([future])
-    assert future.cancelled()
+    assert future.done()
+    assert object_store.is_quiet("/data/run/1/default")
+
+
+def test_a_local_directory_is_not_quiet_while_a_write_to_it_hangs():
+    promise, future = ts.Promise.new()
+    deadline = object_store.Deadline("/data/run/2/default", 0.01)
+    deadline.begin()
+    with pytest.raises(TimeoutError, match="acknowledged nothing for 0.01 s"):
+        deadline.result_of(future)
+    deadline.end([future])
+    assert not object_store.is_quiet("/data/run/2/default")
+    promise.set_result(None)
+    assert object_store.is_quiet("/data/run/2/default")
+
+
+def test_a_piece_that_grows_is_waited_for(tmp_path):
+    """One large piece may take longer than the deadline, as long as something is written."""
+    promise, future = ts.Promise.new()
+    deadline = object_store.Deadline(str(tmp_path), 0.05)
+    looks = []
+
+    def grow():
+        looks.append((tmp_path / "piece").write_bytes(b"x" * len(looks)))
+        if len(looks) < 5:
+            return True
+        promise.set_result(None)
+        return True
+
+    looked = deadline._writes_on
+    deadline._writes_on = lambda: grow() and looked()
+    assert deadline.result_of(future) is None
+    assert len(looks) == 5
