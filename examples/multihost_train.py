@@ -91,7 +91,10 @@ def train(directory: str, n_steps: int, save_every: int, kill_at: int | None) ->
         cleanup_tmp_directories=True,
     )
     handler = lazy_orbax.standard_handler()  # was: ocp.StandardCheckpointHandler()
-    with ocp.CheckpointManager(directory, item_handlers=handler, options=options) as manager:
+    with (
+        lazy_orbax.Preemption() as preemption,
+        ocp.CheckpointManager(directory, item_handlers=handler, options=options) as manager,
+    ):
         newest = manager.latest_step()
         if newest is None:
             state = jax.jit(init, out_shardings=shardings)()
@@ -113,9 +116,9 @@ def train(directory: str, n_steps: int, save_every: int, kill_at: int | None) ->
                 os.kill(os.getpid(), signal.SIGKILL)
             if saved or step == n_steps:
                 say(f"step {step}: loss {float(loss):.6f}")
-            if manager.reached_preemption(step):
-                manager.wait_until_finished()
-                say(f"preempted, with step {step} saved")
+            if preemption.reached(manager, step):
+                last = preemption.last_save(manager, step, args=ocp.args.StandardSave(state))
+                say(f"preempted; step {step} {'is' if last.committed else 'is not'} saved")
                 return
         manager.wait_until_finished()
         say(f"done: steps {manager.all_steps()} are in {directory}")

@@ -4,11 +4,14 @@ from lazy_orbax import args, errors
 from lazy_orbax.durable import DurablePath
 from lazy_orbax.events import SaveTimeline
 from lazy_orbax.faces import pytree_handler, standard_handler
+from lazy_orbax.failures import FailedSaves, log_failed_saves
 from lazy_orbax.handler import LazyCheckpointHandler
+from lazy_orbax.in_flight import wait_until_staged
 from lazy_orbax.in_step import SnapshotStep
 from lazy_orbax.latest_good import LatestGood, Skipped, restore_latest_good
 from lazy_orbax.node_local import NodeLocalOptions, node_local_options
 from lazy_orbax.options import LazyOptions
+from lazy_orbax.preemption import LastSave, Preemption
 from lazy_orbax.prewarm import prewarm
 from lazy_orbax.replaced import (
     FromStep,
@@ -16,18 +19,20 @@ from lazy_orbax.replaced import (
     RestoredWithReplacements,
     restore_replacing,
 )
-from lazy_orbax.save import wait_until_staged
 from lazy_orbax.split import split_step
 from lazy_orbax.verification import ItemReport, VerifyReport, verify
 
 __all__ = [
     "DurablePath",
+    "FailedSaves",
     "FromStep",
     "ItemReport",
+    "LastSave",
     "LatestGood",
     "LazyCheckpointHandler",
     "LazyOptions",
     "NodeLocalOptions",
+    "Preemption",
     "Replaced",
     "RestoredWithReplacements",
     "SaveTimeline",
@@ -36,6 +41,7 @@ __all__ = [
     "VerifyReport",
     "args",
     "errors",
+    "log_failed_saves",
     "node_local_options",
     "prewarm",
     "pytree_handler",

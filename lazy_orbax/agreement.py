@@ -79,6 +79,17 @@ class Agreement:
             lost.__cause__ = error
             return failure or lost
 
+    def all_told(self) -> bool:
+        """Whether this process is the leader and every other one has told how it went by now."""
+        if self.process != self.leader:
+            return False
+        try:
+            entries = self.store.key_value_dir_get(f"{self.key}/told/")
+        except jax.errors.JaxRuntimeError:
+            return False
+        told = {int(key.rpartition("/")[2]) for key, _ in entries}
+        return told >= set(self.processes) - {self.leader}
+
     def _tell(self, name: str, failure: SaveError | None) -> None:
         self.store.key_value_set(f"{self.key}/{name}", _encoded(failure), allow_overwrite=True)
 

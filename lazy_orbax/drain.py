@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import os
 import queue
@@ -23,12 +24,42 @@ _MOST_WRITING = 2
 _NICE = 10
 # TensorStore's threads let go of what they have written a moment after they say so.
 _LETTING_GO_S = 1.0
+# How soon a save that waits for its turn sees that it need not.
+_LOOK_S = 0.1
+
+
+class _Urgency:
+    """Whether saves of this process are in a hurry. Plain flags: a signal handler sets them."""
+
+    hurry = False
+    lowered = False
+
+
+def hurry(*, on: bool = True) -> None:
+    """Lets every save of this process write as fast as it can, from now on, or no more so."""
+    _Urgency.hurry = on
 
 
 def yield_to_training() -> None:
     """Lowers the scheduling priority of this thread and of those that it starts, where possible."""
-    if sys.platform == "linux":  # Elsewhere the priority is the whole process's.
+    if sys.platform == "linux" and not _Urgency.hurry:  # Elsewhere it is the whole process's.
+        _Urgency.lowered = True
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+
+
+def raise_priority() -> None:
+    """Gives back the priority that threads had before `yield_to_training`.
+
+    The kernel grants it to those who have the capability `SYS_NICE` or a limit `RLIMIT_NICE`;
+    others keep the lowered priority until the threads end.
+    """
+    if not _Urgency.lowered:
+        return
+    usual = os.getpriority(os.PRIO_PROCESS, os.getpid())
+    for thread in map(int, os.listdir("/proc/self/task")):
+        with contextlib.suppress(OSError):  # It ended, or may not.
+            if os.getpriority(os.PRIO_PROCESS, thread) == _NICE != usual:
+                os.setpriority(os.PRIO_PROCESS, thread, usual)
 
 
 def give_back_memory() -> None:
@@ -64,14 +95,16 @@ class Pace:
         self._free_at_s = 0.0
 
     def await_turn(self, n_bytes: int, ended: threading.Event) -> None:
-        """Waits until `n_bytes` may be written, or until `ended` is set."""
-        if self._bytes_per_s is None:
+        """Waits until `n_bytes` may be written, or until `ended` is set, or in a hurry not."""
+        if self._bytes_per_s is None or _Urgency.hurry:
             return
         with self._lock:
             now_s = time.monotonic()
             turn_s = max(now_s, self._free_at_s)
             self._free_at_s = turn_s + n_bytes / self._bytes_per_s
-        ended.wait(turn_s - now_s)
+        while not _Urgency.hurry and (left_s := turn_s - time.monotonic()) > 0:
+            if ended.wait(min(left_s, _LOOK_S)):
+                break
 
 
 def drain(
@@ -97,8 +130,9 @@ def drain(
     writing: collections.deque[tuple[list[Request], Held, Lease]] = collections.deque()
 
     def settle_oldest() -> None:
-        futures, held, lease = writing.popleft()
+        futures, held, lease = writing[0]
         writer.wait(futures, held.slab)
+        writing.popleft()
         buffer = held.buffer
         deaths = [] if buffer is None else _deaths_of(held)
         del futures, held  # The host copy dies here, and only then is its lease returned.
@@ -119,6 +153,8 @@ def drain(
         while writing and not ended.is_set():
             settle_oldest()
     finally:
+        for futures, _, lease in writing:  # TensorStore may read them yet.
+            lease.hold(future for future, _ in futures if not future.done())
         writing.clear()
 
 

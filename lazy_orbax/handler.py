@@ -21,6 +21,7 @@ from lazy_orbax.durable import after_publication, before_publication
 from lazy_orbax.errors import OptionError
 from lazy_orbax.events import await_publication, final_directory, publication_failed
 from lazy_orbax.host_budget import HOST_BUDGET
+from lazy_orbax.leftovers import attempt_at
 from lazy_orbax.object_store import scheme_of, stand_in
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.plan import Plan
@@ -129,6 +130,9 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         custom_metadata = _own_json(args.custom_metadata)
         path = stock.path_of(directory)
         place = final_directory(path)
+        # Before what is left of earlier saves is looked at: this one may have the same directory.
+        removes_all = _orbax.is_primary_host(_orbax.primary_host(self))
+        attempt = attempt_at(path, _orbax.operation_id(), removes_all=removes_all)
         self._commits = [commit for commit in self._commits if not commit.is_past(place)]
         prepared, leaves = prepare(
             self,
@@ -158,10 +162,12 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             save,
             directory,
             custom_metadata,
-            others=others,
+            attempt=attempt,
             agreement=agreement,
             merge=self._merge,
         )
+        commit.include(others)
+        self._commits.append(commit)
         try:
             save.snapshot(leaves)
         except BaseException as error:
@@ -169,8 +175,8 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             if agreement is None or not isinstance(error, Exception):
                 for other in others:
                     other.cancel()
+                attempt.fail(commit.give_up(error))
                 raise
-        self._commits.append(commit)
         return [commit]
 
     @property

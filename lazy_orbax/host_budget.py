@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import collections
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 from lazy_orbax.errors import LazyOrbaxError
@@ -30,6 +30,27 @@ class Lease:
     def __init__(self, budget: HostBudget, n_bytes: int, kind: Hashable, buffer: Any | None):
         self.buffer = buffer
         self._budget, self._n_bytes, self._kind = budget, n_bytes, kind
+        self._readers, self._is_due = 0, False
+
+    def hold(self, readers: Iterable[Any]) -> None:
+        """Keeps the bytes counted, even when released, until whoever reads them is done.
+
+        Args:
+            readers: futures of TensorStore.
+        """
+        reading = list(readers)
+        with self._budget._changed:
+            self._readers += len(reading)
+        for reader in reading:
+            reader.add_done_callback(lambda _: self._let_go())
+
+    def _let_go(self) -> None:
+        with self._budget._changed:
+            self._readers -= 1
+            if self._readers == 0 and self._is_due:
+                self._budget._stuck_bytes -= self._n_bytes
+                self._is_due = False
+                self.release()
 
     def release(self, buffer: Any | None = None) -> None:
         """Returns the bytes. A second call does nothing.
@@ -38,6 +59,11 @@ class Lease:
             buffer: memory of `n_bytes` that the next lease of this kind may use again.
         """
         with self._budget._changed:
+            if self._readers:
+                self._budget._stuck_bytes += 0 if self._is_due else self._n_bytes
+                self._is_due = True
+                self._budget._changed.notify_all()
+                return
             n_bytes, self._n_bytes, self.buffer = self._n_bytes, 0, None
             self._budget._in_flight_bytes -= n_bytes
             if buffer is not None and n_bytes:
@@ -58,6 +84,7 @@ class HostBudget:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._in_flight_bytes = 0
+        self._stuck_bytes = 0
         self._peak_bytes = 0
         self._queue: collections.deque[object] = collections.deque()
         self._idle: list[tuple[Hashable, int, Any]] = []
@@ -98,7 +125,8 @@ class HostBudget:
             The lease, to be released when the bytes are written or dropped.
 
         Raises:
-            ReservationAborted: `aborted()` became true first. Nothing is reserved then.
+            ReservationAborted: `aborted()` became true first, or storage that hangs has what
+                would be needed. Nothing is reserved then.
         """
         ticket = object()
 
@@ -106,10 +134,18 @@ class HostBudget:
             fits = self._in_flight_bytes + n_bytes <= limit_bytes or self._in_flight_bytes == 0
             return self._queue[0] is ticket and fits
 
+        def hopeless() -> bool:
+            return self._stuck_bytes > 0 and self._stuck_bytes + n_bytes > limit_bytes
+
         with self._changed:
             self._queue.append(ticket)
             try:
-                self._changed.wait_for(lambda: aborted() or admitted())
+                self._changed.wait_for(lambda: aborted() or hopeless() or admitted())
+                if hopeless() and not aborted():
+                    raise ReservationAborted(
+                        f"{self._stuck_bytes} bytes of host memory are held by writes that the "
+                        "storage has not acknowledged, of saves that were given up"
+                    )
                 if aborted():
                     raise ReservationAborted("Cancelled while waiting for host memory.")
                 self._in_flight_bytes += n_bytes

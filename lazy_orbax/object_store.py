@@ -1,24 +1,18 @@
-"""What is different where a checkpoint goes to an object store: addresses, retries, deadlines.
+"""What is different where a checkpoint goes to an object store: addresses and retries.
 
 A write that an object store has acknowledged is durable: there is nothing to sync, and an object
-appears whole or not at all. What may fail is the way there, so every wait has a deadline of ours.
+appears whole or not at all. What may fail is the way there: `deadline.py`.
 """
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
 import json
-import threading
-import time
-from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any
 
 import orbax.checkpoint as ocp
 
 from lazy_orbax import _orbax
 from lazy_orbax.errors import OptionError
-from lazy_orbax.events import final_directory
 
 # They stand for the item's directory in everything that is kept from save to save.
 _DIRECTORY = "lazy-orbax-directory"
@@ -114,151 +108,3 @@ def context_spec(directory: str, timeout_s: float) -> dict[str, Any]:
         "max_delay": f"{round(longest_s * 1000)}ms",
     }
     return {f"{'gcs' if scheme == 'gs' else scheme}_request_retries": retries}
-
-
-class Outstanding:
-    """What this process may still write to object stores, by the directory that it goes to.
-
-    A write cannot be called back: when we have given it up, TensorStore goes on trying for a while.
-    A later save to the same directory has objects of the same names, over which it would write.
-
-    Invariant, under the lock: while a save may hand writes to TensorStore, and while TensorStore
-    may still carry out one that was given up, a future that is not done is in `_futures`. A save
-    hands over its first write only when there was none, and in the same moment has its own there.
-    `_left` are the directories to which writes may have come after Orbax had emptied them.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._futures: dict[str, list[Any]] = {}
-        self._left: set[str] = set()
-
-    def leave(self, directory: str, futures: Iterable[Any]) -> None:
-        """Adds what is given up: futures, of TensorStore or of Python."""
-        with self._lock:
-            self._futures.setdefault(directory, []).extend(futures)
-            self._left.add(directory)
-
-    def enter(self, directory: str, future: Any, timeout_s: float) -> bool:
-        """Adds a future once no other is there. Returns whether something was left there.
-
-        Raises:
-            TimeoutError: another is still there after `timeout_s`.
-        """
-        deadline_s = time.monotonic() + timeout_s
-        waited = False
-        while True:
-            with self._lock:
-                pending = {
-                    place: [f for f in futures if not f.done()]
-                    for place, futures in self._futures.items()
-                }
-                self._futures = {place: futures for place, futures in pending.items() if futures}
-                here = self._futures.setdefault(directory, [future])
-                if here == [future]:
-                    waited = waited or directory in self._left
-                    self._left.discard(directory)
-                    return waited
-            waited = True
-            here[0].exception(timeout=max(0.0, deadline_s - time.monotonic()))
-
-
-_OUTSTANDING = Outstanding()
-
-
-class Deadline:
-    """How long may be waited for one acknowledgement: for ever, in a local directory.
-
-    Of one save of one item: from `begin` to `end` it may write.
-    """
-
-    def __init__(self, directory: str, timeout_s: float):
-        self._timeout_s = timeout_s if scheme_of(directory) else None
-        self._place = final_directory(directory)
-        self._ended: concurrent.futures.Future[None] = concurrent.futures.Future()
-
-    def begin(self) -> bool:
-        """Waits until nothing of a failed save can come to the directory any more.
-
-        Returns:
-            Whether something may have come after Orbax had emptied the directory.
-
-        Raises:
-            TimeoutError: it still can.
-        """
-        if self._timeout_s is None:
-            return False
-        try:
-            return _OUTSTANDING.enter(self._place, self._ended, self._timeout_s)
-        except TimeoutError as error:
-            raise TimeoutError(
-                f"an earlier save to this place failed, and for {self._timeout_s:g} s "
-                "(LazyOptions.storage_timeout_s) the storage still had not acknowledged what it "
-                "was given then, which could be written over this save at any time. Save another "
-                "step now, or this one some minutes later"
-            ) from error
-
-    def end(self, unfinished: Sequence[Any]) -> None:
-        """Gives up what was not acknowledged. What cannot be called back is remembered.
-
-        Args:
-            unfinished: futures of TensorStore.
-        """
-        if self._timeout_s is None:
-            for future in unfinished:
-                future.cancel()
-            return
-        if unfinished:
-            _OUTSTANDING.leave(self._place, unfinished)
-        if not self._ended.done():
-            self._ended.set_result(None)
-
-    def result_of(self, future: Any) -> Any:
-        """Waits for a future, of TensorStore or of Python.
-
-        Raises:
-            TimeoutError: the storage did not acknowledge in time.
-        """
-        if self._timeout_s is None:
-            return future.result()
-        try:
-            return future.result(timeout=self._timeout_s)
-        except TimeoutError as error:
-            if future.done():  # It is its own error, or came at the last moment.
-                return future.result()
-            raise TimeoutError(
-                f"the storage acknowledged nothing for {self._timeout_s:g} s "
-                "(LazyOptions.storage_timeout_s)"
-            ) from error
-
-    def run(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        """Runs what Orbax does for us on the storage, and gives it up when it takes too long.
-
-        Args:
-            work: what to run.
-            name: of the thread in which it runs.
-
-        Raises:
-            TimeoutError: it takes longer.
-        """
-        outcome: concurrent.futures.Future[None] = concurrent.futures.Future()
-
-        def run() -> None:
-            # Not `asyncio.run`: it cancels what other threads run.
-            loop = asyncio.new_event_loop()
-            try:
-                loop.run_until_complete(work)
-            except BaseException as error:  # noqa: BLE001 - Raised below.
-                outcome.set_exception(error)
-            else:
-                outcome.set_result(None)
-            finally:
-                loop.close()
-
-        # A daemon: a server that never answers must not keep the process from ending.
-        threading.Thread(target=run, name=name, daemon=True).start()
-        try:
-            self.result_of(outcome)
-        finally:
-            if not outcome.done():
-                _OUTSTANDING.leave(self._place, [outcome])

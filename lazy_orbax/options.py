@@ -43,11 +43,13 @@ class LazyOptions:
             flight.
         low_priority: run our threads, and those of TensorStore that they start, at a lower
             scheduling priority (Linux only). For training steps that use every core.
-        storage_timeout_s: most seconds to wait for an object store (`gs://`) to acknowledge a
-            write, retries included; the save then fails. Local directories are waited for.
         verify_restore: compare what was restored with the digests that were saved with it, and
             raise `CorruptCheckpointError` where it differs. Costs about a copy to the host of what
             was restored. Checkpoints without digests are restored as they are.
+        storage_timeout_s: most seconds in which the storage may do nothing; the save then fails.
+            An object store (`gs://`) acknowledges a write in that time, retries included. A local
+            directory grows, or the sync of one file ends: a slow disk may take as long as it
+            wants, one that hangs may not.
         on_timeline: called once per saved item, from a background thread, when it was committed
             or has failed. It must not raise, save or wait.
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from lazy_orbax import snapshot
+from lazy_orbax import in_flight, snapshot
 from lazy_orbax.drain import Pace, drain, give_back_memory, yield_to_training
 from lazy_orbax.errors import SaveError
 from lazy_orbax.events import Recorder
@@ -26,7 +26,7 @@ from lazy_orbax.room import Room
 from lazy_orbax.snapshot import Held
 from lazy_orbax.stale import Fingerprints
 from lazy_orbax.sync import Inode
-from lazy_orbax.write import Writer, save_error
+from lazy_orbax.write import Writer, own_directories, save_error
 
 
 class State(enum.Enum):
@@ -76,7 +76,7 @@ class Save:
         self._lock = threading.Lock()
         self._state = State.SNAPSHOT
         self._error: SaveError | None = None
-        self._write_began = False
+        self._write_began = self._write_ended = False
         self._snapshot_raised = False
         self._past_staging, self._ended = threading.Event(), threading.Event()
         self._leases: list[Lease] = []
@@ -120,7 +120,7 @@ class Save:
 
     def forget(self) -> None:
         """Takes the save off the list that `wait_until_staged` goes through: it was told of."""
-        _IN_FLIGHT.discard(self)
+        in_flight.discard(self)
 
     @property
     def failure(self) -> SaveError | None:
@@ -131,6 +131,16 @@ class Save:
     def write_began(self) -> bool:
         """Whether the directory existed in time for `write`."""
         return self._write_began
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether `write` is at work."""
+        return self._write_began and not self._write_ended
+
+    @property
+    def own_directories(self) -> list[str]:
+        """Names of the directories in the item's that only this process writes to."""
+        return own_directories(self._prepared.format)
 
     def _drop(self) -> None:
         """Waits for our thread and returns every byte."""
@@ -171,7 +181,7 @@ class Save:
             jax.random.key_data(leaves[i]) if i in keys else leaves[i]
             for i in self._prepared.positions
         ]
-        _IN_FLIGHT.add(self)
+        in_flight.add(self)
         self._stager.start()
         room, modes = Room(self._options.mode), set()
         try:
@@ -271,27 +281,9 @@ class Save:
             self.fail(error)
             traceback.clear_frames(error.__traceback__)  # They hold slabs.
         self._drop()
+        self._write_ended = True
         give_back_memory()
         if self._error is None:
             self.recorder.mark("durable")
         elif not self._snapshot_raised:
             raise self._error
-
-
-_IN_FLIGHT: weakref.WeakSet[Save] = weakref.WeakSet()
-
-
-def wait_until_staged(timeout_s: float | None = None) -> None:
-    """Waits until every save of this process has all its bytes in host memory.
-
-    After that the device memory that staging took is free again.
-
-    Args:
-        timeout_s: most seconds to wait for each save; `None` waits for ever.
-
-    Raises:
-        SaveError: a save has failed.
-        TimeoutError: a save is not staged yet.
-    """
-    for save in list(_IN_FLIGHT):
-        save.wait_until_staged(timeout_s)

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import errno
 import os
-from collections.abc import Collection, Iterable, Iterator
+import queue
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
 
 _THREADS = 8
+# For what Orbax publishes: it is little, and who has it synced does not know the option.
+_TIMEOUT_S = 300.0
 # A directory of more files than this is not looked through again and again while it is written.
 _MOST_WATCHED = 1000
 
@@ -24,66 +31,96 @@ class Syncer:
     """Syncs the files under a local directory, each once, as they appear.
 
     Waiting with all of it until the end would leave the disk idle while the last bytes are copied
-    to the kernel. Used by one thread at a time, after which `close` must be called.
+    to the kernel. Used by one thread at a time, after which `close` must be called. Whatever may
+    hang on a storage that does not answer is in threads of ours, for which nobody has to wait.
 
     Attributes:
         directories: those below it in which `finish` synced everything.
     """
 
-    def __init__(self, directory: str, own: Collection[str]):
+    def __init__(self, directory: str, own: Collection[str], *, timeout_s: float):
         """Starts no thread yet.
 
         Args:
             directory: an existing local directory.
             own: which of its `ocdbt.process_...` directories this process writes. Other processes
                 sync theirs.
+            timeout_s: most seconds in which nothing may become durable.
         """
-        self._directory, self._own = directory, own
-        self._pool = concurrent.futures.ThreadPoolExecutor(
-            _THREADS, thread_name_prefix="lazy_orbax-sync"
-        )
+        self._directory, self._own, self._timeout_s = directory, own, timeout_s
+        self._workers, self._is_stuck = _Workers(), False
         self._begun: dict[str, _Version] = {}
-        self._syncing: list[concurrent.futures.Future[None]] = []
-        self._walk: concurrent.futures.Future[None] | None = None
+        self._syncing: dict[concurrent.futures.Future[Any], str] = {}
+        self._walk: concurrent.futures.Future[Any] | None = None
         self.directories: set[Inode] = set()
 
     def begin(self) -> None:
         """Starts to sync the files that are there and were not synced yet. Does not wait."""
         walking = self._walk is not None and not self._walk.done()
         if not walking and len(self._begun) <= _MOST_WATCHED:
-            self._walk = self._pool.submit(self._sync_new)
+            self._walk = self._workers.submit(self._sync_new)
 
     def finish(self) -> None:
         """Waits until everything under the directory is durable, the directories too.
 
         Raises:
-            OSError: the storage refused.
+            OSError: the storage refused, or did nothing for too long.
         """
         self._collect()
-        self._sync_new()
+        self._await({self._workers.submit(self._sync_new): self._directory})
         self._collect()
-        directories = [path for path, _ in self._walk_own()]
-        sync_all(directories)
-        self.directories = {inode_of(path) for path in directories[1:]}
+        listing = self._workers.submit(self._list)
+        self._await({listing: self._directory})
+        directories = listing.result()
+        self.sync(directories)
+        self.directories = set(list(directories.values())[1:])
+
+    def sync(self, paths: Iterable[str]) -> None:
+        """Makes these files and directories durable, all at once.
+
+        Raises:
+            OSError: the storage refused, or did nothing for too long.
+        """
+        self._await({self._workers.submit(_sync, path): path for path in paths})
+
+    def _list(self) -> dict[str, Inode]:
+        return {path: inode_of(path) for path, _ in self._walk_own()}
 
     def close(self) -> None:
-        """Joins the threads."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Joins the threads, unless the storage holds them. They end by themselves then."""
+        self._workers.close(0 if self._is_stuck else self._timeout_s)
 
     def _collect(self) -> None:
         """Waits for what began, and raises what went wrong."""
         if self._walk is not None:
-            self._walk.result()
-        for future in self._syncing:
-            future.result()
-        self._syncing.clear()
+            self._await({self._walk: self._directory})
+        syncing, self._syncing = self._syncing, {}
+        self._await(syncing)
+
+    def _await(self, paths: dict[concurrent.futures.Future[Any], str]) -> None:
+        """Waits for what is done to some paths, as long as there is progress."""
+        pending = set(paths)
+        while pending:
+            done, pending = concurrent.futures.wait(
+                pending, self._timeout_s, concurrent.futures.FIRST_COMPLETED
+            )
+            for future in done:
+                future.result()
+            if not done:
+                at_work = [path for f, path in {**self._syncing, **paths}.items() if f.running()]
+                self._is_stuck = True
+                raise TimeoutError(
+                    errno.ETIMEDOUT,
+                    f"nothing was synced for {self._timeout_s:g} s (LazyOptions.storage_timeout_s)",
+                    max(at_work, default=self._directory, key=len),
+                )
 
     def _sync_new(self) -> None:
         for path, version in self._files():
             # A file that was replaced or that grew since then is not the one that was synced.
             if self._begun.get(path) != version:
                 self._begun[path] = version
-                self._syncing.append(self._pool.submit(_sync, path))
+                self._syncing[self._workers.submit(_sync, path)] = path
 
     def _files(self) -> Iterator[tuple[str, _Version]]:
         for path, names in self._walk_own():
@@ -105,17 +142,68 @@ class Syncer:
             yield path, names
 
 
+class _Workers:
+    """Threads that do not keep the interpreter from ending, as those of an executor do.
+
+    Invariant, under the lock: once `_is_closed`, no thread is started and `None` is in the queue,
+    which every thread that takes it puts back for the next.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._lock, self._is_closed = threading.Lock(), False
+
+    def submit(self, work: Callable[..., Any], *args: Any) -> concurrent.futures.Future[Any]:
+        """Runs `work(*args)` when a thread is free. Work itself may submit more."""
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        with self._lock:
+            if self._is_closed:
+                future.cancel()
+                return future
+            self._waiting.put((future, work, args))
+            if len(self._threads) < _THREADS:
+                thread = threading.Thread(target=self._run, name="lazy_orbax-sync", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        return future
+
+    def _run(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            future, work, args = item
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(work(*args))
+            except BaseException as error:  # noqa: BLE001 - Whoever waits raises it.
+                future.set_exception(error)
+            del item, future
+        self._waiting.put(None)
+
+    def close(self, timeout_s: float) -> None:
+        """Cancels what has not begun, and joins the threads that end in time."""
+        with self._lock:
+            with contextlib.suppress(queue.Empty):
+                while (item := self._waiting.get_nowait()) is not None:
+                    item[0].cancel()
+            self._is_closed = True
+            self._waiting.put(None)
+        deadline_s = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline_s - time.monotonic()))
+
+
 def sync_all(paths: Iterable[str]) -> None:
     """Makes files and directories durable, all at once: file systems then do it in few steps.
 
     Raises:
-        OSError: the storage refused.
+        OSError: the storage refused, or did nothing for too long.
     """
-    with concurrent.futures.ThreadPoolExecutor(
-        _THREADS, thread_name_prefix="lazy_orbax-sync"
-    ) as pool:
-        for synced in [pool.submit(_sync, path) for path in paths]:
-            synced.result()
+    syncer = Syncer("", (), timeout_s=_TIMEOUT_S)
+    try:
+        syncer.sync(paths)
+    finally:
+        syncer.close()
 
 
 def inode_of(path: str) -> Inode:

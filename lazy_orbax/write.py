@@ -12,6 +12,7 @@ import numpy as np
 import tensorstore as ts
 
 from lazy_orbax import _orbax, digest, object_store
+from lazy_orbax.deadline import Deadline
 from lazy_orbax.errors import SaveError
 from lazy_orbax.events import final_directory, step_of
 from lazy_orbax.format import Format
@@ -54,10 +55,10 @@ class Writer:
             plan: what is written.
             format_: how it is stored.
             directory: the item's (temporary) directory, or its `gs://` address.
-            timeout_s: most seconds to wait for an object store to acknowledge one write.
+            timeout_s: most seconds in which the storage may acknowledge nothing.
         """
         self._plan, self._format, self._directory = plan, format_, directory
-        self._deadline = object_store.Deadline(directory, timeout_s)
+        self._deadline = Deadline(directory, timeout_s)
         remote = object_store.context_spec(directory, timeout_s)
         self._context = ts.Context({**_CONTEXT, **remote})
         self._stores: dict[int, Any] = {}
@@ -66,8 +67,9 @@ class Writer:
         self._files: ts.KvStore | None = None
         self._kvstores: list[ts.KvStore] = []
         self.synced_directories: set[Inode] = set()
-        own = re.findall(rf"{re.escape(PROCESS_DIRECTORY)}[^/\"]*", " ".join(format_.kvstores))
-        self._syncer = Syncer(directory, own) if os.path.isabs(directory) else None
+        own = own_directories(format_)
+        is_local = os.path.isabs(directory)
+        self._syncer = Syncer(directory, own, timeout_s=timeout_s) if is_local else None
         may_hold_late_writes = self._deadline.begin()
         try:
             if format_.is_primary or format_.files:
@@ -208,6 +210,11 @@ class Writer:
         return None if not names else f"{names[0]} and {len(names) - 1} others with it"
 
 
+def own_directories(format_: Format) -> list[str]:
+    """Returns the names of the directories in an item's that only this process writes to."""
+    return re.findall(rf"{re.escape(PROCESS_DIRECTORY)}[^/\"]*", " ".join(format_.kvstores))
+
+
 def merge_remotely(handler: Any, directory: Any, *, timeout_s: float) -> None:
     """Lets Orbax merge in an object store what the processes wrote.
 
@@ -223,7 +230,7 @@ def merge_remotely(handler: Any, directory: Any, *, timeout_s: float) -> None:
     context = ts.Context({**_CONTEXT, **object_store.context_spec(place, timeout_s)})
     merge = _orbax.finalize(handler, directory, context)
     try:
-        object_store.Deadline(place, timeout_s).run(merge, "lazy_orbax-merge")
+        Deadline(place, timeout_s).run(merge, "lazy_orbax-merge")
     except Exception as error:  # Each storage client has errors of its own.
         raise save_error(place, error, file=f"{place}/manifest.ocdbt") from error
 

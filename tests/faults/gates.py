@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lazy_orbax import save, snapshot, sync, write
+from lazy_orbax import in_flight, snapshot, sync, write
 from lazy_orbax.host_budget import HOST_BUDGET
 
 HANG_S = 15
@@ -113,7 +113,7 @@ def within(call: Callable[..., Any], *args: Any, timeout_s: float = HANG_S, **kw
     def rescue() -> None:
         hung.set()
         faulthandler.dump_traceback(file=sys.__stderr__)
-        for stuck in list(save._IN_FLIGHT):
+        for stuck in in_flight.saves():
             stuck.fail(Boom("the test gave this save up"))
 
     watchdog = threading.Timer(timeout_s, rescue)

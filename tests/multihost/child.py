@@ -177,6 +177,15 @@ def failing(root: str) -> Report:
                     report["failed"][case] = _outcome(manager.wait_until_finished)
                 _save(manager, step, state)
                 report["again"][case] = _outcome(manager.wait_until_finished)
+        # What is left of a step that is not saved again.
+        with _failing("finish", jax.process_index() == jax.process_count() - 1):
+            _save(manager, step + 1, state)
+            _outcome(manager.wait_until_finished)
+        mine = f"*tmp*/*/ocdbt.process_{jax.process_index()}"
+        report["own_left"] = [str(path) for path in pathlib.Path(root).glob(mine)]
+        _save(manager, step + 2, state)
+        manager.wait_until_finished()
+        report["left"] = [path.name for path in pathlib.Path(root).glob("*tmp*")]
         report["steps"] = manager.all_steps()
     report["timelines"] = [line.error is None for line in lines]
     report["in_flight"] = HOST_BUDGET.in_flight_bytes

@@ -24,8 +24,9 @@ def test_a_failure_of_one_process_is_told_to_all(tmp_path):
             assert outcome["s"] < 10, (case, outcome)
         assert process["again"].keys() == process["failed"].keys()
         assert not [case for case, outcome in process["again"].items() if "kind" in outcome]
-        assert process["steps"] == list(range(1, n_cases + 1))
-        assert process["timelines"] == [False, True] * n_cases
+        assert process["steps"] == [*range(1, n_cases + 1), n_cases + 2]
+        assert process["timelines"] == [False, True] * (n_cases + 1)
+        assert process["own_left"] == process["left"] == []
         assert process["in_flight"] == 0
 
 

@@ -20,12 +20,16 @@ class Clock(threading.Event):
     def __init__(self):
         super().__init__()
         self.now_s = 100.0
-        self.waits = []
 
     def wait(self, timeout=None):
-        self.waits.append(timeout)
         self.now_s += max(0.0, timeout)
         return False
+
+    def waited_s(self, pace, n_bytes, ended=None):
+        """Returns how long a turn was waited for."""
+        before_s = self.now_s
+        pace.await_turn(n_bytes, ended or self)
+        return round(self.now_s - before_s, 6)
 
 
 @pytest.fixture
@@ -37,35 +41,42 @@ def clock(monkeypatch):
 
 def test_what_is_let_through_is_as_fast_as_asked_on_average(clock):
     pace = drain.Pace(10)
-    for _ in range(5):
-        pace.await_turn(20, clock)
-    assert clock.waits == [0, 2, 2, 2, 2]
+    assert [clock.waited_s(pace, 20) for _ in range(5)] == [0, 2, 2, 2, 2]
 
 
 def test_time_in_which_nothing_was_written_is_not_saved_up(clock):
     pace = drain.Pace(10)
     pace.await_turn(20, clock)
     clock.now_s += 1000
-    clock.waits.clear()
-    for _ in range(3):
-        pace.await_turn(20, clock)
-    assert clock.waits == [0, 2, 2]
+    assert [clock.waited_s(pace, 20) for _ in range(3)] == [0, 2, 2]
 
 
 def test_items_of_one_handler_share_the_pace(clock):
     pace = drain.Pace(10)
-    other = Clock()
-    pace.await_turn(20, clock)
-    pace.await_turn(20, other)
-    pace.await_turn(20, clock)
-    assert (clock.waits, other.waits) == ([0, 4], [2])
+    assert [clock.waited_s(pace, 20, ended) for ended in (clock, clock, clock)] == [0, 2, 2]
 
 
 def test_without_a_limit_nobody_waits(clock):
     pace = drain.Pace(None)
-    for _ in range(3):
-        pace.await_turn(10**12, clock)
-    assert clock.waits == []
+    assert [clock.waited_s(pace, 10**12) for _ in range(3)] == [0, 0, 0]
+
+
+def test_in_a_hurry_nobody_waits_and_who_waits_goes_on(clock):
+    pace = drain.Pace(10)
+    pace.await_turn(10**3, clock)
+
+    class Noticed(Clock):
+        def wait(self, timeout=None):
+            clock.wait(timeout)
+            drain.hurry()
+            return False
+
+    try:
+        assert clock.waited_s(pace, 20, Noticed()) == drain._LOOK_S
+        assert clock.waited_s(pace, 20) == 0
+    finally:
+        drain.hurry(on=False)
+    assert clock.waited_s(pace, 20) > 90
 
 
 def test_a_save_that_is_over_does_not_wait_for_its_turn():

@@ -16,6 +16,7 @@ from etils import epath
 from trees import on_mesh
 
 import lazy_orbax
+from lazy_orbax import deadline as deadlines
 from lazy_orbax import object_store, write
 from lazy_orbax.errors import OptionError
 
@@ -89,12 +90,12 @@ def test_what_orbax_does_not_write_to_is_refused(mesh, tmp_path, monkeypatch, sc
 def test_a_write_that_is_never_acknowledged_is_waited_for_so_long():
     promise, future = ts.Promise.new()
     with pytest.raises(TimeoutError, match=r"acknowledged nothing for 0\.01 s"):
-        object_store.Deadline("gs://bucket/run", 0.01).result_of(future)
+        deadlines.Deadline("gs://bucket/run", 0.01).result_of(future)
     promise.set_result(3)  # Too late.
     done, future = ts.Promise.new()
     done.set_result(3)
-    assert object_store.Deadline("gs://bucket/run", 0.01).result_of(future) == 3
-    assert object_store.Deadline("/data", 0.01).result_of(future) == 3
+    assert deadlines.Deadline("gs://bucket/run", 0.01).result_of(future) == 3
+    assert deadlines.Deadline("/data", 0.01).result_of(future) == 3
 
 
 def test_a_merge_that_hangs_is_left_alone():
@@ -105,7 +106,7 @@ def test_a_merge_that_hangs_is_left_alone():
         ended.set()
 
     with pytest.raises(TimeoutError, match="storage_timeout_s"):
-        object_store.Deadline("gs://bucket/run", 0.01).run(hang(), "lazy_orbax-merge")
+        deadlines.Deadline("gs://bucket/run", 0.01).run(hang(), "lazy_orbax-merge")
     go_on.set()
     assert ended.wait(30)
 
@@ -117,7 +118,7 @@ def test_a_merge_that_fails_is_told_of():
     async def work():
         pass
 
-    deadline = object_store.Deadline("gs://bucket/run", 30)
+    deadline = deadlines.Deadline("gs://bucket/run", 30)
     deadline.run(work(), "lazy_orbax-merge")
     with pytest.raises(ValueError, match="no luck"):
         deadline.run(fail(), "lazy_orbax-merge")
@@ -126,7 +127,7 @@ def test_a_merge_that_fails_is_told_of():
 def failed_save(directory, timeout_s=0.01):
     """Begins a save and fails it. Returns what TensorStore still has to do for it."""
     promise, future = ts.Promise.new()
-    deadline = object_store.Deadline(directory, timeout_s)
+    deadline = deadlines.Deadline(directory, timeout_s)
     deadline.begin()
     with pytest.raises(TimeoutError):
         deadline.result_of(future)
@@ -137,11 +138,11 @@ def failed_save(directory, timeout_s=0.01):
 def test_a_save_to_where_a_failed_one_may_still_write_is_refused():
     promise = failed_save("gs://bucket/late/1/default.orbax-checkpoint-tmp-3")
     with pytest.raises(TimeoutError, match="earlier save to this place.*Save another step"):
-        object_store.Deadline("gs://bucket/late/1/default", 0.01).begin()
-    object_store.Deadline("gs://bucket/late/2/default", 0.01).begin()
+        deadlines.Deadline("gs://bucket/late/1/default", 0.01).begin()
+    deadlines.Deadline("gs://bucket/late/2/default", 0.01).begin()
     promise.set_result(None)
     for may_hold_late_writes in (True, False):
-        again = object_store.Deadline("gs://bucket/late/1/default", 0.01)
+        again = deadlines.Deadline("gs://bucket/late/1/default", 0.01)
         assert again.begin() == may_hold_late_writes
         again.end([])
 
@@ -155,11 +156,11 @@ def test_a_save_to_where_a_failed_one_may_still_write_waits():
             asked.set()
             return super().exception(timeout)
 
-    deadline, late = object_store.Deadline(directory, 30), Late()
+    deadline, late = deadlines.Deadline(directory, 30), Late()
     assert not deadline.begin()
     deadline.end([late])
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        waiting = pool.submit(object_store.Deadline(directory, 30).begin)
+        waiting = pool.submit(deadlines.Deadline(directory, 30).begin)
         assert asked.wait(30)
         assert not waiting.done()
         late.set_result(None)
@@ -174,15 +175,15 @@ def test_a_save_waits_for_the_merge_of_a_failed_one():
         assert go_on.wait(30)
 
     with pytest.raises(TimeoutError):
-        object_store.Deadline(directory, 0.01).run(hang(), "lazy_orbax-merge")
+        deadlines.Deadline(directory, 0.01).run(hang(), "lazy_orbax-merge")
     with pytest.raises(TimeoutError, match="earlier save"):
-        object_store.Deadline(directory, 0.01).begin()
+        deadlines.Deadline(directory, 0.01).begin()
     go_on.set()
-    object_store.Deadline(directory, 30).begin()
+    deadlines.Deadline(directory, 30).begin()
 
 
 def test_what_has_ended_is_forgotten():
-    outstanding = object_store.Outstanding()
+    outstanding = deadlines.Outstanding()
     for i in range(100):
         promise, future = ts.Promise.new()
         assert not outstanding.enter(f"gs://bucket/{i}", future, 0)
@@ -201,9 +202,42 @@ def test_a_writer_that_cannot_open_its_stores_holds_up_nobody(monkeypatch):
             write.Writer(None, format_, "gs://bucket/late/5/default", timeout_s=1)
 
 
-def test_a_failed_save_to_a_local_directory_calls_its_writes_back():
-    _, future = ts.Promise.new()
-    deadline = object_store.Deadline("/data/run/1/default", 0.01)
+def test_a_failed_save_to_a_local_directory_waits_for_its_writes():
+    promise, future = ts.Promise.new()
+    deadline = deadlines.Deadline("/data/run/1/default", 30)
     deadline.begin()
+    threading.Timer(0.05, promise.set_result, (None,)).start()
     deadline.end([future])
-    assert future.cancelled()
+    assert future.done()
+    assert deadlines.is_quiet("/data/run/1/default")
+
+
+def test_a_local_directory_is_not_quiet_while_a_write_to_it_hangs():
+    promise, future = ts.Promise.new()
+    deadline = deadlines.Deadline("/data/run/2/default", 0.01)
+    deadline.begin()
+    with pytest.raises(TimeoutError, match="acknowledged nothing for 0.01 s"):
+        deadline.result_of(future)
+    deadline.end([future])
+    assert not deadlines.is_quiet("/data/run/2/default")
+    promise.set_result(None)
+    assert deadlines.is_quiet("/data/run/2/default")
+
+
+def test_a_piece_that_grows_is_waited_for(tmp_path):
+    """One large piece may take longer than the deadline, as long as something is written."""
+    promise, future = ts.Promise.new()
+    deadline = deadlines.Deadline(str(tmp_path), 0.05)
+    looks = []
+
+    def grow():
+        looks.append((tmp_path / "piece").write_bytes(b"x" * len(looks)))
+        if len(looks) < 5:
+            return True
+        promise.set_result(None)
+        return True
+
+    looked = deadline._writes_on
+    deadline._writes_on = lambda: grow() and looked()
+    assert deadline.result_of(future) is None
+    assert len(looks) == 5

@@ -16,9 +16,8 @@ from jax.sharding import PartitionSpec as P
 from trees import assert_same, on_mesh, random_array
 
 import lazy_orbax
-from lazy_orbax import pack, snapshot
+from lazy_orbax import in_flight, pack, snapshot
 from lazy_orbax import room as room_module
-from lazy_orbax import save as save_module
 from lazy_orbax.layout import Leaf, ReplicaPolicy
 from lazy_orbax.plan import Plan, Slab, make_plan
 from lazy_orbax.room import Room
@@ -381,7 +380,7 @@ def test_pinned_memory_is_looked_for(kinds, expected):
 
 
 def fail_saves():
-    for save in list(save_module._IN_FLIGHT):
+    for save in in_flight.saves():
         save.fail(TimeoutError("deadlock: nothing moved for ten seconds"))
 
 

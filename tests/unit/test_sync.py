@@ -41,7 +41,7 @@ def synced(monkeypatch):
 
 @pytest.fixture
 def syncer(tmp_path):
-    syncer = sync.Syncer(str(tmp_path), ())
+    syncer = sync.Syncer(str(tmp_path), (), timeout_s=WAIT_S)
     yield syncer
     syncer.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("lazy_orbax-sync")]
@@ -133,7 +133,9 @@ def test_each_process_syncs_its_own(tmp_path, synced):
     for file in files:
         file.parent.mkdir(parents=True)
         file.write_text("x")
-    syncer = sync.Syncer(str(tmp_path), {"ocdbt.process_1", "ocdbt.process_replica_1"})
+    syncer = sync.Syncer(
+        str(tmp_path), {"ocdbt.process_1", "ocdbt.process_replica_1"}, timeout_s=WAIT_S
+    )
     syncer.finish()
     syncer.close()
     mine = [*files[:2], *files[4:]]
@@ -165,3 +167,26 @@ def test_what_a_save_wrote_is_all_synced(tmp_path, mesh, synced, separate):
     assert any("replica_" in path for path in found) == separate
     assert found | {str(directory)} == set(synced.paths)
     handler.close()
+
+
+def test_work_that_submits_more_while_it_is_closed_starts_nothing():
+    workers = sync._Workers()
+    began, closed, more = threading.Event(), threading.Event(), []
+
+    def work():
+        began.set()
+        assert closed.wait(WAIT_S)
+        more.append(workers.submit(began.clear))
+
+    future = workers.submit(work)
+    assert began.wait(WAIT_S)
+    closer = threading.Thread(target=workers.close, args=(WAIT_S,))
+    closer.start()
+    while not workers._is_closed:
+        pass
+    closed.set()
+    closer.join(WAIT_S)
+    assert not closer.is_alive()
+    assert future.done()
+    assert more[0].cancelled()
+    assert not [thread for thread in workers._threads if thread.is_alive()]

@@ -1,0 +1,108 @@
+"""A full disk: the save fails, its files go, training goes on, and the next save works."""
+
+import errno
+import os
+
+import jax
+import orbax.checkpoint as ocp
+import pytest
+from faults import disks
+from faults.gates import held_at, within
+from faults.training import SLAB_BYTES, Steps, make_state
+from trees import assert_same
+
+import lazy_orbax
+from lazy_orbax.host_budget import HOST_BUDGET
+
+POINTS = 10
+
+
+def saved(manager, step, state):
+    within(manager.save, step, args=ocp.args.StandardSave(state))
+    within(manager.wait_until_finished)
+
+
+@pytest.mark.parametrize(("kind", "use_ocdbt"), [("tmpfs", True), ("ext4", True), ("ext4", False)])
+def test_a_disk_that_is_full_at_any_point_of_a_save(
+    tmp_path, mesh, kind, use_ocdbt, record_property
+):
+    state = make_state(mesh)
+    steps = Steps(state)
+    options = lazy_orbax.LazyOptions(slab_bytes=SLAB_BYTES)
+    handler = lazy_orbax.standard_handler(options=options, use_ocdbt=use_ocdbt)
+    keep_one = ocp.CheckpointManagerOptions(max_to_keep=1)
+    with (
+        disks.mounted(kind, tmp_path / "disk", 64 * disks.MIB) as disk,
+        ocp.CheckpointManager(disk / "run", item_handlers=handler, options=keep_one) as manager,
+    ):
+        failed = lazy_orbax.log_failed_saves(manager)
+        saved(manager, 0, state)
+        needed = disks.bytes_in(disk / "run" / "0")
+        last, wanted = 0, steps.bytes_of(state)
+        for point in range(POINTS):
+            full_step = 10 * point + 5
+            state = steps.donating(state)
+            with disks.filled(disk, needed * point // POINTS):
+                saved(manager, full_step, state)
+                for _ in range(3):
+                    state = steps.donating(state)
+                jax.block_until_ready(state)
+                assert HOST_BUDGET.in_flight_bytes == 0
+                assert disks.temporary(disk) == []
+            assert failed.count == point + 1
+            # Where not even the directory could be created, the error is Orbax's.
+            assert isinstance(failed.last, lazy_orbax.errors.SaveError | OSError)
+            assert os.strerror(errno.ENOSPC) in str(failed.last)
+            assert f"/{full_step}.orbax" in str(failed.last)
+            # Orbax had forgotten the step that the failed one would have replaced.
+            assert manager.all_steps() == [last]
+            with ocp.StandardCheckpointer() as stock:
+                assert_same(stock.restore(disk / "run" / f"{last}" / "default"), wanted)
+            last, wanted = full_step + 5, steps.bytes_of(state)
+            saved(manager, last, state)
+            assert manager.all_steps() == [last]
+            assert sorted(os.listdir(disk / "run")) == [str(last)]
+            form = "OCDBT" if use_ocdbt else "Zarr"
+            row = f"{kind}, {form}", f"full after {point}/{POINTS}", "removed, next save committed"
+            record_property("table row", ("full disks", *row))
+        with ocp.StandardCheckpointer() as stock:
+            assert_same(stock.restore(disk / "run" / f"{last}" / "default"), wanted)
+
+
+@pytest.mark.parametrize("when", ["before", "while it is written"])
+def test_a_disk_that_becomes_read_only(tmp_path, mesh, when):
+    state = make_state(mesh)
+    steps = Steps(state)
+    options = lazy_orbax.LazyOptions(slab_bytes=SLAB_BYTES)
+    handler = lazy_orbax.standard_handler(options=options)
+    with (
+        disks.mounted("tmpfs", tmp_path / "disk", 64 * disks.MIB) as disk,
+        ocp.CheckpointManager(disk / "run", item_handlers=handler) as manager,
+    ):
+        failed = lazy_orbax.log_failed_saves(manager)
+        saved(manager, 1, state)
+        wanted = steps.bytes_of(state)
+        state = steps.donating(state)
+        if when == "before":
+            disks.remount(disk, "ro")
+            saved(manager, 2, state)
+        else:
+            with held_at("open") as gate:
+                within(manager.save, 2, args=ocp.args.StandardSave(state))
+                gate.await_call()
+                disks.remount(disk, "ro")
+                gate.opened.set()
+                within(manager.wait_until_finished)
+        assert failed.count == 1
+        assert os.strerror(errno.EROFS) in str(failed.last)
+        assert HOST_BUDGET.in_flight_bytes == 0
+        assert manager.all_steps() == [1]
+        with ocp.StandardCheckpointer() as stock:
+            assert_same(stock.restore(disk / "run" / "1" / "default"), wanted)
+        disks.remount(disk, "rw")
+        state = steps.donating(state)
+        saved(manager, 3, state)
+        assert manager.all_steps() == [1, 3]
+        assert disks.temporary(disk) == []
+        with ocp.StandardCheckpointer() as stock:
+            assert_same(stock.restore(disk / "run" / "3" / "default"), steps.bytes_of(state))

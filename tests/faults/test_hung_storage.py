@@ -1,0 +1,82 @@
+"""Storage that hangs: the save fails in time, and nothing of this process hangs with it."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from faults import disks
+from faults.gates import held_at, within
+from faults.training import make_state
+
+import lazy_orbax
+from lazy_orbax import sync
+from lazy_orbax.errors import SaveError
+from lazy_orbax.host_budget import HOST_BUDGET
+
+TIMEOUT_S = 1.0
+_TESTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def manager_of(path, **options):
+    options = lazy_orbax.LazyOptions(storage_timeout_s=TIMEOUT_S, **options)
+    return ocp.CheckpointManager(path, item_handlers=lazy_orbax.standard_handler(options=options))
+
+
+def test_a_sync_that_hangs_fails_the_save_and_names_the_file(tmp_path, mesh):
+    state = make_state(mesh)
+    with manager_of(tmp_path) as manager:
+        with held_at("sync") as gate:
+            with pytest.raises(SaveError, match="nothing was synced for 1 s") as caught:
+                within(manager.save, 1, args=ocp.args.StandardSave(state))
+                within(manager.wait_until_finished)
+            assert caught.value.step == 1
+            assert caught.value.file.startswith(str(tmp_path))
+            assert HOST_BUDGET.in_flight_bytes == 0
+            assert manager.all_steps() == []
+            gate.opened.set()
+        within(manager.save, 2, args=ocp.args.StandardSave(state))
+        within(manager.wait_until_finished)
+        assert manager.all_steps() == [2]
+        assert disks.temporary(tmp_path) == []
+
+
+def test_a_slow_disk_is_not_a_disk_that_hangs(tmp_path, monkeypatch):
+    """Each sync takes two thirds of the deadline, and all together many times as long."""
+    slow, synced = threading.Lock(), sync._sync
+
+    def slowly(path):
+        with slow:
+            threading.Event().wait(TIMEOUT_S * 2 / 3)
+            synced(path)
+
+    monkeypatch.setattr(sync, "_sync", slowly)
+    with manager_of(tmp_path) as manager:
+        within(manager.save, 1, args=ocp.args.StandardSave({"w": np.ones(8)}), timeout_s=60)
+        within(manager.wait_until_finished, timeout_s=60)
+        assert manager.all_steps() == [1]
+
+
+def test_storage_that_hangs_and_errors_of_the_device(tmp_path):
+    """In a process of its own, whose calls of the C library can be made to hang and to fail."""
+    compiler = disks.have_compiler()
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("no C compiler to make calls of the C library hang with")
+    library = tmp_path / "hanging.so"
+    source = os.path.join(_TESTS, "faults", "hanging.c")
+    command = [compiler, "-shared", "-fPIC", "-O1", "-o", str(library), source, "-ldl", "-lpthread"]
+    subprocess.run(command, check=True, timeout=60)
+    path = os.pathsep.join([_TESTS, os.path.dirname(_TESTS), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, os.path.join(_TESTS, "faults", "hung.py"), str(tmp_path / "run")],
+        env={**os.environ, "PYTHONPATH": path, "LD_PRELOAD": str(library)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert "ALL HELD" in done.stdout
