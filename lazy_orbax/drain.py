@@ -153,8 +153,9 @@ def drain(
         while writing and not ended.is_set():
             settle_oldest()
     finally:
-        for futures, _, lease in writing:  # TensorStore may read them yet.
-            lease.hold(future for future, _ in futures if not future.done())
+        for futures, _, lease in writing:
+            if writer.is_local:  # What hangs may do so for ever, and TensorStore reads it yet.
+                lease.hold(future for future, _ in futures if not future.done())
         writing.clear()
 
 

@@ -30,7 +30,8 @@ class Lease:
     def __init__(self, budget: HostBudget, n_bytes: int, kind: Hashable, buffer: Any | None):
         self.buffer = buffer
         self._budget, self._n_bytes, self._kind = budget, n_bytes, kind
-        self._readers, self._is_due = 0, False
+        self._readers: list[Any] = []
+        self._is_stuck = False
 
     def hold(self, readers: Iterable[Any]) -> None:
         """Keeps the bytes counted, even when released, until whoever reads them is done.
@@ -38,18 +39,15 @@ class Lease:
         Args:
             readers: futures of TensorStore.
         """
-        reading = list(readers)
         with self._budget._changed:
-            self._readers += len(reading)
+            self._readers += readers
+            reading = list(self._readers)
         for reader in reading:
             reader.add_done_callback(lambda _: self._let_go())
 
     def _let_go(self) -> None:
         with self._budget._changed:
-            self._readers -= 1
-            if self._readers == 0 and self._is_due:
-                self._budget._stuck_bytes -= self._n_bytes
-                self._is_due = False
+            if self._is_stuck:
                 self.release()
 
     def release(self, buffer: Any | None = None) -> None:
@@ -59,11 +57,14 @@ class Lease:
             buffer: memory of `n_bytes` that the next lease of this kind may use again.
         """
         with self._budget._changed:
-            if self._readers:
-                self._budget._stuck_bytes += 0 if self._is_due else self._n_bytes
-                self._is_due = True
+            was_stuck, self._is_stuck = self._is_stuck, False
+            self._budget._stuck_bytes -= self._n_bytes * was_stuck
+            if not all(reader.done() for reader in self._readers):
+                self._is_stuck = True
+                self._budget._stuck_bytes += self._n_bytes
                 self._budget._changed.notify_all()
                 return
+            self._readers.clear()
             n_bytes, self._n_bytes, self.buffer = self._n_bytes, 0, None
             self._budget._in_flight_bytes -= n_bytes
             if buffer is not None and n_bytes:
@@ -84,7 +85,7 @@ class HostBudget:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._in_flight_bytes = 0
-        self._stuck_bytes = 0
+        self._stuck_bytes = 0  # Released, and read yet.
         self._peak_bytes = 0
         self._queue: collections.deque[object] = collections.deque()
         self._idle: list[tuple[Hashable, int, Any]] = []

@@ -45,6 +45,7 @@ class Writer:
     `write` returned: TensorStore reads from them without a copy.
 
     Attributes:
+        is_local: whether that is a directory, and not in an object store.
         synced_directories: where `finish` synced everything, below a local directory.
     """
 
@@ -68,8 +69,8 @@ class Writer:
         self._kvstores: list[ts.KvStore] = []
         self.synced_directories: set[Inode] = set()
         own = own_directories(format_)
-        is_local = os.path.isabs(directory)
-        self._syncer = Syncer(directory, own, timeout_s=timeout_s) if is_local else None
+        self.is_local = os.path.isabs(directory)
+        self._syncer = Syncer(directory, own, timeout_s=timeout_s) if self.is_local else None
         may_hold_late_writes = self._deadline.begin()
         try:
             if format_.is_primary or format_.files:

@@ -1,3 +1,4 @@
+import concurrent.futures
 import threading
 
 import pytest
@@ -280,3 +281,30 @@ def test_idle_memory_is_given_back_when_asked(budget):
     budget.drop_idle()
     assert budget.idle_bytes == 0
     assert lease_of(budget, 10, "a").buffer is None
+
+
+def test_what_is_read_yet_counts_until_it_is_not_and_nobody_waits_for_it_in_vain():
+    budget = HostBudget()
+    lease = budget.reserve(60, limit_bytes=100, aborted=lambda: False)
+    reader = concurrent.futures.Future()
+    lease.hold([reader])
+    lease.release()
+    lease.release()
+    assert budget.in_flight_bytes == 60
+    with pytest.raises(ReservationAborted, match="60 bytes of host memory are held"):
+        budget.reserve(50, limit_bytes=100, aborted=lambda: False)
+    budget.reserve(40, limit_bytes=100, aborted=lambda: False).release()
+    reader.set_result(None)
+    assert budget.in_flight_bytes == 0
+    budget.reserve(100, limit_bytes=100, aborted=lambda: False).release()
+
+
+def test_what_is_read_no_more_is_returned_when_it_is_released():
+    budget = HostBudget()
+    lease = budget.reserve(60, limit_bytes=100, aborted=lambda: False)
+    reader = concurrent.futures.Future()
+    lease.hold([reader])
+    reader.set_result(None)
+    assert budget.in_flight_bytes == 60
+    lease.release()
+    assert budget.in_flight_bytes == 0
