@@ -66,6 +66,11 @@ def digest_of_bytes(content: bytes | memoryview | np.ndarray, *, seed: int = 0) 
     return xxhash.xxh3_64_intdigest(content, seed=seed)  # type: ignore[arg-type]
 
 
+def digest_of_text(text: str) -> int:
+    """Returns the digest of a string in UTF-8."""
+    return digest_of_bytes(text.encode("utf-8", "surrogatepass"))
+
+
 def hasher() -> Any:
     """Returns what computes the digest of bytes that come in parts."""
     return xxhash.xxh3_64()

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lazy_orbax.digest import Box, digest_of_bytes
+from lazy_orbax.digest import Box, digest_of_bytes, digest_of_text
 from lazy_orbax.events import final_directory, step_of
 from lazy_orbax.layout import Shape
 from lazy_orbax.plan import Piece, Plan
@@ -87,17 +87,24 @@ class DigestTemplate:
         return digest_of_bytes(self._fixed)
 
     def fill(
-        self, digests: Mapping[int, int], files: Mapping[str, bytes], directory: str
+        self,
+        digests: Mapping[int, int],
+        files: Mapping[str, bytes],
+        texts: Mapping[str, str],
+        directory: str,
     ) -> tuple[str, bytes, str]:
         """Returns name and content of the file, and the fingerprint of all that was written.
 
         Args:
             digests: digest of each piece, by the `id` of the piece in the plan.
             files: the small files that this process writes, by name.
+            texts: the leaves that are strings, by name.
             directory: the item's directory.
         """
         found = np.fromiter((digests[id(p)] for p in self._pieces), ">u8", len(self._pieces))
-        fingerprint = f"{digest_of_bytes(found, seed=self._fixed_digest):016x}"
+        strings = {name: f"{digest_of_text(text):016x}" for name, text in texts.items()}
+        so_far = digest_of_bytes(found, seed=self._fixed_digest)
+        fingerprint = f"{digest_of_bytes(json.dumps(strings).encode(), seed=so_far):016x}"
         changing = {
             "step": step_of(final_directory(directory)),
             "fingerprint": fingerprint,
@@ -105,6 +112,7 @@ class DigestTemplate:
                 name: [len(content), f"{digest_of_bytes(content):016x}"]
                 for name, content in files.items()
             },
+            "strings": strings,
             "pieces": found.tobytes().hex(),
         }
         tail = json.dumps(changing, separators=(",", ":")).encode()
@@ -172,6 +180,7 @@ class ProcessDigests:
     step: int | None
     fingerprint: str
     files: dict[str, tuple[int, int]]
+    strings: dict[str, int]
     leaves: tuple[LeafDigests, ...]
 
 
@@ -219,6 +228,7 @@ def _parsed(found: dict[str, Any]) -> ProcessDigests:
             str(name): (int(size), int(digest, 16))
             for name, (size, digest) in found["files"].items()
         },
+        strings={str(name): int(digest, 16) for name, digest in found["strings"].items()},
         leaves=tuple(leaves),
     )
 

@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from lazy_orbax import _orbax, digest_file
@@ -31,6 +32,7 @@ _RESERVED = (
 # Orbax wants one B-tree node for a whole checkpoint, for fast reading. That holds for the tree that
 # readers see, which it merges at the end. In the tree that a process writes, slab by slab, every
 # flush would write that one node again: time and bytes would grow with the square of the leaves.
+# Unless type handlers of the user's write into the same tree: all who do must say the same.
 _NODE_BYTES = 2**20
 
 
@@ -139,7 +141,7 @@ def make_format(
     is_primary = _orbax.is_primary_host(primary_host)
     return Format(
         tuple(stored),
-        tuple(kvstores),
+        tuple(kvstores if _is_shared(tree) else map(_with_small_nodes, kvstores)),
         json.dumps(_orbax.directory_kvstore_spec(tree.directory)),
         _small_files(tree, leaves, array_metadatas, is_primary),
         _orbax.tree_metadata(handler, tree, write_shapes) if is_primary else None,
@@ -189,7 +191,6 @@ def _stored(
     kvstore = dict(spec["kvstore"])
     if kvstore["driver"] == "ocdbt":
         kvstore.pop("path", None)
-        kvstore["config"] = {**kvstore["config"], "max_decoded_node_bytes": _NODE_BYTES}
     else:
         kvstore = _orbax.directory_kvstore_spec(directory)
         _check_path(leaf.name)
@@ -201,6 +202,22 @@ def _stored(
     sample = samples[text]
     prefix = leaf.name if leaf.name.endswith("/") or not leaf.name else f"{leaf.name}/"
     return StoredLeaf(place, prefix, sample.spec, cast_from, *sample[1:])
+
+
+def _is_shared(tree: TreeInfo) -> bool:
+    """Whether type handlers of the user's may write into the databases that we write."""
+    strings = ocp.type_handlers.StringHandler  # It writes a file of its own.
+    return any(
+        leaf.route == "other" and type(leaf.type_handler) is not strings for leaf in tree.leaves
+    )
+
+
+def _with_small_nodes(kvstore: str) -> str:
+    """Returns the spec of a key-value store with B-tree nodes of `_NODE_BYTES`."""
+    spec = json.loads(kvstore)
+    if "config" in spec:
+        spec["config"]["max_decoded_node_bytes"] = _NODE_BYTES
+    return json.dumps(spec)
 
 
 class _Sample(NamedTuple):

@@ -73,6 +73,7 @@ class Save:
         self._prepared, self._options, self._limit_bytes = prepared, options, limit_bytes
         self._path, self._pace, self._fingerprints = path, pace, fingerprints
         self.synced_directories: set[Inode] = set()
+        self._texts: dict[str, str] = {}
         self._lock = threading.Lock()
         self._state = State.SNAPSHOT
         self._error: SaveError | None = None
@@ -177,6 +178,8 @@ class Save:
             SaveError: it failed. Nothing is held then.
         """
         plan, keys = self._prepared.plan, set(self._prepared.keys)
+        others = [(leaf.name, leaves[i]) for i, leaf in self._prepared.others]
+        self._texts = {name: value for name, value in others if isinstance(value, str)}
         mine = [
             jax.random.key_data(leaves[i]) if i in keys else leaves[i]
             for i in self._prepared.positions
@@ -274,7 +277,8 @@ class Save:
                     plan, pace, ended = prepared.plan, self._pace, self._ended
                     drain(self._on_host, writer, plan, pace=pace, ended=ended)
                     if not self.is_over:
-                        self._fingerprints.compare(self.recorder, writer.finish(custom_metadata))
+                        fingerprint = writer.finish(custom_metadata, self._texts)
+                        self._fingerprints.compare(self.recorder, fingerprint)
                         self.synced_directories = writer.synced_directories
                 self._move(State.DURABLE)
         except BaseException as error:  # noqa: BLE001 - Raised below.

@@ -9,22 +9,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
-from etils import epath
 
-from lazy_orbax import digest, digest_file, object_store
+from lazy_orbax import digest, digest_file, object_store, small_files
 from lazy_orbax.chunk_files import chunk_keys, file_of
 from lazy_orbax.digest import Box
 from lazy_orbax.digest_file import DigestError, LeafDigests
 from lazy_orbax.errors import Problem
 from lazy_orbax.large_pieces import PART_BYTES, digest_in_parts
+from lazy_orbax.small_files import MOST_BYTES
 
 # Pieces that are read at once, and how much of a large one.
 _BATCH_BYTES = PART_BYTES
 _BATCH_PIECES = 256
 _CACHE_BYTES = 2**27
 _STORAGE_TIMEOUT_S = 300.0
-# About 60 bytes for each piece.
-_MOST_DIGEST_BYTES = 2**28
 
 
 class Piece(NamedTuple):
@@ -41,6 +39,7 @@ class StoredItem:
     Attributes:
         directory: the item's directory.
         leaves: what was saved of each leaf, by its name.
+        strings: digests of the leaves that are strings, by name.
         others: names of leaves that have no digest.
         problems: what is wrong with the digests themselves.
     """
@@ -58,6 +57,7 @@ class StoredItem:
         self._base = object_store.plain_kvstore_spec(directory)
         self._small = ts.KvStore.open(self._base, context=self._context).result()
         self.leaves: dict[str, LeafDigests] = {}
+        self.strings: dict[str, int] = {}
         self.others: tuple[str, ...] = ()
         self.problems: list[Problem] = []
         self._files: dict[str, tuple[int, int]] = {}
@@ -89,8 +89,8 @@ class StoredItem:
         found: list[digest_file.ProcessDigests] = []
         for name in names:
             file = f"{digest_file.DIRECTORY}/{name}"
-            if (size := self._size_of(file)) is None or size > _MOST_DIGEST_BYTES:
-                what = f"cannot be used: found {size} bytes, wanted at most {_MOST_DIGEST_BYTES}"
+            if (size := small_files.size_of(self.directory, file)) is None or size > MOST_BYTES:
+                what = f"cannot be used: found {size} bytes, wanted at most {MOST_BYTES}"
                 self.problems.append(Problem(what, file))
                 continue
             try:
@@ -106,7 +106,8 @@ class StoredItem:
 
     def _add(self, part: digest_file.ProcessDigests) -> None:
         self._files |= part.files
-        self.others += part.others
+        self.strings |= part.strings
+        self.others += tuple(name for name in part.others if name not in part.strings)
         self._driver, self._use_ocdbt = part.driver, part.use_ocdbt
         for leaf in part.leaves:
             known = self.leaves.get(leaf.name, leaf)
@@ -118,37 +119,10 @@ class StoredItem:
                 leaf = known.joined(leaf)
             self.leaves[leaf.name] = leaf
 
-    def _size_of(self, name: str) -> int | None:
-        """Returns the size of a file in bytes; `None` if there is no such file."""
-        path = epath.Path(self.directory) / name
-        return path.stat().length if path.is_file() else None
-
     def check_files(self) -> list[Problem]:
         """Returns what is wrong with the small files beside the arrays."""
-        problems = []
-        sizes = {name: self._size_of(name) for name in self._files}
-        # What has another size is not read: it may be of any size.
-        reads = {
-            name: self._small.read(name)
-            for name, (size, _) in self._files.items()
-            if sizes[name] == size
-        }
-        for name, (size, wanted) in self._files.items():
-            if sizes[name] is None:
-                problems.append(Problem("is missing", name))
-                continue
-            if name not in reads:
-                what = f"has {sizes[name]} bytes, but {size} were written"
-                problems.append(Problem(what, name))
-                continue
-            try:
-                found = reads[name].result()
-            except (ValueError, OSError) as error:
-                problems.append(Problem(f"cannot be read: {error}", name))
-                continue
-            if digest.digest_of_bytes(found.value) != wanted:
-                problems.append(Problem(f"its {size} bytes are not those that were written", name))
-        return problems
+        files = small_files.changed_files(self.directory, self._small, self._files)
+        return files + small_files.changed_strings(self.directory, self._small, self.strings)
 
     def check_arrays(self, names: Iterable[str] | None = None) -> list[Problem]:
         """Returns which leaves are not there in the dtype and shape in which they were saved.

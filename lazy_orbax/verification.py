@@ -238,4 +238,5 @@ def _verify_item(place: epath.Path) -> ItemReport:
         return ItemReport(directory, 0, 0, (_NO_DIGESTS,), ())
     problems = [*stored.problems, *stored.check_files(), *stored.check_pieces(stored.pieces)]
     others = tuple(f"leaf {name}: its own type handler wrote it" for name in stored.others)
-    return ItemReport(directory, len(stored.leaves), stored.n_bytes, others, tuple(problems))
+    n_leaves = len(stored.leaves) + len(stored.strings)
+    return ItemReport(directory, n_leaves, stored.n_bytes, others, tuple(problems))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -136,7 +136,7 @@ class Writer:
         store = self._deadline.result_of(opening)
         return store if stored.cast_from is None else ts.cast(store, ts.dtype(stored.cast_from))
 
-    def finish(self, custom_metadata: Any) -> str:
+    def finish(self, custom_metadata: Any, texts: Mapping[str, str]) -> str:
         """Writes the small files, and waits until everything is durable.
 
         In a local directory that means synced, file by file and directory by directory. In an
@@ -144,6 +144,7 @@ class Writer:
 
         Args:
             custom_metadata: JSON-serializable, stored beside the tree.
+            texts: leaves that are strings, by name. Orbax writes them; their digests are ours.
 
         Returns:
             A fingerprint of all that this process wrote.
@@ -158,7 +159,7 @@ class Writer:
                     self._stores[leaf] = self._open_leaf(leaf, requests)
         files = self._format.metadata_files(custom_metadata)
         ours, digests, fingerprint = self._format.digests.fill(
-            self._digests, files, self._directory
+            self._digests, files, texts, self._directory
         )
         if self._files is not None:
             for name, content in {**files, ours: digests}.items():

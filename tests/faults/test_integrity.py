@@ -243,6 +243,26 @@ def test_leaves_that_are_not_restored_are_not_read(tmp_path, mesh):
         assert_same(manager.restore(1, args=args)["v"], np.array(state["v"]))
 
 
+def test_a_changed_string_is_named(tmp_path, mesh):
+    state = {**state_of(0, mesh), "motto": {"de": "grüße"}}
+    save_steps(tmp_path, [state])
+    assert lazy_orbax.verify(tmp_path).ok
+    file = tmp_path / "1" / "default" / "_strings.json"
+    file.write_text(file.read_text().replace("e", "f"))
+    assert not lazy_orbax.verify(tmp_path).ok
+    with manager_of(tmp_path) as manager, pytest.raises(CorruptCheckpointError) as caught:
+        manager.restore(1, args=restore_args(state))
+    assert (caught.value.leaf, caught.value.file) == ("motto.de", "_strings.json")
+
+
+def test_a_string_that_was_read_wrongly_is_named(tmp_path, mesh):
+    save_steps(tmp_path, [{**state_of(0, mesh), "motto": "right"}])
+    item = stored.StoredItem(str(tmp_path / "1" / "default"))
+    assert restored.check_restored(item, {"motto": "right"}) == []
+    (problem,) = restored.check_restored(item, {"motto": "wrong"})
+    assert problem.leaf == "motto"
+
+
 def test_a_checkpoint_without_digests_restores_as_before(tmp_path, mesh):
     state = state_of(0, mesh)
     with ocp.CheckpointManager(tmp_path, item_handlers=ocp.PyTreeCheckpointHandler()) as manager:

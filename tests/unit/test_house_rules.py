@@ -48,6 +48,7 @@ RANKS = {
     "snapshot": 5,
     "chunk_files": 4,
     "large_pieces": 5,
+    "small_files": 5,
     "prepare": 6,
     "write": 6,
     "stored": 6,
