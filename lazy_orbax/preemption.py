@@ -169,4 +169,5 @@ class Preemption:
 
 def _jax_notices() -> bool:
     """Whether JAX has a handler of SIGTERM, which ours would replace."""
-    return jax.distributed.is_initialized() and jax.config.read("jax_enable_preemption_service")
+    enabled = getattr(jax.config, "jax_enable_preemption_service", True)
+    return jax.distributed.is_initialized() and bool(enabled)
