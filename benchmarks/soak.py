@@ -51,6 +51,7 @@ SHAPES = ("many", "large", "mixed")
 # What is noted of a step in the ledger, and of a process.
 _SAVING, _COMMITTED, _FAILED = "saving", "committed", "failed"
 _RESTORED, _LOST, _WRONG = "restored", "lost", "wrong"
+_HALF_RETIRED = "half retired"
 _DETECTED, _HARMLESS, _SILENT = "flip detected", "flip harmless", "flip silent"
 
 
@@ -166,7 +167,10 @@ def _check(options: Options, ledger: Ledger, target: Any) -> None:
             with ocp.Checkpointer(handler) as checkpointer:
                 found = checkpointer.restore(path, args=ocp.args.StandardRestore(target))
         except Exception as error:  # noqa: BLE001
-            ledger.note(_DETECTED if flipped else _LOST, step=step, why=repr(error)[:500])
+            # Killed while it removes an old step, Orbax leaves a part of it, listed.
+            fate = _LOST if step in kept else _HALF_RETIRED
+            fate = _DETECTED if flipped else fate
+            ledger.note(fate, step=step, kept=kept, why=repr(error)[:500])
             continue
         is_right = digest_of(found) in digests.get(step, set())
         if flipped:
