@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from etils import epath
 from lazy_orbax.digest import digest_of_bytes, digest_of_text
 from lazy_orbax.errors import Problem
 from lazy_orbax.metadata_checks import STRINGS_FILE
+from lazy_orbax.object_store import scheme_of
 
 # Of a file of digests: about 60 bytes for each piece.
 MOST_BYTES = 2**28
@@ -20,6 +22,8 @@ MOST_BYTES = 2**28
 def size_of(directory: str, name: str) -> int | None:
     """Returns the size of a file in bytes; `None` if there is no such file."""
     path = epath.Path(directory) / name
+    if not scheme_of(directory) and not os.path.isfile(path):  # A FIFO, say: reading would hang.
+        return None
     return path.stat().length if path.is_file() else None
 
 

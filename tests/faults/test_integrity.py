@@ -255,6 +255,15 @@ def test_a_changed_string_is_named(tmp_path, mesh):
     assert (caught.value.leaf, caught.value.file) == ("motto.de", "_strings.json")
 
 
+def test_a_pipe_in_the_place_of_a_file_is_not_read(tmp_path, mesh):
+    save_steps(tmp_path, [{**state_of(0, mesh), "motto": "right"}])
+    file = tmp_path / "1" / "default" / "_strings.json"
+    file.unlink()
+    os.mkfifo(file)
+    item = stored.StoredItem(str(file.parent))
+    assert [problem.what for problem in item.check_files()] == ["is missing"]
+
+
 def test_a_string_that_was_read_wrongly_is_named(tmp_path, mesh):
     save_steps(tmp_path, [{**state_of(0, mesh), "motto": "right"}])
     item = stored.StoredItem(str(tmp_path / "1" / "default"))
