@@ -265,6 +265,7 @@ class Commit:
         failure = self.save.failure or self._failure(error)
         self._handed_on()
         if all(commit.save.write_began for commit in self._attempt.commits):
+            self._stop(failure)
             self._clean_up(failure)
         else:  # Orbax may be creating the directories; they go when the next save begins.
             for commit in self._attempt.commits:

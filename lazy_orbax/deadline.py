@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import contextlib
 import os
 import threading
 import time
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from lazy_orbax.events import final_directory
@@ -170,31 +169,27 @@ class Deadline:
         self._written = found[0] if found else None
         return bool(found) and found[0] != before
 
-    def run(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        """Runs what Orbax does for us on the storage, and gives it up when it takes too long.
+    def run(self, work: Callable[[], None], name: str) -> None:
+        """Runs what Orbax does for us on the storage, and gives it up when nothing happens.
 
         Args:
             work: what to run.
             name: of the thread in which it runs.
 
         Raises:
-            TimeoutError: it takes longer.
+            TimeoutError: for too long nothing was done.
         """
         outcome: concurrent.futures.Future[None] = concurrent.futures.Future()
 
         def run() -> None:
-            # Not `asyncio.run`: it cancels what other threads run.
-            loop = asyncio.new_event_loop()
             try:
-                loop.run_until_complete(work)
+                work()
             except BaseException as error:  # noqa: BLE001 - Raised below.
                 outcome.set_exception(error)
             else:
                 outcome.set_result(None)
-            finally:
-                loop.close()
 
-        # A daemon: a server that never answers must not keep the process from ending.
+        # A daemon: a storage that never answers must not keep the process from ending.
         threading.Thread(target=run, name=name, daemon=True).start()
         try:
             self.result_of(outcome)

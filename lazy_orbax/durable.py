@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import os
 import threading
 from collections.abc import Iterator, Set
@@ -24,6 +25,8 @@ from lazy_orbax.write import save_error
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _STEP_METADATA = "_CHECKPOINT_METADATA"
 _ROOT_METADATA = ("metadata", "_ROOT_METADATA")
+# Where no handler of ours tells `LazyOptions.storage_timeout_s`.
+_TIMEOUT_S = 300.0
 
 
 @dataclasses.dataclass
@@ -34,9 +37,11 @@ class _Step:
         directory: where it is before that.
         synced: directories in which everything was synced by those who wrote it.
         files: inode, bytes and time of change of files that were synced here.
+        timeout_s: most seconds in which nothing may become durable.
     """
 
     directory: str
+    timeout_s: float = _TIMEOUT_S
     synced: set[Inode] = dataclasses.field(default_factory=set)
     files: set[tuple[int, int, int]] = dataclasses.field(default_factory=set)
 
@@ -44,15 +49,16 @@ class _Step:
 _publishing = threading.local()
 
 
-def before_publication(item_directory: str, synced: Set[Inode]) -> None:
+def before_publication(item_directory: str, synced: Set[Inode], *, timeout_s: float) -> None:
     """Syncs what is in the step of an item, which was merged, before Orbax publishes it.
 
     Args:
         item_directory: the item's directory. Nothing is done for an object store.
         synced: directories below it in which everything is synced already.
+        timeout_s: most seconds in which nothing may become durable, here and afterwards.
 
     Raises:
-        SaveError: the storage refused.
+        SaveError: the storage refused, or did nothing for too long.
     """
     if scheme_of(item_directory):
         return
@@ -61,9 +67,10 @@ def before_publication(item_directory: str, synced: Set[Inode]) -> None:
     directory = parent if is_item else item_directory
     step = _step_at(directory)
     step.synced |= synced
+    step.timeout_s = timeout_s
     _publishing.step = step
     try:
-        sync_all(_not_synced(step, directory))
+        sync_all(lambda: _not_synced(step, directory), directory, timeout_s=timeout_s)
     except OSError as error:
         raise save_error(item_directory, error) from error
 
@@ -72,14 +79,19 @@ def after_publication() -> None:
     """Syncs what came with the publication of the step that this thread has just published.
 
     Raises:
-        NotDurableError: the storage refused. The step is listed.
+        NotDurableError: the storage refused, or did nothing for too long. The step is listed.
     """
     step, _publishing.step = getattr(_publishing, "step", None), None
     if step is None:
         return
     directory = final_directory(step.directory)
+
+    def changed() -> Iterator[str]:
+        yield from _not_synced(step, directory)
+        yield from _above(directory)
+
     try:
-        sync_all([*_not_synced(step, directory), *_above(directory)])
+        sync_all(changed, directory, timeout_s=step.timeout_s)
     except OSError as error:
         raise _not_durable(directory, error) from error
 
@@ -171,18 +183,19 @@ class DurablePath(ocp_path.atomicity.AtomicRenameTemporaryPath):
         """Syncs what is in the directory, renames it, and syncs the rename.
 
         Raises:
-            SaveError: the storage refused.
+            SaveError: the storage refused, or did nothing for too long.
         """
         directory, final = str(self.get()), str(self.get_final())
         if _TEMPORARY in os.path.dirname(directory):  # An item: its step comes after it.
             await super().finalize()
             return
-        failure = save_error
+        failure, step = save_error, _step_at(directory)
+        sync = functools.partial(asyncio.to_thread, sync_all, timeout_s=step.timeout_s)
         try:
-            await asyncio.to_thread(sync_all, _not_synced(_step_at(directory), directory))
+            await sync(lambda: _not_synced(step, directory), directory)
             await super().finalize()
             failure = _not_durable
-            await asyncio.to_thread(sync_all, _above(final))
+            await sync(lambda: _above(final), final)
         except OSError as error:
             raised = failure(directory, error)
             publication_failed(raised)
@@ -205,4 +218,4 @@ class _SyncedMetadata:
         """Updates a file, and waits until that is durable."""
         self._store.update(file_path, **values)
         self._store.wait_until_finished()
-        sync_all([str(file_path)])
+        sync_all(lambda: [str(file_path)], str(file_path), timeout_s=_TIMEOUT_S)

@@ -22,7 +22,7 @@ from lazy_orbax.errors import OptionError
 from lazy_orbax.events import await_publication, final_directory, publication_failed
 from lazy_orbax.host_budget import HOST_BUDGET
 from lazy_orbax.leftovers import attempt_at
-from lazy_orbax.object_store import scheme_of, stand_in
+from lazy_orbax.object_store import stand_in
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.plan import Plan
 from lazy_orbax.prepare import prepare
@@ -32,7 +32,7 @@ from lazy_orbax.stale import Fingerprints
 from lazy_orbax.sync import Inode
 from lazy_orbax.tree import Destination
 from lazy_orbax.untrusted import checked
-from lazy_orbax.write import merge_remotely
+from lazy_orbax.write import merge
 
 _GB = 10**9
 _STOCK_CONCURRENT_GB = 96
@@ -235,7 +235,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         """Lets Orbax merge what the processes wrote, and syncs it. Orbax publishes the step then.
 
         Raises:
-            SaveError: the storage refused it, or an object store did not answer in time.
+            SaveError: the storage refused it, or did nothing for too long.
         """
         place = final_directory(str(directory))
         here = [c for c in self._commits if c.save.recorder.timeline.directory == place]
@@ -245,16 +245,15 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
                 self._merge(directory)
             # Who writes leaves of ours with a type handler of their own may be late.
             synced = [c.save.synced_directories for c in here if not c.has_others]
-            before_publication(str(directory), set[Inode]().union(*synced))
+            timeout_s = self.options.storage_timeout_s
+            before_publication(str(directory), set[Inode]().union(*synced), timeout_s=timeout_s)
         except BaseException as error:
             publication_failed(error)
             raise
 
     def _merge(self, directory: Any) -> None:
-        if scheme_of(str(directory)) and not _orbax.MISSING:
-            merge_remotely(self, directory, timeout_s=self.options.storage_timeout_s)
-        else:
-            super().finalize(directory)
+        by_orbax = functools.partial(super().finalize, directory)
+        merge(self, directory, by_orbax, timeout_s=self.options.storage_timeout_s)
 
     def close(self) -> None:
         """Waits for what is being saved, and gives host memory back. A second call does nothing.

@@ -13,8 +13,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 _THREADS = 8
-# For what Orbax publishes: it is little, and who has it synced does not know the option.
-_TIMEOUT_S = 300.0
 # A directory of more files than this is not looked through again and again while it is written.
 _MOST_WATCHED = 1000
 
@@ -74,6 +72,16 @@ class Syncer:
         directories = listing.result()
         self.sync(directories)
         self.directories = set(list(directories.values())[1:])
+
+    def sync_found(self, find: Callable[[], Iterable[str]]) -> None:
+        """Looks for files and directories, and makes them durable.
+
+        Raises:
+            OSError: the storage refused, or did nothing for too long.
+        """
+        finding = self._workers.submit(lambda: list(find()))
+        self._await({finding: self._directory})
+        self.sync(finding.result())
 
     def sync(self, paths: Iterable[str]) -> None:
         """Makes these files and directories durable, all at once.
@@ -193,15 +201,20 @@ class _Workers:
             thread.join(max(0.0, deadline_s - time.monotonic()))
 
 
-def sync_all(paths: Iterable[str]) -> None:
+def sync_all(find: Callable[[], Iterable[str]], directory: str, *, timeout_s: float) -> None:
     """Makes files and directories durable, all at once: file systems then do it in few steps.
+
+    Args:
+        find: yields them. It is called in a thread of ours, for looking may hang as well.
+        directory: where it looks.
+        timeout_s: most seconds in which nothing may become durable.
 
     Raises:
         OSError: the storage refused, or did nothing for too long.
     """
-    syncer = Syncer("", (), timeout_s=_TIMEOUT_S)
+    syncer = Syncer(directory, (), timeout_s=timeout_s)
     try:
-        syncer.sync(paths)
+        syncer.sync_found(find)
     finally:
         syncer.close()
 
@@ -228,6 +241,7 @@ def _sync(path: str) -> None:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     except OSError as error:
         if error.errno != errno.EINVAL:  # Some file systems cannot sync a directory.
+            error.filename = path  # Of a descriptor, the error names no file.
             raise
     finally:
         os.close(descriptor)

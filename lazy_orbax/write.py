@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -217,22 +219,29 @@ def own_directories(format_: Format) -> list[str]:
     return re.findall(rf"{re.escape(PROCESS_DIRECTORY)}[^/\"]*", " ".join(format_.kvstores))
 
 
-def merge_remotely(handler: Any, directory: Any, *, timeout_s: float) -> None:
-    """Lets Orbax merge in an object store what the processes wrote.
+def merge(handler: Any, directory: Any, by_orbax: Callable[[], None], *, timeout_s: float) -> None:
+    """Lets Orbax merge what the processes wrote.
 
     Args:
         handler: the handler that saved.
         directory: the item's directory.
-        timeout_s: most seconds to wait.
+        by_orbax: does it in a local directory.
+        timeout_s: most seconds in which the storage may do nothing.
 
     Raises:
         SaveError: the storage refused something, or did not answer in time.
     """
     place = str(directory)
-    context = ts.Context({**_CONTEXT, **object_store.context_spec(place, timeout_s)})
-    merge = _orbax.finalize(handler, directory, context)
+
+    def remotely() -> None:
+        context = ts.Context({**_CONTEXT, **object_store.context_spec(place, timeout_s)})
+        # Not `asyncio.run`: it cancels what other threads run.
+        with contextlib.closing(asyncio.new_event_loop()) as loop:
+            loop.run_until_complete(_orbax.finalize(handler, directory, context))
+
+    is_remote = object_store.scheme_of(place) and not _orbax.MISSING
     try:
-        Deadline(place, timeout_s).run(merge, "lazy_orbax-merge")
+        Deadline(place, timeout_s).run(remotely if is_remote else by_orbax, "lazy_orbax-merge")
     except Exception as error:  # Each storage client has errors of its own.
         raise save_error(place, error, file=f"{place}/manifest.ocdbt") from error
 

@@ -1,8 +1,9 @@
-"""A training process whose storage hangs and fails, and comes back."""
+"""A training process whose storage hangs, fails and refuses, and comes back."""
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import pathlib
 import sys
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from faults.disks import temporary
-from faults.gates import await_budget
+from faults.gates import await_budget, join_threads
 from faults.training import SLAB_BYTES, Steps, make_state
 from trees import assert_same
 
@@ -24,7 +25,21 @@ import lazy_orbax
 from lazy_orbax.errors import SaveError
 from lazy_orbax.host_budget import HOST_BUDGET
 
-WRITES, SYNCS = 1, 2
+WRITES, SYNCS, CREATES, MERGES, MERGE_SYNCS = 1, 2, 4, 8, 16
+# Which calls hang or fail, and with what. Quotas of users and projects answer EDQUOT; what stock
+# kernels and NFS servers say of permissions is EACCES or EPERM.
+FAULTS = [
+    (WRITES, 0, 0),
+    (SYNCS, 0, 0),
+    (MERGES, 0, 0),
+    (MERGE_SYNCS, 0, 0),
+    (0, WRITES, errno.EIO),
+    (0, SYNCS, errno.EIO),
+    (0, WRITES, errno.EDQUOT),
+    (0, MERGES, errno.EDQUOT),
+    (0, CREATES, errno.EACCES),
+    (0, CREATES, errno.EPERM),
+]
 TIMEOUT_S = 1.0
 
 
@@ -39,22 +54,26 @@ def main(directory: pathlib.Path) -> None:
     step, wanted = 1, steps.bytes_of(state)
     manager.save(step, args=ocp.args.StandardSave(state))
     manager.wait_until_finished()
-    for hangs, fails in ((WRITES, 0), (SYNCS, 0), (0, WRITES), (0, SYNCS)):
+    for hangs, fails, why in FAULTS:
         state = steps.donating(state)
-        storage_does(hangs, fails)
+        storage_does(hangs, fails, why)
         start_s = time.monotonic()
         try:
             manager.save(step + 1, args=ocp.args.StandardSave(state))
             manager.wait_until_finished()
         except SaveError as error:
             assert error.step == step + 1, error
-            assert ("Input/output error" if fails else "storage_timeout_s") in str(error), error
+            assert (os.strerror(why) if fails else "storage_timeout_s") in str(error), error
+            assert str(directory) in str(error.file), error
+            assert "mend the cause and save again" in str(error), error
             if hangs == WRITES:
                 # TensorStore reads it still, so it counts.
                 assert HOST_BUDGET.in_flight_bytes > 0
             else:
                 assert HOST_BUDGET.in_flight_bytes == 0
-                assert temporary(directory) == [], temporary(directory)
+                # What fails when all is written goes when the next save begins.
+                merging = (hangs | fails) & (MERGES | MERGE_SYNCS)
+                assert merging or temporary(directory) == [], temporary(directory)
             del error
         else:
             raise AssertionError(f"hanging {hangs}, failing {fails}: the save did not fail")
@@ -65,8 +84,9 @@ def main(directory: pathlib.Path) -> None:
         assert manager.all_steps() == [step]
         with ocp.StandardCheckpointer() as stock:
             assert_same(stock.restore(directory / f"{step}" / "default"), wanted)
-        storage_does(0, 0)
+        storage_does(0, 0, 0)
         await_budget()
+        join_threads("lazy_orbax-merge")
         # The same step: what was written late must not come to lie in it.
         step, wanted = step + 1, steps.bytes_of(state)
         manager.save(step, args=ocp.args.StandardSave(state))
@@ -79,7 +99,7 @@ def main(directory: pathlib.Path) -> None:
         for old in manager.all_steps()[:-1]:
             manager.delete(old)
     # Threads that hang keep nobody from closing or from ending.
-    storage_does(SYNCS, 0)
+    storage_does(SYNCS, 0, 0)
     try:
         manager.save(step + 1, args=ocp.args.StandardSave(state))
         manager.close()

@@ -101,27 +101,27 @@ def test_a_write_that_is_never_acknowledged_is_waited_for_so_long():
 def test_a_merge_that_hangs_is_left_alone():
     go_on, ended = threading.Event(), threading.Event()
 
-    async def hang():
+    def hang():
         assert go_on.wait(30)
         ended.set()
 
     with pytest.raises(TimeoutError, match="storage_timeout_s"):
-        deadlines.Deadline("gs://bucket/run", 0.01).run(hang(), "lazy_orbax-merge")
+        deadlines.Deadline("gs://bucket/run", 0.01).run(hang, "lazy_orbax-merge")
     go_on.set()
     assert ended.wait(30)
 
 
 def test_a_merge_that_fails_is_told_of():
-    async def fail():
+    def fail():
         raise ValueError("no luck")
 
-    async def work():
+    def work():
         pass
 
     deadline = deadlines.Deadline("gs://bucket/run", 30)
-    deadline.run(work(), "lazy_orbax-merge")
+    deadline.run(work, "lazy_orbax-merge")
     with pytest.raises(ValueError, match="no luck"):
-        deadline.run(fail(), "lazy_orbax-merge")
+        deadline.run(fail, "lazy_orbax-merge")
 
 
 def failed_save(directory, timeout_s=0.01):
@@ -171,11 +171,11 @@ def test_a_save_waits_for_the_merge_of_a_failed_one():
     directory = "gs://bucket/late/4/default"
     go_on = threading.Event()
 
-    async def hang():
+    def hang():
         assert go_on.wait(30)
 
     with pytest.raises(TimeoutError):
-        deadlines.Deadline(directory, 0.01).run(hang(), "lazy_orbax-merge")
+        deadlines.Deadline(directory, 0.01).run(hang, "lazy_orbax-merge")
     with pytest.raises(TimeoutError, match="earlier save"):
         deadlines.Deadline(directory, 0.01).begin()
     go_on.set()
