@@ -116,8 +116,7 @@ class DigestTemplate:
             "pieces": found.tobytes().hex(),
         }
         tail = json.dumps(changing, separators=(",", ":")).encode()
-        body = b"".join((self._fixed[1:-1], b",", tail[1:]))
-        content = _HEAD % digest_of_bytes(body) + body
+        content = seal(b"".join((self._fixed[1:-1], b",", tail[1:])))
         return f"{DIRECTORY}/process_{self.process}", content, fingerprint
 
 
@@ -184,8 +183,17 @@ class ProcessDigests:
     leaves: tuple[LeafDigests, ...]
 
 
-def parse(content: bytes) -> ProcessDigests:
-    """Reads a file of digests.
+def seal(fields: bytes) -> bytes:
+    """Returns the content of a file: a JSON object with a digest of itself.
+
+    Args:
+        fields: the object, without its first brace.
+    """
+    return _HEAD % digest_of_bytes(fields) + fields
+
+
+def unseal(content: bytes) -> Any:
+    """Returns what `seal` was given, read as JSON.
 
     Raises:
         DigestError: it is not what was written.
@@ -193,11 +201,22 @@ def parse(content: bytes) -> ProcessDigests:
     body = memoryview(content)[_HEAD_BYTES:]
     if content[:_HEAD_BYTES] != _HEAD % digest_of_bytes(body):
         raise DigestError(f"its own digest does not fit its {len(content)} bytes")
+    return json.loads(content)
+
+
+def parse(content: bytes) -> ProcessDigests:
+    """Reads a file of digests.
+
+    Raises:
+        DigestError: it is not what was written.
+    """
     try:
-        found = json.loads(content)
+        found = unseal(content)
         if found["format"] != _FORMAT or found["hash"] != "xxh3_64":
             raise DigestError(f"it has form {found['format']!r}, which a later lazy_orbax can read")
         return _parsed(found)
+    except DigestError:
+        raise
     except (KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise DigestError(f"it does not have the fields it should have: {error!r}") from error
     except ValueError as error:

@@ -190,12 +190,14 @@ class DurablePath(ocp_path.atomicity.AtomicRenameTemporaryPath):
             await super().finalize()
             return
         failure, step = save_error, _step_at(directory)
-        sync = functools.partial(asyncio.to_thread, sync_all, timeout_s=step.timeout_s)
+        timeout_s = step.timeout_s
+        changed = functools.partial(_not_synced, step, directory)
         try:
-            await sync(lambda: _not_synced(step, directory), directory)
+            await asyncio.to_thread(sync_all, changed, directory, timeout_s=timeout_s)
             await super().finalize()
             failure = _not_durable
-            await sync(lambda: _above(final), final)
+            above = functools.partial(_above, final)
+            await asyncio.to_thread(sync_all, above, final, timeout_s=timeout_s)
         except OSError as error:
             raised = failure(directory, error)
             publication_failed(raised)

@@ -139,7 +139,10 @@ class CorruptCheckpointError(LazyOrbaxError, ValueError):
         elif looked:
             advice = "No other step here is known to be whole."
         else:
-            advice = "Restore another step; lazy_orbax.verify tells which are whole."
+            advice = (
+                "Restore another step; they were not all looked at. `python -m lazy_orbax verify` "
+                "tells which are whole."
+            )
         listed = summarize(list(map(str, problems)))
         super().__init__(f"The checkpoint {directory} is not what was saved:{listed}\n{advice}")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from lazy_orbax import _orbax, stock
+from lazy_orbax import _orbax, step_metadata, stock
 from lazy_orbax.agreement import agreement_on
 from lazy_orbax.commit import Commit
 from lazy_orbax.drain import Pace
@@ -246,7 +246,9 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             # Who writes leaves of ours with a type handler of their own may be late.
             synced = [c.save.synced_directories for c in here if not c.has_others]
             timeout_s = self.options.storage_timeout_s
-            before_publication(str(directory), set[Inode]().union(*synced), timeout_s=timeout_s)
+            changed = step_metadata.record(str(directory), timeout_s=timeout_s)
+            unchanged = set[Inode]().union(*synced) - changed
+            before_publication(str(directory), unchanged, timeout_s=timeout_s)
         except BaseException as error:
             publication_failed(error)
             raise

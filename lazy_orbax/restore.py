@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lazy_orbax import _orbax, stock
+from lazy_orbax import _orbax, step_metadata, stock
 from lazy_orbax.errors import MalformedCheckpointError, Problem, RestoreError, summarize
 from lazy_orbax.layout import is_key
 from lazy_orbax.restored import check_restored
@@ -24,6 +25,7 @@ from lazy_orbax.verification import raise_corrupt
 _DEFERRED: contextvars.ContextVar[list[Exception] | None] = contextvars.ContextVar(
     "lazy_orbax_deferred", default=None
 )
+_LOG = logging.getLogger("lazy_orbax")
 
 
 @contextlib.contextmanager
@@ -116,6 +118,8 @@ def _restore(
         with explained(handler, directory, args):
             return by_orbax()
     raise_corrupt(place, [*stored.problems, *stored.check_files()], look=look)
+    for problem in step_metadata.check_beside(place) if jax.process_index() == 0 else ():
+        _LOG.warning("Of the step of %s, %s. What is restored is right.", place, problem)
     try:
         with explained(handler, directory, args):
             value = by_orbax()

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import time
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 
-from lazy_orbax import digest_file
+from lazy_orbax import digest_file, step_metadata
 from lazy_orbax.errors import CorruptCheckpointError, MalformedCheckpointError, OptionError, Problem
 from lazy_orbax.events import step_of
 from lazy_orbax.object_store import scheme_of
-from lazy_orbax.stored import StoredItem
+from lazy_orbax.stored import Piece, StoredItem
 from lazy_orbax.untrusted import refuse_malformed
 
-_STEP_FILE = "_CHECKPOINT_METADATA"
+_STEP_FILE = step_metadata.FILE
 _COMMIT_FILE = "commit_success.txt"
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _ITEM_FILES = ("_METADATA", "manifest.ocdbt", digest_file.DIRECTORY)
+# How long an error that names the newest whole step may take to find it.
+_SEARCH_S = 60.0
 _NO_DIGESTS = (
     "it has no digests: saved by stock Orbax, by another handler or by an older lazy_orbax"
 )
@@ -135,7 +140,11 @@ def newest_whole_step(directory: str) -> int | None:
 
     Args:
         directory: the directory of an item that is not.
+
+    Raises:
+        TimeoutError: for so long none was found. A step is read as a whole to know.
     """
+    until_s = time.monotonic() + _SEARCH_S
     place = epath.Path(directory)
     step_is_parent = step_of(f"/{place.name}") is None
     step, inner = (place.parent, place.name) if step_is_parent else (place, "")
@@ -151,7 +160,7 @@ def newest_whole_step(directory: str) -> int | None:
     for number in sorted(steps, reverse=True):
         candidate = steps[number] / inner if inner else steps[number]
         if candidate.is_dir():
-            found = _verify_item(candidate)
+            found = _verify_item(candidate, until_s)
             if found.is_covered and not found.problems:
                 return number
     return None
@@ -172,7 +181,11 @@ def raise_corrupt(
         CorruptCheckpointError: there are problems.
     """
     if problems:
-        newest = newest_whole_step(directory) if look else None
+        newest = None
+        try:
+            newest = newest_whole_step(directory) if look else None
+        except TimeoutError:
+            look = False
         raise CorruptCheckpointError(
             directory, problems, newest_whole_step=newest, looked=look
         ) from cause
@@ -210,24 +223,29 @@ def _step_problems(place: epath.Path, children: list[str], *, is_item: bool) -> 
         problems.append(Problem("was never committed"))
     if scheme_of(str(place)) and _COMMIT_FILE not in children:
         problems.append(Problem("is missing: the step was never committed", _COMMIT_FILE))
-    if _STEP_FILE not in children:
-        return problems
+    items = [place] if is_item else [place / name for name in children if (place / name).is_dir()]
+    if _STEP_FILE in children:
+        problems += _broken(place, children, is_item=is_item)
+    told = [problem for item in items for problem in step_metadata.check(str(item), str(place))]
+    return problems + [p for p in dict.fromkeys(told) if not problems or p.file != _STEP_FILE]
+
+
+def _broken(place: epath.Path, children: list[str], *, is_item: bool) -> list[Problem]:
+    """Returns what is wrong with a step's metadata, without any digest."""
     try:
         found = json.loads((place / _STEP_FILE).read_text())
         if not isinstance(found, dict):
             raise ValueError("it is not an object")
     except (ValueError, OSError, RecursionError) as error:
-        return [*problems, Problem(f"cannot be read: {error}", _STEP_FILE)]
+        return [Problem(f"cannot be read: {error}", _STEP_FILE)]
     items = found.get("item_handlers")
-    if isinstance(items, dict) and not is_item:
-        missing = [name for name in items if name not in children]
-        problems += [
-            Problem("is missing; it was saved as an item of this step", n) for n in missing
-        ]
-    return problems
+    if not isinstance(items, dict) or is_item:
+        return []
+    missing = [name for name in items if name not in children]
+    return [Problem("is missing; it was saved as an item of this step", n) for n in missing]
 
 
-def _verify_item(place: epath.Path) -> ItemReport:
+def _verify_item(place: epath.Path, until_s: float = math.inf) -> ItemReport:
     directory = str(place)
     try:
         refuse_malformed(place, None)
@@ -236,7 +254,15 @@ def _verify_item(place: epath.Path) -> ItemReport:
     stored = StoredItem(directory)
     if not stored.is_covered:
         return ItemReport(directory, 0, 0, (_NO_DIGESTS,), ())
-    problems = [*stored.problems, *stored.check_files(), *stored.check_pieces(stored.pieces)]
+    pieces = _in_time(stored.pieces, until_s)
+    problems = [*stored.problems, *stored.check_files(), *stored.check_pieces(pieces)]
     others = tuple(f"leaf {name}: its own type handler wrote it" for name in stored.others)
     n_leaves = len(stored.leaves) + len(stored.strings)
     return ItemReport(directory, n_leaves, stored.n_bytes, others, tuple(problems))
+
+
+def _in_time(pieces: Iterator[Piece], until_s: float) -> Iterator[Piece]:
+    for piece in pieces:
+        if time.monotonic() >= until_s:
+            raise TimeoutError("There was no time to read all of it.")
+        yield piece

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,17 @@ from jax.sharding import PartitionSpec as P
 from trees import abstract, assert_same, on_mesh, random_array
 
 import lazy_orbax
-from lazy_orbax import digest, large_pieces, restored, stored
+from lazy_orbax import (
+    digest,
+    digest_file,
+    large_pieces,
+    restored,
+    step_metadata,
+    stored,
+    verification,
+)
 from lazy_orbax.digest_file import DIRECTORY, DigestError, parse
-from lazy_orbax.errors import CorruptCheckpointError, OptionError, RestoreError
+from lazy_orbax.errors import CorruptCheckpointError, OptionError, Problem, RestoreError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning"),
@@ -296,6 +305,99 @@ def test_a_misfit_of_the_target_is_no_corruption(tmp_path, mesh):
             )
 
 
+# The metadata of a step
+
+
+def by_manager(root, state, **options):
+    handlers = {"state": lazy_orbax.standard_handler(), "data": ocp.JsonCheckpointHandler()}
+    options = ocp.CheckpointManagerOptions(**options)
+    with ocp.CheckpointManager(root, item_handlers=handlers, options=options) as manager:
+        args = {"state": ocp.args.StandardSave(state), "data": ocp.args.JsonSave({"at": 7})}
+        args = ocp.args.Composite(**args)
+        manager.save(1, args=args, custom_metadata={"epoch": 12, "note": "grüße"})
+    return root / "1", root / "1" / "state"
+
+
+def by_manager_at_once(root, state):
+    return by_manager(root, state, enable_async_checkpointing=False)
+
+
+def by_async_checkpointer(root, state):
+    with ocp.AsyncCheckpointer(lazy_orbax.standard_handler()) as checkpointer:
+        args = ocp.args.StandardSave(state)
+        checkpointer.save(root / "1", args=args, custom_metadata={"epoch": 12})
+    return root / "1", root / "1"
+
+
+def by_checkpointer(root, state):
+    with ocp.Checkpointer(lazy_orbax.standard_handler()) as checkpointer:
+        args = ocp.args.StandardSave(state)
+        checkpointer.save(root / "1", args=args, custom_metadata={"epoch": 12})
+    return root / "1", root / "1"
+
+
+@pytest.mark.parametrize(
+    "save", [by_manager, by_manager_at_once, by_async_checkpointer, by_checkpointer]
+)
+def test_a_flip_in_the_metadata_of_a_step_is_told_of(tmp_path, mesh, save, caplog):
+    state = state_of(0, mesh)
+    step, item = save(tmp_path / "run", state)
+    assert lazy_orbax.verify(step).is_whole
+    file, late = step / step_metadata.FILE, "commit_timestamp_nsecs"
+    whole = file.read_bytes()
+    wanted, told = json.loads(whole), 0
+    for at in range(len(whole)):
+        with flips.flipped(file, at, at % 8):
+            problems = step_metadata.check(str(item), str(step))
+            told += bool(problems)
+            if not problems:  # An escape sequence in capitals, or the time of the commit.
+                assert {**json.loads(file.read_bytes()), late: 0} == {**wanted, late: 0}
+            assert {problem.file for problem in problems} <= {step_metadata.FILE}
+    assert told > 0.8 * len(whole)
+    with flips.flipped(file, whole.index(b'"epoch": 12') + len('"epoch": 1'), 0):
+        report = lazy_orbax.verify(tmp_path / "run" if save is by_manager else step)
+        assert "custom_metadata is not what was saved" in str(report)
+        assert not report.ok
+        with ocp.Checkpointer(lazy_orbax.standard_handler()) as checkpointer, caplog.at_level(30):
+            args = ocp.args.StandardRestore(abstract(state))
+            assert_same(checkpointer.restore(item, args=args), state)
+        assert f"{step_metadata.FILE}: custom_metadata is not what was saved" in caplog.text
+        assert step_metadata.DIGESTS in caplog.text
+
+
+def test_metadata_that_were_changed_on_purpose_refuse_nothing(tmp_path, mesh, caplog):
+    state = state_of(0, mesh)
+    step, item = by_manager(tmp_path / "run", state)
+    store = ocp.metadata.metadata_store(enable_write=True, blocking_write=True)
+    store.update(step / step_metadata.FILE, custom_metadata={"epoch": 13})
+    with ocp.CheckpointManager(
+        tmp_path / "run", item_handlers={"state": lazy_orbax.standard_handler()}
+    ) as manager:
+        assert manager.metadata(1).custom_metadata == {"epoch": 13}
+        target = ocp.args.StandardRestore(abstract(state))
+        good = lazy_orbax.restore_latest_good(manager, args=ocp.args.Composite(state=target))
+        assert_same(good.value["state"], state)
+        assert "changed on purpose" in caplog.text
+        # What the message says to do; as in a step that has no such digests.
+        (item / step_metadata.DIGESTS).unlink()
+        assert lazy_orbax.verify(step).is_whole
+        caplog.clear()
+        manager.restore(1, args=ocp.args.Composite(state=target))
+        assert "purpose" not in caplog.text
+    # An item that was copied alone.
+    shutil.copytree(by_checkpointer(tmp_path / "other", state)[1], tmp_path / "alone" / "item")
+    (tmp_path / "alone" / "item" / step_metadata.FILE).unlink()
+    assert step_metadata.check_beside(str(tmp_path / "alone" / "item")) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 100000, b'{"format": 2}', b"[]"])
+def test_digests_of_a_step_that_make_no_sense(tmp_path, mesh, content):
+    step, item = by_checkpointer(tmp_path / "run", state_of(0, mesh))
+    (item / step_metadata.DIGESTS).write_bytes(digest_file.seal(content))
+    (problem,) = step_metadata.check(str(item), str(step))
+    assert problem.file == step_metadata.DIGESTS
+
+
 # verify
 
 
@@ -318,6 +420,34 @@ def test_verify_names_leaf_range_file_and_newest_whole_step(tmp_path, mesh):
     assert "newest step that is whole is 2" in str(caught.value)
     for text in ("leaf v[0:", "v/0.0"):
         assert text in str(caught.value)
+
+
+def test_the_search_for_a_whole_step_ends_in_time(tmp_path, mesh, monkeypatch):
+    trees = [state_of(step, mesh) for step in range(4)]
+    save_steps(tmp_path, trees, use_ocdbt=False)
+    for step in (3, 4):
+        flip_chunk(tmp_path, "v", step)
+    clock, read = [0.0], []
+    check_pieces = stored.StoredItem.check_pieces
+
+    def slowly(self, pieces):
+        for piece in pieces:
+            clock[0] += 25
+            read.append((self.directory[-9:], piece.leaf))
+            yield from check_pieces(self, [piece])
+
+    monkeypatch.setattr(verification, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(stored.StoredItem, "check_pieces", slowly)
+    item = tmp_path / "4" / "default"
+    with pytest.raises(CorruptCheckpointError) as caught:
+        verification.raise_corrupt(str(item), [Problem("broken")], look=True)
+    assert caught.value.newest_whole_step is None
+    assert "were not all looked at" in str(caught.value)
+    assert "python -m lazy_orbax verify" in str(caught.value)
+    assert len(read) == 3
+    clock[0] = 1e9  # A search has its own time; with enough of it, it finds the step.
+    monkeypatch.setattr(verification, "_SEARCH_S", 1e9)
+    assert verification.newest_whole_step(str(item)) == 2
 
 
 @pytest.mark.parametrize("form", flips.FORMS)

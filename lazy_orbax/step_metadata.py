@@ -1,0 +1,143 @@
+"""What Orbax keeps of a step beside its items, against digests of ours. In local directories.
+
+Orbax writes that file three times: empty; with everything that matters before it finalizes the
+items, which is when its digests are taken; and with the time of the commit, as it publishes. It
+may be changed later with Orbax's own `ocp.metadata.metadata_store`, so what differs is told of,
+and refuses nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import Any
+
+from lazy_orbax import digest_file, small_files
+from lazy_orbax.deadline import Deadline
+from lazy_orbax.digest import digest_of_text
+from lazy_orbax.digest_file import DigestError
+from lazy_orbax.errors import Problem
+from lazy_orbax.object_store import scheme_of
+from lazy_orbax.sync import Inode, inode_of
+from lazy_orbax.write import save_error
+
+FILE = "_CHECKPOINT_METADATA"
+DIGESTS = f"{digest_file.DIRECTORY}/step"
+_FORMAT = 1
+_TIME_OF_COMMIT = "commit_timestamp_nsecs"
+# Orbax writes in a thread of its own, which began before it finalizes the items.
+_WRITTEN_S = 0.5
+
+
+def record(item_directory: str, *, timeout_s: float) -> set[Inode]:
+    """Writes the digests of the metadata of the step that an item is of, before it is published.
+
+    Does nothing where Orbax has no such metadata by then, and in an object store.
+
+    Args:
+        item_directory: the item's directory. It has digests of its own.
+        timeout_s: most seconds in which the storage may do nothing.
+
+    Returns:
+        The directories in which something was written.
+
+    Raises:
+        SaveError: the storage refused, or did nothing for too long.
+    """
+    if scheme_of(item_directory):
+        return set()
+    changed: set[Inode] = set()
+    digests = os.path.join(item_directory, DIGESTS)
+
+    def write() -> None:
+        found = _when_written(item_directory) if os.path.isdir(os.path.dirname(digests)) else None
+        if found is not None:
+            body = json.dumps({"format": _FORMAT, "fields": _digests_of(found)}).encode()[1:]
+            with open(digests, "wb") as file:
+                file.write(digest_file.seal(body))
+            changed.add(inode_of(os.path.dirname(digests)))
+
+    try:
+        Deadline(item_directory, timeout_s).run(write, "lazy_orbax-step")
+    except OSError as error:
+        raise save_error(item_directory, error, file=digests) from error
+    return changed
+
+
+def check(item_directory: str, step_directory: str) -> list[Problem]:
+    """Returns what of a step's metadata is not what was saved with one of its items.
+
+    Args:
+        item_directory: the item's directory. Without digests in it nothing is wrong.
+        step_directory: the step's, which may be the same.
+    """
+    if scheme_of(item_directory) or not os.path.isfile(os.path.join(item_directory, DIGESTS)):
+        return []
+    try:
+        wanted = digest_file.unseal(_read(item_directory, DIGESTS))
+        if wanted["format"] != _FORMAT:
+            raise DigestError(
+                f"it has form {wanted['format']!r}, which a later lazy_orbax can read"
+            )
+        fields = dict(wanted["fields"])
+    except (ValueError, OSError, KeyError, TypeError, RecursionError) as error:
+        return [Problem(f"cannot be used: {error}", DIGESTS)]
+    try:
+        found = _digests_of(json.loads(_read(step_directory, FILE)))
+    except (ValueError, OSError, RecursionError) as error:
+        return [Problem(f"cannot be read: {error}", FILE)]
+    advice = f"If it was changed on purpose, remove {DIGESTS} of the item"
+    return [
+        Problem(f"{name} is not what was saved. {advice}", FILE)
+        for name, digest in fields.items()
+        if found.get(name) != digest
+    ]
+
+
+def check_beside(item_directory: str) -> list[Problem]:
+    """Returns what `check` does, where the metadata are found. An item may have been copied alone.
+
+    Args:
+        item_directory: the item's directory.
+    """
+    for place in (item_directory, os.path.dirname(item_directory.rstrip("/"))):
+        if os.path.lexists(os.path.join(place, FILE)):
+            return check(item_directory, place)
+    return []
+
+
+def _when_written(item_directory: str) -> dict[str, Any] | None:
+    """Returns the metadata once they are complete; `None` where they will not be."""
+    deadline_s = time.monotonic() + _WRITTEN_S
+    while True:
+        for place in (item_directory, os.path.dirname(item_directory)):
+            try:
+                found = json.loads(_read(place, FILE))
+            except (OSError, ValueError):
+                continue  # Not there, or just being written.
+            if isinstance(found, dict) and found.get("item_handlers") is not None:
+                return found
+        if time.monotonic() > deadline_s:
+            return None
+        time.sleep(0.01)
+
+
+def _digests_of(metadata: Any) -> dict[str, str]:
+    """Returns the digest of each field: of its value, not of how that is written."""
+    if not isinstance(metadata, dict):
+        raise ValueError("it is not an object")
+    values = {**metadata, _TIME_OF_COMMIT: metadata.get(_TIME_OF_COMMIT, "missing") != "missing"}
+    return {
+        name: f"{digest_of_text(json.dumps(value, sort_keys=True)):016x}"
+        for name, value in values.items()
+    }
+
+
+def _read(directory: str, name: str) -> bytes:
+    size = small_files.size_of(directory, name)
+    if size is None or size > small_files.MOST_BYTES:
+        found = "is missing" if size is None else f"has {size} bytes"
+        raise FileNotFoundError(f"it {found}")
+    with open(os.path.join(directory, name), "rb") as file:
+        return file.read()
