@@ -140,8 +140,8 @@ class CorruptCheckpointError(LazyOrbaxError, ValueError):
             advice = "No other step here is known to be whole."
         else:
             advice = (
-                "Restore another step; they were not all looked at. `python -m lazy_orbax verify` "
-                "tells which are whole."
+                "Restore another step. Not all were looked at: `python -m lazy_orbax verify` tells "
+                "which are whole."
             )
         listed = summarize(list(map(str, problems)))
         super().__init__(f"The checkpoint {directory} is not what was saved:{listed}\n{advice}")

@@ -442,7 +442,7 @@ def test_the_search_for_a_whole_step_ends_in_time(tmp_path, mesh, monkeypatch):
     with pytest.raises(CorruptCheckpointError) as caught:
         verification.raise_corrupt(str(item), [Problem("broken")], look=True)
     assert caught.value.newest_whole_step is None
-    assert "were not all looked at" in str(caught.value)
+    assert "Not all were looked at" in str(caught.value)
     assert "python -m lazy_orbax verify" in str(caught.value)
     assert len(read) == 3
     clock[0] = 1e9  # A search has its own time; with enough of it, it finds the step.
