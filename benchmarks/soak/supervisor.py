@@ -113,14 +113,12 @@ def _episode(rng: random.Random, options: Options) -> None:
 def _flipped(rng: random.Random, directory: pathlib.Path) -> Iterator[int | None]:
     """Changes a byte of a step that is kept and is not the newest one, and puts it back."""
     steps = sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
-    files = []
-    if len(steps) > 1:
-        step = rng.choice(steps[-KEPT:-1])
-        files = [f for f in (directory / str(step)).rglob("*") if f.is_file() and f.stat().st_size]
-    if not files:
+    if len(steps) < 2:
         yield None
         return
-    file = rng.choice(sorted(files))
+    step = rng.choice(steps[-KEPT:-1])
+    found = sorted((directory / str(step)).rglob("*"))
+    file = rng.choice([one for one in found if one.is_file() and one.stat().st_size])
     position, bit = rng.randrange(file.stat().st_size), 1 << rng.randrange(8)
     _flip(file, position, bit)
     try:
