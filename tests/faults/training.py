@@ -6,6 +6,7 @@ given, so the pointers tell whether donation still works.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -47,18 +48,26 @@ def _changed(leaf: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(as_bits * 3 + 1, leaf.dtype)
 
 
+@functools.cache  # To compile them takes longer than most tests that use them.
+def _programs(structure: Any, shardings: tuple[Any, ...]) -> tuple[Any, Any, Any]:
+    tree_of_shardings = jax.tree.unflatten(structure, shardings)
+    donating = jax.jit(
+        lambda tree: jax.tree.map(_changed, tree),
+        donate_argnums=0,
+        out_shardings=tree_of_shardings,
+    )
+    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=tree_of_shardings)
+    busy = jax.jit(lambda n: jax.lax.fori_loop(0, n, lambda _, x: jnp.tanh(x @ x), jnp.eye(64)))
+    return donating, copy, busy
+
+
 class Steps:
     """The programs of a training loop, compiled for one state."""
 
     def __init__(self, state: Any):
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-        self.donating = jax.jit(
-            lambda tree: jax.tree.map(_changed, tree), donate_argnums=0, out_shardings=shardings
-        )
-        self._copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
-        self._busy = jax.jit(
-            lambda n: jax.lax.fori_loop(0, n, lambda _, x: jnp.tanh(x @ x), jnp.eye(64))
-        )
+        leaves, structure = jax.tree.flatten(state)
+        shardings = tuple(leaf.sharding for leaf in leaves)
+        self.donating, self._copy, self._busy = _programs(structure, shardings)
 
     def bytes_of(self, state: Any) -> Any:
         """Returns `state` on the host, without any view of its arrays or a copy cached on them."""

@@ -57,7 +57,28 @@ def fork_server(*modules: str, variables: Mapping[str, str] | None = None) -> An
     return context
 
 
-def run_job(
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Processes that were started, and where they print."""
+
+    processes: list[Any]
+    logs: list[pathlib.Path]
+
+
+def run_job(n: int, scenario: str, root: pathlib.Path | str, **how: Any) -> list[Ended]:
+    """Runs `scenario` of `child.py` on `n` processes and returns how they ended.
+
+    Args:
+        n: how many processes.
+        scenario: name of a function in `child.py`.
+        root: the directory, or address, that it saves to.
+        **how: as `start_job` takes it.
+    """
+    [ended] = ends_of([start_job(n, scenario, root, **how)])
+    return ended
+
+
+def start_job(
     n: int,
     scenario: str,
     root: pathlib.Path | str,
@@ -66,8 +87,8 @@ def run_job(
     n_devices: int = 2,
     variables: Mapping[str, str] | None = None,
     **arguments: Any,
-) -> list[Ended]:
-    """Runs `scenario` of `child.py` on `n` processes and returns how they ended.
+) -> Job:
+    """Starts `scenario` of `child.py` on `n` processes; `ends_of` must follow.
 
     Args:
         n: how many processes.
@@ -96,11 +117,21 @@ def run_job(
         )
         for i, path in enumerate(paths)
     ]
-    ends: dict[int, float] = {}
-    deadline_s = time.monotonic() + _TIMEOUT_S
     try:
         for process in processes:
             process.start()
+    except BaseException:
+        _kill(processes)
+        raise
+    return Job(processes, paths)
+
+
+def ends_of(jobs: list[Job]) -> list[list[Ended]]:
+    """Waits for the processes of all jobs, kills those that hang, and returns how they ended."""
+    processes = [process for job in jobs for process in job.processes]
+    ends: dict[int, float] = {}
+    deadline_s = time.monotonic() + _TIMEOUT_S
+    try:
         while running := [p for i, p in enumerate(processes) if i not in ends]:
             remaining_s = deadline_s - time.monotonic()
             sentinels = [process.sentinel for process in running]
@@ -110,13 +141,22 @@ def run_job(
                 if i not in ends and not process.is_alive():
                     ends[i] = time.monotonic()
     finally:
-        for process in processes:
+        _kill(processes)
+    times_s = iter([ends.get(i, float("inf")) for i in range(len(processes))])
+    return [
+        [
+            Ended(process.exitcode, _report(path), path.read_text(), next(times_s))
+            for process, path in zip(job.processes, job.logs, strict=True)
+        ]
+        for job in jobs
+    ]
+
+
+def _kill(processes: list[Any]) -> None:
+    for process in processes:
+        if process.pid is not None:
             process.kill()
             process.join()
-    return [
-        Ended(process.exitcode, _report(path), path.read_text(), ends.get(i, float("inf")))
-        for i, (process, path) in enumerate(zip(processes, paths, strict=True))
-    ]
 
 
 def _run(*arguments: Any) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from multihost import states
-from multihost.jobs import HEARTBEAT_TIMEOUT_S, run_job
+from multihost.jobs import HEARTBEAT_TIMEOUT_S, ends_of, start_job
 from multihost.kill_points import ON_EACH, ON_PRIMARY
 
 import lazy_orbax
@@ -18,14 +18,19 @@ _SLACK_S = 10  # Of a machine with fewer cores than processes.
 
 # How many processes, the point, who comes to it, who is killed then. Every point at least once,
 # and at least twelve for process 0 and for others.
-CASES = [
+OF_THE_PRIMARY = [
     *((2, point, 0, 0) for point in (*ON_EACH[::2], "after the finish", "after the telling")),
     *((2, point, 0, 0) for point in ON_PRIMARY),
+]
+OF_ANOTHER = [
     *((2, point, 1, 1) for point in ON_EACH[1::2]),
     *((2, point, 0, 1) for point in ON_PRIMARY),
     (4, "before the finish", 3, 3),
     (4, "before the merge", 0, 2),
 ]
+# Who survives another than process 0 waits some seconds to miss it: several jobs wait together.
+_TOGETHER = 3
+GROUPS = [OF_ANOTHER[i : i + _TOGETHER] for i in range(0, len(OF_ANOTHER), _TOGETHER)]
 
 
 def restored(root, step, mesh):
@@ -34,21 +39,30 @@ def restored(root, step, mesh):
         return stock.restore(step, args=ocp.args.StandardRestore(target))
 
 
-@pytest.mark.parametrize(("n", "point", "watched", "victim"), CASES)
-def test_a_process_is_killed(tmp_path, n, point, watched, victim):
-    pids = tmp_path / "pids"
-    pids.mkdir()
-    root = tmp_path / "run"
-    ended = run_job(
-        n,
-        "killed",
-        root,
-        logs=tmp_path,
-        point=point,
-        watched=watched,
-        victim=victim,
-        pids=str(pids),
-    )
+@pytest.mark.parametrize("case", OF_THE_PRIMARY, ids=str)
+def test_the_primary_is_killed(tmp_path, case):
+    [ended] = ends_of([start(tmp_path, *case)])
+    check(tmp_path, ended, *case)
+
+
+@pytest.mark.parametrize("cases", GROUPS, ids=lambda cases: "; ".join(map(str, cases)))
+def test_another_process_is_killed(tmp_path, cases, subtests):
+    places = [tmp_path / str(i) for i in range(len(cases))]
+    jobs = [start(place, *case) for place, case in zip(places, cases, strict=True)]
+    for place, case, ended in zip(places, cases, ends_of(jobs), strict=True):
+        with subtests.test(str(case)):
+            check(place, ended, *case)
+
+
+def start(place, n, point, watched, victim):
+    pids = place / "pids"
+    pids.mkdir(parents=True)
+    told = {"point": point, "watched": watched, "victim": victim, "pids": str(pids)}
+    return start_job(n, "killed", place / "run", logs=place, **told)
+
+
+def check(place, ended, n, point, watched, victim):
+    root = place / "run"
     killed = ended[victim]
     assert killed.returncode == -signal.SIGKILL, killed.log[-4000:]
     for survivor in ended:
