@@ -103,7 +103,11 @@ def train(directory: str, n_steps: int, save_every: int, kill_at: int | None) ->
             state = manager.restore(newest, args=ocp.args.StandardRestore(target))
             say(f"resumed from step {newest} on {jax.process_count()} processes")
         rows = NamedSharding(mesh, P("devices"))
+        loss = None
         for step in range((newest or 0) + 1, n_steps + 1):
+            # On CPU a process of several devices that is 32 steps ahead may stop for good: it
+            # launches steps from the threads that run their collectives, as many as it has cores.
+            jax.block_until_ready(loss)
             state, loss = step_fn(state, batch_of(step, rows))
             saved = False
             try:

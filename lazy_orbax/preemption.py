@@ -11,6 +11,7 @@ import dataclasses
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -102,15 +103,20 @@ class Preemption:
         """Whether this is the step after which to save and leave. Ask at every step.
 
         Of several processes it is true on all at the same step, on which JAX lets them agree.
+        From the first call on, `manager.reached_preemption` asks JAX for no earlier step than it
+        has asked for, and makes saves urgent where it is true.
 
         Args:
             manager: an `ocp.CheckpointManager`.
             step: the step that was just done.
         """
-        if manager.reached_preemption(step):
-            self.notice()
-            return True
-        return self.noticed and jax.process_count() == 1
+        if jax.process_count() == 1:
+            return manager.reached_preemption(step) or self.noticed
+        if not isinstance(manager.reached_preemption, _Forwards):
+            ask = manager.reached_preemption
+            manager.reached_preemption = _Forwards(ask, self.notice)
+            self._restore.callback(setattr, manager, "reached_preemption", ask)
+        return manager.reached_preemption(step)
 
     def last_save(self, manager: Any, step: int, *, args: Any) -> LastSave:
         """Saves a step without any limit of speed, and waits for it, but not beyond the deadline.
@@ -165,6 +171,34 @@ class Preemption:
             newest_step=max(steps, default=None),
             error=None if step in steps else (errors or [None])[0],
         )
+
+
+class _Forwards:
+    """Asks JAX whether the step agreed on is reached, for no step before the newest asked for.
+
+    JAX takes the step that a process asked for *last* for where it is, and lets all agree on the
+    one after the furthest. Orbax asks for an old step too, in the thread that ends its save: were
+    that told to JAX, a process ahead of the others could be past the step that is agreed on, and
+    would wait for ever for those that have left.
+
+    Invariant, under the lock: JAX was asked for `_newest` last, and said yes to `_agreed` only.
+    """
+
+    def __init__(self, ask: Callable[[int], bool], on_agreed: Callable[[], None]):
+        self._ask, self._on_agreed = ask, on_agreed
+        self._newest: int | None = None
+        self._agreed: int | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self, step: int) -> bool:
+        with self._lock:
+            if self._newest is None or step >= self._newest:
+                self._newest = step
+                if self._ask(step):
+                    self._agreed = step
+                    # Here, because Orbax asks in `save()`, and waits then for the save before.
+                    self._on_agreed()
+            return step == self._agreed
 
 
 def _jax_notices() -> bool:

@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 from faults.gates import failing_at, held_at, within
 from faults.training import SLAB_BYTES, Steps, make_state
+from jax.experimental import multihost_utils
 from trees import assert_same
 
 import lazy_orbax
@@ -184,6 +185,35 @@ def test_of_several_processes_the_step_is_the_one_that_jax_agreed_on(manager, mo
     with lazy_orbax.Preemption() as notice:
         get_sigterm()
         assert [notice.reached(manager, step) for step in (1, 2, 3)] == [False, False, True]
+
+
+def test_a_save_that_ends_late_does_not_tell_jax_of_its_step(manager, monkeypatch, noted):
+    """JAX would take the process for so far back, and agree on a step that it is past."""
+    asked = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        multihost_utils,
+        "reached_preemption_sync_point",
+        lambda step: asked.append(step) or step > 6,
+    )
+    tree = {"w": np.ones(8)}
+    with lazy_orbax.Preemption() as notice:
+        assert not notice.reached(manager, 2)
+        monkeypatch.setattr(jax, "process_count", lambda: 1)
+        with held_at("finish") as gate:
+            within(manager.save, 3, args=ocp.args.StandardSave(tree))
+            gate.await_call()
+            assert not manager.reached_preemption(6)
+            gate.opened.set()
+            within(manager.wait_until_finished)
+        assert asked == sorted(asked)
+        assert asked[-1] == 6
+        assert not drain._Urgency.hurry
+        assert manager.reached_preemption(7)
+        assert drain._Urgency.hurry  # Also where Orbax asked: it waits then for the save before.
+        assert not manager.reached_preemption(6)
+        assert manager.reached_preemption(7)
+    assert type(manager.reached_preemption) is type(manager.save)
 
 
 @pytest.mark.parametrize("grace_s", [0, -1, "30", True, None])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import json
 import os
 import pathlib
+import signal
 import time
 from typing import Any
 
@@ -18,7 +21,7 @@ from multihost.jobs import HEARTBEAT_TIMEOUT_S
 from multihost.kill_points import killing
 
 import lazy_orbax
-from lazy_orbax import commit, write
+from lazy_orbax import commit, drain, write
 from lazy_orbax.host_budget import HOST_BUDGET
 
 Report = dict[str, Any]
@@ -336,6 +339,36 @@ def node_local(root: str) -> Report:
     return {"steps": steps, "failed": failed, "wrong": wrong}
 
 
+def preempted(root: str, signalled: list[int], saves: bool) -> Report:
+    """Some processes get SIGTERM while a slow save is in flight; all save once more and leave."""
+    initialize = drain.Pace.__init__
+    # A minute for each process, and more than an option may ask for.
+    drain.Pace.__init__ = lambda self, bytes_per_s: initialize(self, bytes_per_s // 64)
+    state = states.on_mesh(_mesh(), 0)
+    step = states.training_step(state)
+    lazy = {"write_bytes_per_s": 2**20}
+    with (
+        lazy_orbax.Preemption(grace_s=60) as preemption,
+        _manager(root, lazy=lazy, save_interval_steps=10**9) as manager,
+    ):
+        for n in itertools.count(1):
+            state = step(state)
+            # In place of the step's own collectives.
+            ocp.multihost.sync_global_processes(f"step {n}")
+            if saves or n == 1:
+                _save(manager, n, state)
+            if n == 2:
+                slow = manager.is_saving_in_progress() and not drain._Urgency.hurry
+                if jax.process_index() in signalled:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            if preemption.reached(manager, n):
+                break
+        hurried = drain._Urgency.hurry
+        last = preemption.last_save(manager, n, args=ocp.args.StandardSave(state))
+        facts = {**dataclasses.asdict(last), "error": repr(last.error)}
+        return {"last": facts, "reached": n, "slow": slow, "hurried": hurried}
+
+
 def modes(root: str) -> Report:
     """The three modes of a snapshot, and trees that are refused."""
     return worker.main(pathlib.Path(root))
@@ -354,6 +387,7 @@ SCENARIOS = {
         busy,
         restored,
         node_local,
+        preempted,
         modes,
     )
 }
