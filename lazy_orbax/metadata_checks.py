@@ -12,13 +12,10 @@ import jax
 from lazy_orbax.errors import MalformedCheckpointError
 from lazy_orbax.file_checks import brief, parse_json
 
-TREE_FILE = "_METADATA"
-SHARDING_FILE = "_sharding"
-STRINGS_FILE = "_strings.json"
-ARRAY_METADATAS = "array_metadatas"
 # JAX walks trees recursively.
 _MOST_LEVELS = 256
 _MOST_DIMENSIONS = 32
+_ENTRIES = "array_metadatas"
 _SEQUENCE, _DICT = 1, 2
 _AXIS_TYPES = frozenset(map(str, jax.sharding.AxisType))
 
@@ -191,12 +188,12 @@ def check_array_metadatas(content: bytes, file: Any) -> None:
         MalformedCheckpointError: fields are missing or of the wrong type.
     """
     metadata, complain = parse_json(content, file), _Complaints(file)
-    entries = metadata.get("array_metadatas", [])
+    entries = metadata.get(_ENTRIES, [])
     if not isinstance(entries, list):
-        complain(ARRAY_METADATAS, entries, "a list")
+        complain(_ENTRIES, entries, "a list")
         entries = []
-    if _nested([metadata], (ARRAY_METADATAS,)):
-        complain(ARRAY_METADATAS, metadata, "nothing else")
+    if _nested([metadata], (_ENTRIES,)):
+        complain(_ENTRIES, metadata, "nothing else")
     for position, entry in enumerate(entries):
         one = entry.get("array_metadata") if isinstance(entry, dict) else None
         where = f"entry {position}"

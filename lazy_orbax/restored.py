@@ -14,11 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from lazy_orbax import digest
+from lazy_orbax import digest, file_names
 from lazy_orbax.digest import Box
 from lazy_orbax.errors import Problem
 from lazy_orbax.layout import is_key
-from lazy_orbax.metadata_checks import STRINGS_FILE
 from lazy_orbax.stored import Piece, StoredItem
 
 # What is brought to the host at once.
@@ -52,7 +51,7 @@ def check_restored(stored: StoredItem, leaves: Mapping[str, Any]) -> list[Proble
     for name, value in leaves.items():
         wanted = stored.strings.get(name) if isinstance(value, str) else None
         if wanted is not None and digest.digest_of_text(value) != wanted:
-            problems.append(Problem("is not the string that was saved", STRINGS_FILE, name))
+            problems.append(Problem("is not the string that was saved", file_names.STRINGS, name))
         if name not in stored.leaves:
             continue
         saved = stored.leaves[name]

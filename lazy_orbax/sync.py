@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
+from lazy_orbax import file_names
+
 _THREADS = 8
 # For what Orbax publishes: it is little, and who has it synced does not know the option.
 _TIMEOUT_S = 300.0
@@ -19,7 +21,6 @@ _TIMEOUT_S = 300.0
 _MOST_WATCHED = 1000
 
 _LARGE_BYTES = 2**20
-PROCESS_DIRECTORY = "ocdbt.process_"
 _DROPS = hasattr(os, "posix_fadvise")
 
 _Version = tuple[int, int, int]
@@ -137,7 +138,7 @@ class Syncer:
             directories[:] = [
                 name
                 for name in directories
-                if name in self._own or not name.startswith(PROCESS_DIRECTORY)
+                if name in self._own or not name.startswith(file_names.PROCESS_DIRECTORY)
             ]
             yield path, names
 

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from lazy_orbax import _orbax, metadata_checks, ocdbt_checks, zarr_checks
+from lazy_orbax import _orbax, file_names, metadata_checks, ocdbt_checks, zarr_checks
 from lazy_orbax.errors import MalformedCheckpointError
 from lazy_orbax.file_checks import Files, brief, read_small, survey
 from lazy_orbax.object_store import scheme_of
@@ -31,7 +31,7 @@ _JSON_SHARE = 256
 _SHARDING_SHARE = 32
 # Small arrays are in the file of older checkpoints itself.
 _AGGREGATE_SHARE = 8
-_ZARR_NAMES = frozenset({".zarray", "zarr.json"})
+_ZARR_NAMES = frozenset({file_names.ZARR_V2, file_names.ZARR_V3})
 _AGGREGATE_FILE = "checkpoint"
 
 # The directory that a face has checked already, while it restores through the handler inside.
@@ -115,20 +115,20 @@ def _check_json(directory: epath.Path, limit_bytes: int, args: Any) -> metadata_
         return read_small(directory, name, most_bytes)
 
     tree = None
-    if (found := content(metadata_checks.TREE_FILE)) is not None:
-        path = directory / metadata_checks.TREE_FILE
+    if (found := content(file_names.TREE)) is not None:
+        path = directory / file_names.TREE
         tree = metadata_checks.check_tree(found, path)
     if _needs_shardings(args):
         most_bytes = max(limit_bytes, memory_bytes() // _SHARDING_SHARE)
-        if (found := content(metadata_checks.SHARDING_FILE, most_bytes)) is not None:
-            metadata_checks.check_shardings(found, directory / metadata_checks.SHARDING_FILE)
-    for path in (directory / metadata_checks.ARRAY_METADATAS).glob("process_*"):
-        name = f"{metadata_checks.ARRAY_METADATAS}/{path.name}"
+        if (found := content(file_names.SHARDINGS, most_bytes)) is not None:
+            metadata_checks.check_shardings(found, directory / file_names.SHARDINGS)
+    for path in (directory / file_names.ARRAY_METADATAS).glob("process_*"):
+        name = f"{file_names.ARRAY_METADATAS}/{path.name}"
         if (found := content(name)) is not None:
             metadata_checks.check_array_metadatas(found, path)
     strings = [name for name, kind in (tree.leaves if tree else {}).items() if kind == "string"]
-    if strings and (found := content(metadata_checks.STRINGS_FILE)) is not None:
-        path = directory / metadata_checks.STRINGS_FILE
+    if strings and (found := content(file_names.STRINGS)) is not None:
+        path = directory / file_names.STRINGS
         metadata_checks.check_strings(found, path, strings)
     return tree
 
@@ -155,7 +155,7 @@ def _declared(
         suffixes = tuple(f"/{name}" for name in _ZARR_NAMES)
         database = ocdbt_checks.contents(directory, base, suffixes)
         if database is not None:
-            where = directory / ocdbt_checks.MANIFEST
+            where = directory / file_names.MANIFEST
             found = zarr_checks.declared_by_all(
                 database.metadata.items(), lambda key: f"{where}, key {brief(key)}"
             )
@@ -198,4 +198,4 @@ def _refuse_paths(directory: epath.Path, tree: metadata_checks.Tree) -> None:
         if name.startswith("/") or "\0" in name or ".." in name.split("/")
     ]
     if problems:
-        raise MalformedCheckpointError.of(directory / metadata_checks.TREE_FILE, problems)
+        raise MalformedCheckpointError.of(directory / file_names.TREE, problems)

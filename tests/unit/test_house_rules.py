@@ -16,6 +16,7 @@ MOST_LINES = 300
 # A module imports modules of lower rank only. A new module gets its rank here.
 RANKS = {
     "errors": 0,
+    "file_names": 0,
     "events": 1,
     "options": 2,
     "host_budget": 2,
