@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lazy_orbax.layout import Device, Layout, Leaf, ReplicaPolicy, Shape, layout_of
+from lazy_orbax.layout import Device, Layout, Leaf, ReplicaPolicy, Shape, index_of, layout_of
 
 Kind = Literal["mesh", "shards", "host", "given"]
 _T = TypeVar("_T")
@@ -52,15 +52,12 @@ class Piece:
     @property
     def index(self) -> tuple[slice, ...]:
         """The region as an index into the global array."""
-        return tuple(slice(a, a + n) for a, n in zip(self.start, self.shape, strict=True))
+        return index_of(self.start, self.shape)
 
     @property
     def index_in_shard(self) -> tuple[slice, ...]:
         """The region as an index into its shard."""
-        return tuple(
-            slice(a - b, a - b + n)
-            for a, b, n in zip(self.start, self.shard_start, self.shape, strict=True)
-        )
+        return index_of(self.start, self.shape, self.shard_start)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ import numpy as np
 from lazy_orbax import digest, file_names
 from lazy_orbax.digest import Box
 from lazy_orbax.errors import Problem
-from lazy_orbax.layout import is_key
+from lazy_orbax.layout import index_of, is_key
 from lazy_orbax.stored import Piece, StoredItem
 
 # What is brought to the host at once.
@@ -149,8 +149,7 @@ def _is_within(box: Box, whole: Box) -> bool:
 
 
 def _relative(box: Box, whole: Box) -> tuple[slice, ...]:
-    moved = tuple(a - b for a, b in zip(box.start, whole.start, strict=True))
-    return Box(moved, box.shape).index
+    return index_of(box.start, box.shape, whole.start)
 
 
 def _explain(stored: StoredItem, piece: Piece) -> Problem:
