@@ -16,10 +16,10 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from lazy_orbax import _orbax, file_names, metadata_checks, ocdbt_checks, zarr_checks
+from lazy_orbax import file_names, metadata_checks, ocdbt_checks, zarr_checks
 from lazy_orbax.errors import MalformedCheckpointError
 from lazy_orbax.file_checks import Files, brief, read_small, survey
-from lazy_orbax.object_store import scheme_of
+from lazy_orbax.object_store import plain_kvstore_spec, scheme_of
 from lazy_orbax.options import memory_bytes
 from lazy_orbax.size_checks import Arrays, refuse_oversize
 
@@ -148,8 +148,7 @@ def _needs_shardings(args: Any) -> bool:
 def _declared(
     directory: epath.Path, files: Files | None, tree: metadata_checks.Tree | None
 ) -> Arrays:
-    spec = _orbax.directory_kvstore_spec(str(directory))
-    base = ts.KvStore.open({**spec, "path": f"{spec['path'].rstrip('/')}/"}).result()
+    base = ts.KvStore.open(plain_kvstore_spec(str(directory))).result()
     # Orbax goes by `_METADATA`, and by the manifest where that does not say.
     if tree is None or tree.use_ocdbt is not False:
         suffixes = tuple(f"/{name}" for name in _ZARR_NAMES)
