@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from lazy_orbax import file_names, metadata_checks, ocdbt_checks, zarr_checks
+from lazy_orbax import file_names, metadata_checks, ocdbt_checks, tree_checks, zarr_checks
 from lazy_orbax.errors import MalformedCheckpointError
 from lazy_orbax.file_checks import Files, brief, read_small, survey
 from lazy_orbax.object_store import plain_kvstore_spec, scheme_of
@@ -108,7 +108,7 @@ def _check_aggregate(directory: epath.Path, name: str, limit_bytes: int) -> None
         ) from error
 
 
-def _check_json(directory: epath.Path, limit_bytes: int, args: Any) -> metadata_checks.Tree | None:
+def _check_json(directory: epath.Path, limit_bytes: int, args: Any) -> tree_checks.Tree | None:
     """Checks those of Orbax's JSON files that will be read."""
 
     def content(name: str, most_bytes: int = limit_bytes) -> bytes | None:
@@ -117,7 +117,7 @@ def _check_json(directory: epath.Path, limit_bytes: int, args: Any) -> metadata_
     tree = None
     if (found := content(file_names.TREE)) is not None:
         path = directory / file_names.TREE
-        tree = metadata_checks.check_tree(found, path)
+        tree = tree_checks.check_tree(found, path)
     if _needs_shardings(args):
         most_bytes = max(limit_bytes, memory_bytes() // _SHARDING_SHARE)
         if (found := content(file_names.SHARDINGS, most_bytes)) is not None:
@@ -145,9 +145,7 @@ def _needs_shardings(args: Any) -> bool:
     )
 
 
-def _declared(
-    directory: epath.Path, files: Files | None, tree: metadata_checks.Tree | None
-) -> Arrays:
+def _declared(directory: epath.Path, files: Files | None, tree: tree_checks.Tree | None) -> Arrays:
     base = ts.KvStore.open(plain_kvstore_spec(str(directory))).result()
     # Orbax goes by `_METADATA`, and by the manifest where that does not say.
     if tree is None or tree.use_ocdbt is not False:
@@ -189,7 +187,7 @@ def _contents(
             yield name, bytes(result.value)
 
 
-def _refuse_paths(directory: epath.Path, tree: metadata_checks.Tree) -> None:
+def _refuse_paths(directory: epath.Path, tree: tree_checks.Tree) -> None:
     """In plain Zarr a name is a path."""
     problems = [
         f"leaf {brief(name)}: found a path out of the directory, wanted one within"
