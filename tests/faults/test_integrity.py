@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from trees import abstract, assert_same, on_mesh, random_array
 
 import lazy_orbax
-from lazy_orbax import digest, large_pieces, restored, stored
+from lazy_orbax import digest, host_copies, large_pieces, restored, stored
 from lazy_orbax.digest_file import DIRECTORY, DigestError, parse
 from lazy_orbax.errors import CorruptCheckpointError, OptionError, RestoreError
 
@@ -185,6 +185,19 @@ def test_nothing_stays_cached_on_what_was_restored(tmp_path, mesh):
     for leaf in (found["w"], found["v"]):
         assert leaf._npy_value is None
         assert all(shard.data._npy_value is None for shard in leaf.addressable_shards)
+
+
+def test_a_restore_is_verified_where_pinned_memory_is_refused(tmp_path, mesh, monkeypatch, caplog):
+    state = state_of(0, mesh)
+    save_steps(tmp_path, [state])
+
+    def refuse(sharding):
+        raise RuntimeError("RESOURCE_EXHAUSTED: pinned pool")
+
+    monkeypatch.setattr(host_copies, "in_pinned_host", refuse)
+    with manager_of(tmp_path) as manager:
+        assert_same(manager.restore(1, args=restore_args(state)), state)
+    assert "pageable" in caplog.text
 
 
 OTHER_FORMS = {
