@@ -11,7 +11,7 @@ import numpy as np
 import tensorstore as ts
 import xxhash
 
-from lazy_orbax.layout import Shape
+from lazy_orbax.layout import Shape, index_of
 
 # A piece that is not contiguous is made so in parts of this size.
 _PART_BYTES = 2**24
@@ -34,7 +34,7 @@ class Box:
     @property
     def index(self) -> tuple[slice, ...]:
         """The rectangle as an index into the global array."""
-        return tuple(slice(a, a + n) for a, n in zip(self.start, self.shape, strict=True))
+        return index_of(self.start, self.shape)
 
     def __str__(self) -> str:
         return f"[{', '.join(f'{part.start}:{part.stop}' for part in self.index)}]"

@@ -18,13 +18,11 @@ from orbax.checkpoint import path as ocp_path
 
 from lazy_orbax.errors import NotDurableError, OptionError
 from lazy_orbax.events import final_directory, publication_failed, step_of
+from lazy_orbax.file_names import PROCESS_DIRECTORY, ROOT_METADATA, STEP_METADATA, TEMPORARY
 from lazy_orbax.object_store import scheme_of
-from lazy_orbax.sync import PROCESS_DIRECTORY, Inode, inode_of, sync_all
+from lazy_orbax.sync import Inode, inode_of, sync_all
 from lazy_orbax.write import save_error
 
-_TEMPORARY = ".orbax-checkpoint-tmp"
-_STEP_METADATA = "_CHECKPOINT_METADATA"
-_ROOT_METADATA = ("metadata", "_ROOT_METADATA")
 # Where no handler of ours tells `LazyOptions.storage_timeout_s`.
 _TIMEOUT_S = 300.0
 
@@ -63,7 +61,7 @@ def before_publication(item_directory: str, synced: Set[Inode], *, timeout_s: fl
     if scheme_of(item_directory):
         return
     parent = os.path.dirname(item_directory)
-    is_item = _TEMPORARY in parent or os.path.exists(os.path.join(parent, _STEP_METADATA))
+    is_item = TEMPORARY in parent or os.path.exists(os.path.join(parent, STEP_METADATA))
     directory = parent if is_item else item_directory
     step = _step_at(directory)
     step.synced |= synced
@@ -134,7 +132,7 @@ def _above(directory: str) -> Iterator[str]:
     All the way up: syncing what did not change costs little, and says that it did not.
     """
     path = os.path.dirname(os.path.realpath(directory))
-    root_metadata = os.path.join(path, *_ROOT_METADATA)
+    root_metadata = os.path.join(path, ROOT_METADATA)
     if os.path.exists(root_metadata):
         yield root_metadata
         yield os.path.dirname(root_metadata)
@@ -186,7 +184,7 @@ class DurablePath(ocp_path.atomicity.AtomicRenameTemporaryPath):
             SaveError: the storage refused, or did nothing for too long.
         """
         directory, final = str(self.get()), str(self.get_final())
-        if _TEMPORARY in os.path.dirname(directory):  # An item: its step comes after it.
+        if TEMPORARY in os.path.dirname(directory):  # An item: its step comes after it.
             await super().finalize()
             return
         failure, step = save_error, _step_at(directory)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 
 import jax
 
+from lazy_orbax import file_names
+
 # Orbax reports these durations through JAX's public monitoring, in the thread that published the
 # step, directly after it did: the only sign of that moment that reaches a handler.
 _PUBLISHED_EVENTS = frozenset(
@@ -160,7 +162,7 @@ def publication_failed(error: BaseException) -> None:
 
 def final_directory(path: str) -> str:
     """Returns the path that a temporary directory of Orbax has once it is published."""
-    return re.sub(r"\.orbax-checkpoint-tmp[^/]*", "", path)
+    return re.sub(rf"{re.escape(file_names.TEMPORARY)}[^/]*", "", path)
 
 
 def step_of(directory: str) -> int | None:

@@ -15,6 +15,7 @@ from lazy_orbax.errors import OptionError
 from lazy_orbax.handler import LazyCheckpointHandler
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.restore import examined
+from lazy_orbax.untrusted import checked
 
 # What is inside the handlers that `pytree_handler` and `standard_handler` returned.
 _INSIDE: weakref.WeakKeyDictionary[Any, LazyCheckpointHandler] = weakref.WeakKeyDictionary()
@@ -38,19 +39,20 @@ def pytree_handler(
     lazy = LazyCheckpointHandler(options=options, **kwargs)
     accepted = inspect.signature(ocp.PyTreeCheckpointHandler).parameters
     shared = {name: value for name, value in kwargs.items() if name in accepted}
-    if _orbax.MISSING:
-        return ocp.PyTreeCheckpointHandler(aggregate_filename, **shared)
-    handler = ocp.PyTreeCheckpointHandler(aggregate_filename, handler_impl=lazy, **shared)
-    _examine_before_restore(handler, aggregate_filename, verifies=lazy.options.verify_restore)
-    _INSIDE[handler] = lazy
+    if not _orbax.MISSING:
+        shared["handler_impl"] = lazy
+    handler = ocp.PyTreeCheckpointHandler(aggregate_filename, **shared)
+    _examine_before_reading(handler, aggregate_filename, verifies=lazy.options.verify_restore)
+    if not _orbax.MISSING:
+        _INSIDE[handler] = lazy
     return handler
 
 
-def _examine_before_restore(
+def _examine_before_reading(
     handler: Any, aggregate_filename: str | None, *, verifies: bool
 ) -> None:
-    """Makes a stock handler look at a checkpoint before it reads older ones by itself."""
-    restore = handler.restore
+    """Makes a stock handler look at a checkpoint before it reads it by itself."""
+    restore, metadata = handler.restore, handler.metadata
 
     @functools.wraps(restore)
     def checking(directory: Any, *positional: Any, **keywords: Any) -> Any:
@@ -61,7 +63,12 @@ def _examine_before_restore(
         with examined(directory, args, aggregate_filename, verifies=verifies):
             return restore(directory, *positional, **keywords)
 
-    handler.restore = checking
+    @functools.wraps(metadata)
+    def checking_metadata(directory: Any) -> Any:
+        with checked(directory, None, aggregate_filename):
+            return metadata(directory)
+
+    handler.restore, handler.metadata = checking, checking_metadata
 
 
 def standard_handler(

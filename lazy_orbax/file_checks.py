@@ -8,7 +8,6 @@ counts.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import reprlib
 import stat
@@ -114,22 +113,3 @@ def read_small(directory: epath.Path, name: str, limit_bytes: int) -> bytes | No
             directory / name, f"more than {limit_bytes} bytes", "metadata of at most that"
         )
     return content
-
-
-def parse_json(content: bytes | str, where: Any, wanted: type = dict) -> Any:
-    """Returns JSON as values, of bounded depth.
-
-    Raises:
-        MalformedCheckpointError: it is no JSON, is nested too deeply, or is not a `wanted`.
-    """
-    try:
-        text = content.decode() if isinstance(content, bytes) else content
-        value = json.loads(text)
-    except RecursionError as error:
-        raise MalformedCheckpointError(where, "JSON nested too deeply", "flat metadata") from error
-    except ValueError as error:
-        found = f"{len(content)} bytes that are no JSON ({brief(str(error))})"
-        raise MalformedCheckpointError(where, found, "a JSON object") from error
-    if not isinstance(value, wanted):
-        raise MalformedCheckpointError(where, brief(value), f"a JSON {wanted.__name__}")
-    return value

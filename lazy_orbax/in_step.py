@@ -11,10 +11,8 @@ import jax
 
 from lazy_orbax.errors import OptionError
 from lazy_orbax.given import Given, remember
+from lazy_orbax.host_copies import has_pinned_host, in_pinned_host
 from lazy_orbax.layout import is_key
-from lazy_orbax.snapshot import has_pinned_host
-
-_PINNED_HOST = "pinned_host"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +160,7 @@ class SnapshotStep:
             if i in given and anywhere:
                 targets[i] = jax.memory.Space.Host
             elif i in given and leaf.committed:
-                targets[i] = given[i].sharding.with_memory_kind(_PINNED_HOST)
+                targets[i] = in_pinned_host(given[i].sharding)
             else:  # It is not known on which devices the step will put it.
                 ahead.append(i)
         step = self._step
@@ -204,13 +202,13 @@ def _copied_ahead(array: jax.Array, given: Given | None) -> jax.Array:
     """Enqueues a copy to pinned host memory, or in the memory where the array is."""
     if given is None:
         return jax.device_put(array, array.sharding, may_alias=False)
-    target = given.sharding.with_memory_kind(_PINNED_HOST)
+    target = in_pinned_host(given.sharding)
     return jax.device_put(_data(array), target, may_alias=False)
 
 
 def _placed_as(given: Given, copy_: jax.Array) -> jax.Array:
     """Returns a copy as the original was: a step may have spread what was committed nowhere."""
-    target = given.sharding.with_memory_kind(_PINNED_HOST)
+    target = in_pinned_host(given.sharding)
     if copy_.sharding.is_equivalent_to(target, copy_.ndim):
         return copy_
     return jax.device_put(copy_, target)

@@ -13,12 +13,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from lazy_orbax import file_names
 from lazy_orbax.errors import CorruptCheckpointError, OptionError, Problem, RestoreError
 from lazy_orbax.events import step_of
 from lazy_orbax.restore import deferred
 from lazy_orbax.verification import verify
 
-_TEMPORARY = ".orbax-checkpoint-tmp"
 # With several processes, so many of the newest steps are tried.
 _MOST_STEPS = 1024
 _LOG = logging.getLogger("lazy_orbax")
@@ -147,10 +147,10 @@ def _steps(manager: ocp.CheckpointManager) -> tuple[list[tuple[int, str]], list[
     root = epath.Path(manager.directory)
     directories, skipped = {}, []
     for child in sorted(root.iterdir(), reverse=True) if root.exists() else []:
-        step = step_of(f"/{child.name.partition(_TEMPORARY)[0]}")
-        if _TEMPORARY not in child.name and step in listed:
+        step = step_of(f"/{child.name.partition(file_names.TEMPORARY)[0]}")
+        if file_names.TEMPORARY not in child.name and step in listed:
             directories[step] = str(child)
-        elif _TEMPORARY in child.name or (step is not None and child.is_dir()):
+        elif file_names.TEMPORARY in child.name or (step is not None and child.is_dir()):
             skipped.append(Skipped(step, str(child), "it was never committed"))
     return [(step, directories.get(step, str(root / str(step)))) for step in listed], skipped
 

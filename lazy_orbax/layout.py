@@ -15,6 +15,21 @@ import numpy as np
 Shape = tuple[int, ...]
 Device = Any
 """A `jax.Device`, which type checkers take for a variable."""
+PINNED_HOST = "pinned_host"
+"""JAX's name of host memory that devices copy to by themselves."""
+
+
+def index_of(start: Shape, shape: Shape, origin: Shape | None = None) -> tuple[slice, ...]:
+    """Returns a rectangle as an index.
+
+    Args:
+        start: where it starts in the global array.
+        shape: its shape.
+        origin: where that starts which is indexed; `None` is the global array itself.
+    """
+    if origin is not None:
+        start = tuple(a - b for a, b in zip(start, origin, strict=True))
+    return tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -185,7 +200,7 @@ def _sharing(
     if not policy.parallel or policy.replica_id is None or n_shares <= 1:
         return None, 1
     # Stock Orbax does not slice small arrays in pinned host memory, for their layout.
-    if sharding.memory_kind == "pinned_host" and not (
+    if sharding.memory_kind == PINNED_HOST and not (
         len(shard_shape) >= 2 and math.prod(shard_shape) % 1024 == 0 and shard_shape[-1] % 128 == 0
     ):
         return None, 1

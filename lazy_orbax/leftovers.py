@@ -18,12 +18,10 @@ from typing import Any
 
 import jax
 
-from lazy_orbax import _orbax
+from lazy_orbax import _orbax, file_names
 from lazy_orbax.errors import SaveError
 
-_MARK = ".orbax-checkpoint-tmp"
-# Orbax has it in every directory of a step, from a thread of its own.
-_STEP_METADATA = "_CHECKPOINT_METADATA"
+# Orbax writes the metadata of a step from a thread of its own.
 _STEP_METADATA_S = 0.5
 _TRIES = 3
 _log = logging.getLogger("lazy_orbax")
@@ -165,15 +163,15 @@ def temporary_root(directory: str) -> str:
     if not os.path.isabs(directory):
         return ""
     parent, name = os.path.split(directory.rstrip("/"))
-    if _MARK in os.path.basename(parent):
+    if file_names.TEMPORARY in os.path.basename(parent):
         return parent
-    return directory.rstrip("/") if _MARK in name else ""
+    return directory.rstrip("/") if file_names.TEMPORARY in name else ""
 
 
 def _holds_a_step(root: str) -> bool:
     """Whether Orbax made the directory for a step. It may take it a moment to say so."""
     deadline_s = time.monotonic() + _STEP_METADATA_S
-    file = os.path.join(root, _STEP_METADATA)
+    file = os.path.join(root, file_names.STEP_METADATA)
     while os.path.isdir(root) and not os.path.lexists(file):
         if time.monotonic() > deadline_s:
             return False

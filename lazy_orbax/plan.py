@@ -10,16 +10,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lazy_orbax.layout import Device, Layout, Leaf, ReplicaPolicy, Shape, layout_of
+from lazy_orbax.layout import Device, Layout, Leaf, ReplicaPolicy, Shape, index_of, layout_of
 
 Kind = Literal["mesh", "shards", "host", "given"]
+_T = TypeVar("_T")
 
 # Leaves a slab may hold: XLA's compile time of the pack grows with the number of its operands.
 _MOST_LEAVES = 256
@@ -51,15 +52,12 @@ class Piece:
     @property
     def index(self) -> tuple[slice, ...]:
         """The region as an index into the global array."""
-        return tuple(slice(a, a + n) for a, n in zip(self.start, self.shape, strict=True))
+        return index_of(self.start, self.shape)
 
     @property
     def index_in_shard(self) -> tuple[slice, ...]:
         """The region as an index into its shard."""
-        return tuple(
-            slice(a - b, a - b + n)
-            for a, b, n in zip(self.start, self.shard_start, self.shape, strict=True)
-        )
+        return index_of(self.start, self.shape, self.shard_start)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,8 +137,8 @@ def make_plan(
         n_local = sum(device.process_index == process_index for device in devices)
         if mesh is not None and n_local == 0:
             continue
-        carried = [_carried_bytes(leaves[i], layouts[i], kind, n_local) for i in members]
-        for run in _runs(members, carried, slab_bytes):
+        carried = {i: _carried_bytes(leaves[i], layouts[i], kind, n_local) for i in members}
+        for run in runs(members, carried.__getitem__, slab_bytes, _MOST_LEAVES):
             slabs.append(_make_slab(kind, mesh, run, leaves, layouts, n_local))
     return Plan(tuple(leaves), layouts, tuple(slabs))
 
@@ -201,14 +199,22 @@ def _aligned(n_bytes: int) -> int:
     return -(-n_bytes // 64) * 64
 
 
-def _runs(
-    members: Iterable[int], carried_bytes: Iterable[int], slab_bytes: int
-) -> Iterator[list[int]]:
-    """Cuts `members` into runs of at most `slab_bytes` and `_MOST_LEAVES` leaves."""
-    run: list[int] = []
+def runs(
+    members: Iterable[_T], bytes_of: Callable[[_T], int], most_bytes: int, most: int
+) -> Iterator[list[_T]]:
+    """Cuts `members` into runs, in order.
+
+    Args:
+        members: what to cut.
+        bytes_of: the bytes of a member.
+        most_bytes: most bytes of a run, unless one member has more.
+        most: most members of a run.
+    """
+    run: list[_T] = []
     run_bytes = 0
-    for member, n_bytes in zip(members, carried_bytes, strict=True):
-        if run and (run_bytes + n_bytes > slab_bytes or len(run) == _MOST_LEAVES):
+    for member in members:
+        n_bytes = bytes_of(member)
+        if run and (run_bytes + n_bytes > most_bytes or len(run) == most):
             yield run
             run, run_bytes = [], 0
         run.append(member)

@@ -6,7 +6,6 @@ Reading a file again would not tell that a bit was flipped in the one download t
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -14,11 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from lazy_orbax import digest
+from lazy_orbax import digest, file_names, host_copies
 from lazy_orbax.digest import Box
 from lazy_orbax.errors import Problem
-from lazy_orbax.layout import is_key
-from lazy_orbax.metadata_checks import STRINGS_FILE
+from lazy_orbax.layout import index_of, is_key
+from lazy_orbax.plan import runs
 from lazy_orbax.stored import Piece, StoredItem
 
 # What is brought to the host at once.
@@ -52,7 +51,7 @@ def check_restored(stored: StoredItem, leaves: Mapping[str, Any]) -> list[Proble
     for name, value in leaves.items():
         wanted = stored.strings.get(name) if isinstance(value, str) else None
         if wanted is not None and digest.digest_of_text(value) != wanted:
-            problems.append(Problem("is not the string that was saved", STRINGS_FILE, name))
+            problems.append(Problem("is not the string that was saved", file_names.STRINGS, name))
         if name not in stored.leaves:
             continue
         saved = stored.leaves[name]
@@ -95,37 +94,13 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 def _on_host(parts: Iterable[_Part]) -> Iterator[tuple[_Part, np.ndarray]]:
     """Brings parts to the host, some at a time. They are copies of ours: theirs would be kept."""
-    batch: list[_Part] = []
-    n_bytes = 0
-    for part in parts:
-        if isinstance(part.data, np.ndarray):
-            yield part, part.data
-            continue
-        if batch and (n_bytes + part.data.nbytes > _BATCH_BYTES or len(batch) == _BATCH_ARRAYS):
-            yield from _brought(batch)
-            batch, n_bytes = [], 0
-        batch.append(part)
-        n_bytes += part.data.nbytes
-    yield from _brought(batch)
-
-
-def _brought(batch: list[_Part]) -> Iterator[tuple[_Part, np.ndarray]]:
-    by_sharding: dict[Any, list[_Part]] = {}
-    for part in batch:
-        by_sharding.setdefault(part.data.sharding, []).append(part)
-    for sharding, group in by_sharding.items():
-        arrays = [part.data for part in group]
-        copies = jax.device_put(arrays, _host_sharding(sharding), may_alias=False)
-        for part, ours in zip(group, copies, strict=True):
-            yield part, np.asarray(ours)
-
-
-@functools.lru_cache(maxsize=4096)
-def _host_sharding(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
-    """Returns where a copy needs no device memory, if there is such a place."""
-    (device,) = sharding.device_set
-    kinds = {memory.kind for memory in device.addressable_memories()}
-    return sharding.with_memory_kind("pinned_host") if "pinned_host" in kinds else sharding
+    for batch in runs(parts, lambda part: part.data.nbytes, _BATCH_BYTES, _BATCH_ARRAYS):
+        theirs = [part for part in batch if isinstance(part.data, jax.Array)]
+        copies = host_copies.enqueue([part.data for part in theirs])
+        for part, ours in zip(theirs, copies, strict=True):
+            (host,) = host_copies.shards_of(ours).values()
+            yield part, host
+        yield from ((part, part.data) for part in batch if isinstance(part.data, np.ndarray))
 
 
 def _touching(stored: StoredItem, part: _Part) -> Iterator[Piece]:
@@ -150,8 +125,7 @@ def _is_within(box: Box, whole: Box) -> bool:
 
 
 def _relative(box: Box, whole: Box) -> tuple[slice, ...]:
-    moved = tuple(a - b for a, b in zip(box.start, whole.start, strict=True))
-    return Box(moved, box.shape).index
+    return index_of(box.start, box.shape, whole.start)
 
 
 def _explain(stored: StoredItem, piece: Piece) -> Problem:

@@ -10,9 +10,9 @@ from typing import Any
 import tensorstore as ts
 from etils import epath
 
+from lazy_orbax import file_names
 from lazy_orbax.digest import digest_of_bytes, digest_of_text
 from lazy_orbax.errors import Problem
-from lazy_orbax.metadata_checks import STRINGS_FILE
 from lazy_orbax.object_store import scheme_of
 
 # Of a file of digests: about 60 bytes for each piece.
@@ -25,6 +25,18 @@ def size_of(directory: str, name: str) -> int | None:
     if not scheme_of(directory) and not os.path.isfile(path):  # A FIFO, say: reading would hang.
         return None
     return path.stat().length if path.is_file() else None
+
+
+def read(directory: str, name: str) -> bytes:
+    """Returns the content of a small file.
+
+    Raises:
+        OSError: it is not there, is no file, is too large, or the storage refused.
+    """
+    size = size_of(directory, name)
+    if size is None or size > MOST_BYTES:
+        raise OSError("it is no file" if size is None else f"it has {size} bytes")
+    return (epath.Path(directory) / name).read_bytes()
 
 
 def changed_files(
@@ -61,15 +73,15 @@ def changed_strings(directory: str, store: ts.KvStore, wanted: Mapping[str, int]
         store: the same, to read from.
         wanted: the digest of each, by the name of the leaf.
     """
-    size = size_of(directory, STRINGS_FILE) if wanted else 0
+    size = size_of(directory, file_names.STRINGS) if wanted else 0
     if size is None or size > MOST_BYTES:
-        return [Problem("is missing" if size is None else f"has {size} bytes", STRINGS_FILE)]
+        return [Problem("is missing" if size is None else f"has {size} bytes", file_names.STRINGS)]
     try:
-        found = json.loads(store.read(STRINGS_FILE).result().value) if wanted else {}
+        found = json.loads(store.read(file_names.STRINGS).result().value) if wanted else {}
     except (ValueError, OSError, RecursionError) as error:
-        return [Problem(f"cannot be read: {error}", STRINGS_FILE)]
+        return [Problem(f"cannot be read: {error}", file_names.STRINGS)]
     return [
-        Problem("is not the string that was saved", STRINGS_FILE, name)
+        Problem("is not the string that was saved", file_names.STRINGS, name)
         for name, digest in wanted.items()
         if not isinstance(text := _at(found, name), str) or digest_of_text(text) != digest
     ]

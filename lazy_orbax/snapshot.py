@@ -8,24 +8,21 @@ make the next donating step copy instead of alias, and on GPU refuse to run.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import logging
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from lazy_orbax import host_copies
 from lazy_orbax.layout import Device
 from lazy_orbax.pack import Buffer, buffer_of, local_mesh, operands, program
 from lazy_orbax.plan import Piece, Plan, Slab, mesh_of_one
 
-_PINNED_HOST = "pinned_host"
-_LOG = logging.getLogger("lazy_orbax")
 # Held while a buffer is donated: it is deleted before or after, and not half of it.
 _DONATING = threading.Lock()
 
@@ -109,7 +106,7 @@ def direct(plan: Plan, slab: Slab, leaves: Sequence[Any]) -> Held:
         leaves: the arrays of `plan.leaves`, in order. They may be donated when this returned.
     """
     arrays, sources = _sources(plan, slab, leaves, cut=True)
-    return Held(slab, tuple(_enqueue_to_host(arrays)), tuple(sources), on_host=True)
+    return Held(slab, tuple(host_copies.enqueue(arrays)), tuple(sources), on_host=True)
 
 
 def given(plan: Plan, slab: Slab, leaves: Sequence[Any]) -> Held:
@@ -157,11 +154,6 @@ def _sources(
     return arrays, sources
 
 
-@functools.lru_cache(maxsize=4096)
-def _in_pinned_host(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
-    return sharding.with_memory_kind(_PINNED_HOST)
-
-
 def _device_of(plan: Plan, piece: Piece) -> Device:
     leaf = plan.leaves[piece.leaf]
     assert leaf.sharding is not None
@@ -171,31 +163,6 @@ def _device_of(plan: Plan, piece: Piece) -> Device:
 @functools.lru_cache(maxsize=4096)
 def _devices_of(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> tuple[Any, ...]:
     return tuple(sharding.devices_indices_map(shape))
-
-
-def _enqueue_to_host(arrays: Sequence[jax.Array]) -> Sequence[Any]:
-    """Enqueues copies of arrays to pinned host memory, or waits for them where there is none."""
-    if not arrays:
-        return ()
-    if has_pinned_host(next(iter(arrays[0].sharding.addressable_devices))):
-        with _unless_refused():
-            targets = [_in_pinned_host(array.sharding) for array in arrays]
-            # may_alias=False: an array that is in pinned host memory already would not be copied.
-            return jax.device_put(list(arrays), targets, may_alias=False)
-    return [_HostShards(_own_copies(array)) for array in arrays]
-
-
-class _HostShards(dict[Any, np.ndarray]):
-    """The shards of an array in host memory, by device."""
-
-
-def _own_copies(array: jax.Array) -> dict[Any, np.ndarray]:
-    """Copies the shards to the host, one at a time, and leaves nothing cached on the array."""
-    copies = {}
-    for shard in array.addressable_shards:
-        ours = jax.device_put(shard.data, shard.data.sharding, may_alias=False)
-        copies[shard.device] = np.asarray(ours)
-    return copies
 
 
 def copy_host(plan: Plan, slab: Slab, leaves: Sequence[Any]) -> Held:
@@ -224,34 +191,10 @@ def to_host(held: Held) -> Held:
     if held.slab.kind == "host":
         return held
     if held.on_host:
-        hosts = tuple(x if isinstance(x, _HostShards) else _shards(x) for x in arrays)
+        hosts = tuple(map(host_copies.shards_of, arrays))
     else:
-        hosts = (_packed_to_host(arrays[0]),)
+        hosts = (host_copies.bring(arrays[0]),)
     return dataclasses.replace(held, arrays=hosts, on_host=True)
-
-
-def _packed_to_host(packed: jax.Array) -> _HostShards:
-    if has_pinned_host(packed.addressable_shards[0].device):
-        with _unless_refused():
-            return _shards(jax.device_put(packed, _in_pinned_host(packed.sharding)))
-    packed.copy_to_host_async()
-    return _shards(packed)
-
-
-@contextlib.contextmanager
-def _unless_refused() -> Iterator[None]:
-    """Goes on with pageable host memory where pinned memory is refused: slower, and correct."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        _LOG.warning("No pinned host memory left; copying through pageable memory: %s", error)
-
-
-def _shards(array: jax.Array) -> _HostShards:
-    """Returns the shards of our own array as NumPy arrays: views, where it is in host memory."""
-    return _HostShards({shard.device: np.asarray(shard.data) for shard in array.addressable_shards})
 
 
 def await_arrival(array: jax.Array | None) -> None:
@@ -293,8 +236,3 @@ def views(plan: Plan, held: Held) -> list[tuple[Piece, np.ndarray]]:
 def is_in_host_memory(slab: Slab) -> bool:
     """Whether what is staged for a slab is in host memory already, as on the CPU backend."""
     return slab.mesh is not None and slab.mesh.devices.flat[0].platform == "cpu"
-
-
-def has_pinned_host(device: Device) -> bool:
-    """Whether copies to the host can be enqueued into pinned memory."""
-    return any(memory.kind == _PINNED_HOST for memory in device.addressable_memories())

@@ -18,11 +18,11 @@ from lazy_orbax.deadline import Deadline
 from lazy_orbax.digest import digest_of_text
 from lazy_orbax.digest_file import DigestError
 from lazy_orbax.errors import Problem
+from lazy_orbax.file_names import STEP_METADATA
 from lazy_orbax.object_store import scheme_of
 from lazy_orbax.sync import Inode, inode_of
 from lazy_orbax.write import save_error
 
-FILE = "_CHECKPOINT_METADATA"
 DIGESTS = f"{digest_file.DIRECTORY}/step"
 _FORMAT = 1
 _TIME_OF_COMMIT = "commit_timestamp_nsecs"
@@ -75,7 +75,7 @@ def check(item_directory: str, step_directory: str) -> list[Problem]:
     if scheme_of(item_directory) or not os.path.isfile(os.path.join(item_directory, DIGESTS)):
         return []
     try:
-        wanted = digest_file.unseal(_read(item_directory, DIGESTS))
+        wanted = digest_file.unseal(small_files.read(item_directory, DIGESTS))
         if wanted["format"] != _FORMAT:
             raise DigestError(
                 f"it has form {wanted['format']!r}, which a later lazy_orbax can read"
@@ -84,12 +84,12 @@ def check(item_directory: str, step_directory: str) -> list[Problem]:
     except (ValueError, OSError, KeyError, TypeError, RecursionError) as error:
         return [Problem(f"cannot be used: {error}", DIGESTS)]
     try:
-        found = _digests_of(json.loads(_read(step_directory, FILE)))
+        found = _digests_of(json.loads(small_files.read(step_directory, STEP_METADATA)))
     except (ValueError, OSError, RecursionError) as error:
-        return [Problem(f"cannot be read: {error}", FILE)]
+        return [Problem(f"cannot be read: {error}", STEP_METADATA)]
     advice = f"If it was changed on purpose, remove {DIGESTS} of the item"
     return [
-        Problem(f"{name} is not what was saved. {advice}", FILE)
+        Problem(f"{name} is not what was saved. {advice}", STEP_METADATA)
         for name, digest in fields.items()
         if found.get(name) != digest
     ]
@@ -102,7 +102,7 @@ def check_beside(item_directory: str) -> list[Problem]:
         item_directory: the item's directory.
     """
     for place in (item_directory, os.path.dirname(item_directory.rstrip("/"))):
-        if os.path.lexists(os.path.join(place, FILE)):
+        if os.path.lexists(os.path.join(place, STEP_METADATA)):
             return check(item_directory, place)
     return []
 
@@ -113,7 +113,7 @@ def _when_written(item_directory: str) -> dict[str, Any] | None:
     while True:
         for place in (item_directory, os.path.dirname(item_directory)):
             try:
-                found = json.loads(_read(place, FILE))
+                found = json.loads(small_files.read(place, STEP_METADATA))
             except (OSError, ValueError):
                 continue  # Not there, or just being written.
             if isinstance(found, dict) and found.get("item_handlers") is not None:
@@ -132,12 +132,3 @@ def _digests_of(metadata: Any) -> dict[str, str]:
         name: f"{digest_of_text(json.dumps(value, sort_keys=True)):016x}"
         for name, value in values.items()
     }
-
-
-def _read(directory: str, name: str) -> bytes:
-    size = small_files.size_of(directory, name)
-    if size is None or size > small_files.MOST_BYTES:
-        found = "is missing" if size is None else f"has {size} bytes"
-        raise FileNotFoundError(f"it {found}")
-    with open(os.path.join(directory, name), "rb") as file:
-        return file.read()

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore as ts
 
-from lazy_orbax import digest, digest_file, object_store, small_files
+from lazy_orbax import digest, digest_file, file_names, object_store, small_files
 from lazy_orbax.chunk_files import chunk_keys, file_of
 from lazy_orbax.digest import Box
 from lazy_orbax.digest_file import DigestError, LeafDigests
 from lazy_orbax.errors import Problem
 from lazy_orbax.large_pieces import PART_BYTES, digest_in_parts
+from lazy_orbax.plan import runs
 from lazy_orbax.small_files import MOST_BYTES
 
 # Pieces that are read at once, and how much of a large one.
@@ -177,7 +178,7 @@ class StoredItem:
             whole: whether the data of large ones is wanted, too. Else they are read in parts, and
                 `None` stands for the data.
         """
-        for batch in self._batches(pieces):
+        for batch in runs(pieces, self._bytes_of, _BATCH_BYTES, _BATCH_PIECES):
             stores = {piece.leaf: self.open_leaf(piece.leaf) for piece in batch}
             misfits = {name: self._misfit(name, store) for name, store in stores.items()}
             reading = [
@@ -213,19 +214,6 @@ class StoredItem:
         dtype = ts.dtype(self.leaves[piece.leaf].dtype).numpy_dtype
         return math.prod(piece.box.shape) * dtype.itemsize
 
-    def _batches(self, pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-        batch: list[Piece] = []
-        n_bytes = 0
-        for piece in pieces:
-            more = self._bytes_of(piece)
-            if batch and (n_bytes + more > _BATCH_BYTES or len(batch) == _BATCH_PIECES):
-                yield batch
-                batch, n_bytes = [], 0
-            batch.append(piece)
-            n_bytes += more
-        if batch:
-            yield batch
-
     def file_of(self, piece: Piece) -> str | None:
         """Returns the file that holds a piece, or the first of them; `None` where none is found."""
         try:
@@ -240,7 +228,8 @@ class StoredItem:
         return file
 
     def _metadata_file(self, name: str) -> str | None:
-        key = f"{name}/{'.zarray' if self._driver == 'zarr' else 'zarr.json'}".lstrip("/")
+        metadata = file_names.ZARR_V2 if self._driver == "zarr" else file_names.ZARR_V3
+        key = f"{name}/{metadata}".lstrip("/")
         if not self._use_ocdbt:
             return key
         try:

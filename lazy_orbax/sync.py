@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
+from lazy_orbax import file_names
+
 _THREADS = 8
 # A directory of more files than this is not looked through again and again while it is written.
 _MOST_WATCHED = 1000
 
 _LARGE_BYTES = 2**20
-PROCESS_DIRECTORY = "ocdbt.process_"
 _DROPS = hasattr(os, "posix_fadvise")
 
 _Version = tuple[int, int, int]
@@ -145,7 +146,7 @@ class Syncer:
             directories[:] = [
                 name
                 for name in directories
-                if name in self._own or not name.startswith(PROCESS_DIRECTORY)
+                if name in self._own or not name.startswith(file_names.PROCESS_DIRECTORY)
             ]
             yield path, names
 

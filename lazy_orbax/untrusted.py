@@ -16,10 +16,10 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from lazy_orbax import _orbax, metadata_checks, ocdbt_checks, zarr_checks
+from lazy_orbax import file_names, metadata_checks, ocdbt_checks, tree_checks, zarr_checks
 from lazy_orbax.errors import MalformedCheckpointError
 from lazy_orbax.file_checks import Files, brief, read_small, survey
-from lazy_orbax.object_store import scheme_of
+from lazy_orbax.object_store import plain_kvstore_spec, scheme_of
 from lazy_orbax.options import memory_bytes
 from lazy_orbax.size_checks import Arrays, refuse_oversize
 
@@ -31,7 +31,7 @@ _JSON_SHARE = 256
 _SHARDING_SHARE = 32
 # Small arrays are in the file of older checkpoints itself.
 _AGGREGATE_SHARE = 8
-_ZARR_NAMES = frozenset({".zarray", "zarr.json"})
+_ZARR_NAMES = frozenset({file_names.ZARR_V2, file_names.ZARR_V3})
 _AGGREGATE_FILE = "checkpoint"
 
 # The directory that a face has checked already, while it restores through the handler inside.
@@ -108,27 +108,27 @@ def _check_aggregate(directory: epath.Path, name: str, limit_bytes: int) -> None
         ) from error
 
 
-def _check_json(directory: epath.Path, limit_bytes: int, args: Any) -> metadata_checks.Tree | None:
+def _check_json(directory: epath.Path, limit_bytes: int, args: Any) -> tree_checks.Tree | None:
     """Checks those of Orbax's JSON files that will be read."""
 
     def content(name: str, most_bytes: int = limit_bytes) -> bytes | None:
         return read_small(directory, name, most_bytes)
 
     tree = None
-    if (found := content(metadata_checks.TREE_FILE)) is not None:
-        path = directory / metadata_checks.TREE_FILE
-        tree = metadata_checks.check_tree(found, path)
+    if (found := content(file_names.TREE)) is not None:
+        path = directory / file_names.TREE
+        tree = tree_checks.check_tree(found, path)
     if _needs_shardings(args):
         most_bytes = max(limit_bytes, memory_bytes() // _SHARDING_SHARE)
-        if (found := content(metadata_checks.SHARDING_FILE, most_bytes)) is not None:
-            metadata_checks.check_shardings(found, directory / metadata_checks.SHARDING_FILE)
-    for path in (directory / metadata_checks.ARRAY_METADATAS).glob("process_*"):
-        name = f"{metadata_checks.ARRAY_METADATAS}/{path.name}"
+        if (found := content(file_names.SHARDINGS, most_bytes)) is not None:
+            metadata_checks.check_shardings(found, directory / file_names.SHARDINGS)
+    for path in (directory / file_names.ARRAY_METADATAS).glob("process_*"):
+        name = f"{file_names.ARRAY_METADATAS}/{path.name}"
         if (found := content(name)) is not None:
             metadata_checks.check_array_metadatas(found, path)
     strings = [name for name, kind in (tree.leaves if tree else {}).items() if kind == "string"]
-    if strings and (found := content(metadata_checks.STRINGS_FILE)) is not None:
-        path = directory / metadata_checks.STRINGS_FILE
+    if strings and (found := content(file_names.STRINGS)) is not None:
+        path = directory / file_names.STRINGS
         metadata_checks.check_strings(found, path, strings)
     return tree
 
@@ -145,17 +145,14 @@ def _needs_shardings(args: Any) -> bool:
     )
 
 
-def _declared(
-    directory: epath.Path, files: Files | None, tree: metadata_checks.Tree | None
-) -> Arrays:
-    spec = _orbax.directory_kvstore_spec(str(directory))
-    base = ts.KvStore.open({**spec, "path": f"{spec['path'].rstrip('/')}/"}).result()
+def _declared(directory: epath.Path, files: Files | None, tree: tree_checks.Tree | None) -> Arrays:
+    base = ts.KvStore.open(plain_kvstore_spec(str(directory))).result()
     # Orbax goes by `_METADATA`, and by the manifest where that does not say.
     if tree is None or tree.use_ocdbt is not False:
         suffixes = tuple(f"/{name}" for name in _ZARR_NAMES)
         database = ocdbt_checks.contents(directory, base, suffixes)
         if database is not None:
-            where = directory / ocdbt_checks.MANIFEST
+            where = directory / file_names.MANIFEST
             found = zarr_checks.declared_by_all(
                 database.metadata.items(), lambda key: f"{where}, key {brief(key)}"
             )
@@ -190,7 +187,7 @@ def _contents(
             yield name, bytes(result.value)
 
 
-def _refuse_paths(directory: epath.Path, tree: metadata_checks.Tree) -> None:
+def _refuse_paths(directory: epath.Path, tree: tree_checks.Tree) -> None:
     """In plain Zarr a name is a path."""
     problems = [
         f"leaf {brief(name)}: found a path out of the directory, wanted one within"
@@ -198,4 +195,4 @@ def _refuse_paths(directory: epath.Path, tree: metadata_checks.Tree) -> None:
         if name.startswith("/") or "\0" in name or ".." in name.split("/")
     ]
     if problems:
-        raise MalformedCheckpointError.of(directory / metadata_checks.TREE_FILE, problems)
+        raise MalformedCheckpointError.of(directory / file_names.TREE, problems)

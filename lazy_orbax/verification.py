@@ -11,17 +11,15 @@ from typing import Any
 
 from etils import epath
 
-from lazy_orbax import digest_file, step_metadata
+from lazy_orbax import digest_file, small_files, step_metadata
 from lazy_orbax.errors import CorruptCheckpointError, MalformedCheckpointError, OptionError, Problem
 from lazy_orbax.events import step_of
+from lazy_orbax.file_names import COMMITTED, MANIFEST, STEP_METADATA, TEMPORARY, TREE
 from lazy_orbax.object_store import scheme_of
 from lazy_orbax.stored import Piece, StoredItem
 from lazy_orbax.untrusted import refuse_malformed
 
-_STEP_FILE = step_metadata.FILE
-_COMMIT_FILE = "commit_success.txt"
-_TEMPORARY = ".orbax-checkpoint-tmp"
-_ITEM_FILES = ("_METADATA", "manifest.ocdbt", digest_file.DIRECTORY)
+_ITEM_FILES = (TREE, MANIFEST, digest_file.DIRECTORY)
 # How long an error that names the newest whole step may take to find it.
 _SEARCH_S = 60.0
 _NO_DIGESTS = (
@@ -112,17 +110,17 @@ def verify(path: Any) -> VerifyReport:
         raise OptionError(f"{place} is not a directory. Give an item, a step or a run.")
     children = sorted(child.name for child in place.iterdir())
     if _is_item(children):
-        step = _step_problems(place, children, is_item=True) if _STEP_FILE in children else []
+        step = _step_problems(place, children, is_item=True) if STEP_METADATA in children else []
         return VerifyReport(str(place), (_verify_item(place),), tuple(step))
-    if _STEP_FILE in children or _has_items(place, children):
+    if STEP_METADATA in children or _has_items(place, children):
         items, problems = _verify_step(place, children)
         return VerifyReport(str(place), tuple(items), tuple(problems))
     items, problems = [], []
     for name in sorted(children, key=lambda name: (step_of(f"/{name}") or 0, name)):
         child = place / name
-        if not child.is_dir() or (step_of(f"/{name}") is None and _TEMPORARY not in name):
+        if not child.is_dir() or (step_of(f"/{name}") is None and TEMPORARY not in name):
             continue
-        if _TEMPORARY in name:
+        if TEMPORARY in name:
             problems.append(Problem("was never committed", str(child)))
             continue
         found, wrong = _verify_step(child, sorted(part.name for part in child.iterdir()))
@@ -155,7 +153,7 @@ def newest_whole_step(directory: str) -> int | None:
         for child in step.parent.iterdir()
         if (number := step_of(f"/{child.name}")) is not None
         and child.name != step.name
-        and _TEMPORARY not in child.name
+        and TEMPORARY not in child.name
     }
     for number in sorted(steps, reverse=True):
         candidate = steps[number] / inner if inner else steps[number]
@@ -219,25 +217,25 @@ def _verify_step(place: epath.Path, children: list[str]) -> tuple[list[ItemRepor
 def _step_problems(place: epath.Path, children: list[str], *, is_item: bool) -> list[Problem]:
     """Returns what is wrong with what Orbax keeps of a step beside its items."""
     problems = []
-    if _TEMPORARY in str(place):
+    if TEMPORARY in str(place):
         problems.append(Problem("was never committed"))
-    if scheme_of(str(place)) and _COMMIT_FILE not in children:
-        problems.append(Problem("is missing: the step was never committed", _COMMIT_FILE))
+    if scheme_of(str(place)) and COMMITTED not in children:
+        problems.append(Problem("is missing: the step was never committed", COMMITTED))
     items = [place] if is_item else [place / name for name in children if (place / name).is_dir()]
-    if _STEP_FILE in children:
+    if STEP_METADATA in children:
         problems += _broken(place, children, is_item=is_item)
     told = [problem for item in items for problem in step_metadata.check(str(item), str(place))]
-    return problems + [p for p in dict.fromkeys(told) if not problems or p.file != _STEP_FILE]
+    return problems + [p for p in dict.fromkeys(told) if not problems or p.file != STEP_METADATA]
 
 
 def _broken(place: epath.Path, children: list[str], *, is_item: bool) -> list[Problem]:
     """Returns what is wrong with a step's metadata, without any digest."""
     try:
-        found = json.loads((place / _STEP_FILE).read_text())
+        found = json.loads(small_files.read(str(place), STEP_METADATA))
         if not isinstance(found, dict):
             raise ValueError("it is not an object")
     except (ValueError, OSError, RecursionError) as error:
-        return [Problem(f"cannot be read: {error}", _STEP_FILE)]
+        return [Problem(f"cannot be read: {error}", STEP_METADATA)]
     items = found.get("item_handlers")
     if not isinstance(items, dict) or is_item:
         return []

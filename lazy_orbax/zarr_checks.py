@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from lazy_orbax.errors import MalformedCheckpointError
-from lazy_orbax.file_checks import brief, parse_json
+from lazy_orbax.file_checks import brief
+from lazy_orbax.json_checks import MOST_DIMENSIONS, parse_json
 
 # Metadata of one array; Orbax's takes some hundred bytes.
 MOST_METADATA_BYTES = 2**20
-_MOST_DIMENSIONS = 32
 _LONGEST_DIMENSION = 2**62
 # Those that allocate no more than the chunk's declared size. Blosc allocates what the chunk says.
 _COMPRESSORS = ("zstd", "gzip", "zlib", "bz2")
@@ -143,8 +143,8 @@ def _object(value: Any, name: str, default: Any = None) -> dict[str, Any]:
 
 
 def _sizes(value: Any, name: str, least: int) -> list[int]:
-    if not (isinstance(value, list) and len(value) <= _MOST_DIMENSIONS):
-        raise _Unfit(f"{name} {brief(value)}", f"a list of at most {_MOST_DIMENSIONS} sizes")
+    if not (isinstance(value, list) and len(value) <= MOST_DIMENSIONS):
+        raise _Unfit(f"{name} {brief(value)}", f"a list of at most {MOST_DIMENSIONS} sizes")
     if not all(type(size) is int and least <= size < _LONGEST_DIMENSION for size in value):
         raise _Unfit(f"{name} {brief(value)}", f"whole numbers from {least} to {2**62 - 1}")
     return value

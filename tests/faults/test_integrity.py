@@ -21,6 +21,8 @@ import lazy_orbax
 from lazy_orbax import (
     digest,
     digest_file,
+    file_names,
+    host_copies,
     large_pieces,
     restored,
     step_metadata,
@@ -196,6 +198,19 @@ def test_nothing_stays_cached_on_what_was_restored(tmp_path, mesh):
         assert all(shard.data._npy_value is None for shard in leaf.addressable_shards)
 
 
+def test_a_restore_is_verified_where_pinned_memory_is_refused(tmp_path, mesh, monkeypatch, caplog):
+    state = state_of(0, mesh)
+    save_steps(tmp_path, [state])
+
+    def refuse(sharding):
+        raise RuntimeError("RESOURCE_EXHAUSTED: pinned pool")
+
+    monkeypatch.setattr(host_copies, "in_pinned_host", refuse)
+    with manager_of(tmp_path) as manager:
+        assert_same(manager.restore(1, args=restore_args(state)), state)
+    assert "pageable" in caplog.text
+
+
 OTHER_FORMS = {
     "other shards": lambda x, mesh: jax.ShapeDtypeStruct(
         x.shape, x.dtype, sharding=NamedSharding(mesh, P(None, ("a", "b")))
@@ -343,7 +358,7 @@ def test_a_flip_in_the_metadata_of_a_step_is_told_of(tmp_path, mesh, save, caplo
     state = state_of(0, mesh)
     step, item = save(tmp_path / "run", state)
     assert lazy_orbax.verify(step).is_whole
-    file, late = step / step_metadata.FILE, "commit_timestamp_nsecs"
+    file, late = step / file_names.STEP_METADATA, "commit_timestamp_nsecs"
     whole = file.read_bytes()
     wanted, told = json.loads(whole), 0
     for at in range(len(whole)):
@@ -352,7 +367,7 @@ def test_a_flip_in_the_metadata_of_a_step_is_told_of(tmp_path, mesh, save, caplo
             told += bool(problems)
             if not problems:  # An escape sequence in capitals, or the time of the commit.
                 assert {**json.loads(file.read_bytes()), late: 0} == {**wanted, late: 0}
-            assert {problem.file for problem in problems} <= {step_metadata.FILE}
+            assert {problem.file for problem in problems} <= {file_names.STEP_METADATA}
     assert told > 0.8 * len(whole)
     with flips.flipped(file, whole.index(b'"epoch": 12') + len('"epoch": 1'), 0):
         report = lazy_orbax.verify(tmp_path / "run" if save is by_manager else step)
@@ -361,7 +376,7 @@ def test_a_flip_in_the_metadata_of_a_step_is_told_of(tmp_path, mesh, save, caplo
         with ocp.Checkpointer(lazy_orbax.standard_handler()) as checkpointer, caplog.at_level(30):
             args = ocp.args.StandardRestore(abstract(state))
             assert_same(checkpointer.restore(item, args=args), state)
-        assert f"{step_metadata.FILE}: custom_metadata is not what was saved" in caplog.text
+        assert f"{file_names.STEP_METADATA}: custom_metadata is not what was saved" in caplog.text
         assert step_metadata.DIGESTS in caplog.text
 
 
@@ -369,7 +384,7 @@ def test_metadata_that_were_changed_on_purpose_refuse_nothing(tmp_path, mesh, ca
     state = state_of(0, mesh)
     step, item = by_manager(tmp_path / "run", state)
     store = ocp.metadata.metadata_store(enable_write=True, blocking_write=True)
-    store.update(step / step_metadata.FILE, custom_metadata={"epoch": 13})
+    store.update(step / file_names.STEP_METADATA, custom_metadata={"epoch": 13})
     with ocp.CheckpointManager(
         tmp_path / "run", item_handlers={"state": lazy_orbax.standard_handler()}
     ) as manager:
@@ -386,7 +401,7 @@ def test_metadata_that_were_changed_on_purpose_refuse_nothing(tmp_path, mesh, ca
         assert "purpose" not in caplog.text
     # An item that was copied alone.
     shutil.copytree(by_checkpointer(tmp_path / "other", state)[1], tmp_path / "alone" / "item")
-    (tmp_path / "alone" / "item" / step_metadata.FILE).unlink()
+    (tmp_path / "alone" / "item" / file_names.STEP_METADATA).unlink()
     assert step_metadata.check_beside(str(tmp_path / "alone" / "item")) == []
 
 

@@ -11,6 +11,7 @@ import dataclasses
 
 import pytest
 from gcs.proxy import Fault
+from gcs.uploads import COMMIT, DATA, MANIFEST, MERGED, STEP_METADATA, TREE
 
 TIMEOUT_S = 6.0
 # Where the save is to fail, it may do so soon.
@@ -20,13 +21,7 @@ STALL_S = 20.0
 # Beyond the deadline: whatever else a save does, on a machine with other work to do.
 SLACK_S = 8.0
 
-DATA = r"upload \S*/2/default/ocdbt.process_0/d/"
-MANIFEST = r"upload \S*/2/default/ocdbt.process_0/manifest.ocdbt"
 CHUNK = r"upload \S*/2/default/w/"
-TREE = r"upload \S*/2/default/_METADATA"
-MERGED = r"upload \S*/2/default/manifest.ocdbt"
-STEP_METADATA = r"upload \S*/2/_CHECKPOINT_METADATA"
-COMMIT = r"upload \S*/2/commit_success.txt"
 ZARR = {"use_ocdbt": False}
 
 

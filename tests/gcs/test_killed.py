@@ -6,18 +6,19 @@ from typing import NamedTuple
 
 import pytest
 from gcs.proxy import Fault
-
-DATA = r"upload \S*/2/default/ocdbt.process_0/d/"
-MANIFEST = r"upload \S*/2/default/ocdbt.process_0/manifest.ocdbt"
-TREE = r"upload \S*/2/default/_METADATA"
-SHARDING = r"upload \S*/2/default/_sharding"
-WRITE_SHAPES = r"upload \S*/2/default/array_metadatas/process_0"
-MERGED_DATA = r"upload \S*/2/default/d/"
-MERGED = r"upload \S*/2/default/manifest.ocdbt"
-ITEM_COMMIT = r"upload \S*/2/default/commit_success.txt"
-STEP_METADATA = r"upload \S*/2/_CHECKPOINT_METADATA"
-COMMIT = r"upload \S*/2/commit_success.txt"
-CHUNK = r"upload \S*/2/default/w/\d"
+from gcs.uploads import (
+    CHUNK,
+    COMMIT,
+    DATA,
+    ITEM_COMMIT,
+    MANIFEST,
+    MERGED,
+    MERGED_DATA,
+    SHARDING,
+    STEP_METADATA,
+    TREE,
+    WRITE_SHAPES,
+)
 
 
 class Point(NamedTuple):

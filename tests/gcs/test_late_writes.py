@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import pytest
 from gcs.proxy import Fault
+from gcs.uploads import CHUNK, DATA, MANIFEST, MERGED, MERGED_DATA, STEP_METADATA
 
 TIMEOUT_S = 2.0
 SLACK_S = 8.0
 # What is held stays held: the client does not give it up.
 PATIENT = {"TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "60"}
 HELD = {
-    "chunks": (r"upload \S*/2/default/w/\d", {"use_ocdbt": False}),
-    "data": (r"upload \S*/2/default/ocdbt.process_0/d/", {}),
-    "manifest": (r"upload \S*/2/default/ocdbt.process_0/manifest.ocdbt", {}),
-    "merged data": (r"upload \S*/2/default/d/", {}),
-    "merged manifest": (r"upload \S*/2/default/manifest.ocdbt", {}),
+    "chunks": (CHUNK, {"use_ocdbt": False}),
+    "data": (DATA, {}),
+    "manifest": (MANIFEST, {}),
+    "merged data": (MERGED_DATA, {}),
+    "merged manifest": (MERGED, {}),
 }
 
 
@@ -39,7 +40,7 @@ def test_a_save_of_the_same_step_waits_or_is_refused(start, proxy, root, held):
         job.do("save", 3)  # Another step is not held up.
 
         job.do("open", root, timeout_s=60, **keywords)
-        began = proxy.add(Fault(r"upload \S*/2/_CHECKPOINT_METADATA", "delay"))
+        began = proxy.add(Fault(STEP_METADATA, "delay"))
         # By force, for a step was saved that comes after it.
         job.begin("save", 2, seed=22, force=True)
         began.await_request()

@@ -14,10 +14,11 @@ from lazy_orbax import _orbax, errors
 ROOT = pathlib.Path(__file__).parents[2]
 
 SCRIPT = """
-    import importlib, sys, tempfile, warnings
+    import importlib, pathlib, sys, tempfile, warnings
     import numpy as np
     import jax
     import orbax.checkpoint as ocp
+    from etils import epath
 
     module_name, symbol = sys.argv[1:]
     module = importlib.import_module(f"orbax.checkpoint._src.{module_name}")
@@ -82,6 +83,15 @@ SCRIPT = """
             with ocp.CheckpointManager(directory) as manager:
                 found = manager.restore(2, args=ocp.args.StandardRestore())
                 np.testing.assert_array_equal(np.asarray(found["w"]), wanted)
+            # What is malformed is refused as ever.
+            (tree,) = pathlib.Path(directory).glob("1/*/_METADATA")
+            tree.write_text("[]")
+            try:
+                handler.restore(epath.Path(tree.parent), args=restore())
+            except errors.MalformedCheckpointError as error:
+                assert str(tree) in str(error)
+            else:
+                raise AssertionError("a malformed checkpoint was restored")
             handler.close()
             handler.close()
     sys.stdout.write("restored")
@@ -93,6 +103,7 @@ SCRIPT = """
     [
         "base",  # What the lazy handler inherits from.
         "build_array_write_spec",
+        "build_kvstore_tspec",  # What a checkpoint that is restored is read by.
         "is_empty_or_leaf",
     ],
 )

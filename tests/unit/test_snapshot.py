@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from trees import assert_same, on_mesh, random_array
 
 import lazy_orbax
-from lazy_orbax import in_flight, pack, snapshot
+from lazy_orbax import host_copies, in_flight, pack, snapshot
 from lazy_orbax import room as room_module
 from lazy_orbax.layout import Leaf, ReplicaPolicy
 from lazy_orbax.plan import Plan, Slab, make_plan
@@ -40,7 +40,7 @@ BACKENDS = {
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
     pinned, in_host_memory = BACKENDS[request.param]
-    monkeypatch.setattr(snapshot, "has_pinned_host", lambda device: pinned)
+    monkeypatch.setattr(host_copies, "has_pinned_host", lambda device: pinned)
     for module in (snapshot, room_module):
         monkeypatch.setattr(module, "is_in_host_memory", lambda slab: in_host_memory)
     return SimpleNamespace(pinned=pinned, in_host_memory=in_host_memory)
@@ -165,7 +165,7 @@ def test_staging_lets_go_of_the_device_copy_without_pinned_memory_too(monkeypatc
 
 
 def _check_device_copy_is_dropped(monkeypatch, *, pinned):
-    monkeypatch.setattr(snapshot, "has_pinned_host", lambda device: pinned)
+    monkeypatch.setattr(host_copies, "has_pinned_host", lambda device: pinned)
     monkeypatch.setattr(snapshot, "is_in_host_memory", lambda slab: False)
     leaves = [on_mesh(np.ones((8, 6), np.float32), MESH, "a")]
     plan = plan_of(leaves)
@@ -284,9 +284,9 @@ def pointers(array):
 
 @pytest.mark.parametrize("mode", ["stage", "direct"])
 def test_where_pinned_memory_is_refused_pageable_memory_is_used(monkeypatch, caplog, mode):
-    monkeypatch.setattr(snapshot, "has_pinned_host", lambda device: True)
+    monkeypatch.setattr(host_copies, "has_pinned_host", lambda device: True)
     monkeypatch.setattr(snapshot, "is_in_host_memory", lambda slab: False)
-    monkeypatch.setattr(snapshot, "_in_pinned_host", refuse("RESOURCE_EXHAUSTED: pinned pool"))
+    monkeypatch.setattr(host_copies, "in_pinned_host", refuse("RESOURCE_EXHAUSTED: pinned pool"))
     wanted = np.arange(48, dtype=np.float32).reshape(8, 6)
     leaves = [on_mesh(wanted, MESH, "a"), on_mesh(wanted, MESH)]
     plan = plan_of(leaves)
@@ -298,9 +298,9 @@ def test_where_pinned_memory_is_refused_pageable_memory_is_used(monkeypatch, cap
 
 @pytest.mark.parametrize("mode", ["stage", "direct"])
 def test_another_failure_of_the_copy_is_not_hidden(monkeypatch, mode):
-    monkeypatch.setattr(snapshot, "has_pinned_host", lambda device: True)
+    monkeypatch.setattr(host_copies, "has_pinned_host", lambda device: True)
     monkeypatch.setattr(snapshot, "is_in_host_memory", lambda slab: False)
-    monkeypatch.setattr(snapshot, "_in_pinned_host", refuse("INTERNAL: broken"))
+    monkeypatch.setattr(host_copies, "in_pinned_host", refuse("INTERNAL: broken"))
     leaves = [on_mesh(np.ones((8, 6), np.float32), MESH, "a")]
     plan = plan_of(leaves)
     with pytest.raises(RuntimeError, match="broken"):
@@ -316,7 +316,7 @@ def refuse(text):
 
 def test_direct_takes_no_device_memory_without_pinned_memory(monkeypatch):
     """It waits for the copy to the host, and what it holds then is in host memory."""
-    monkeypatch.setattr(snapshot, "has_pinned_host", lambda device: False)
+    monkeypatch.setattr(host_copies, "has_pinned_host", lambda device: False)
     leaves = [on_mesh(np.ones((8, 6), np.float32), MESH, "a", "b")]
     plan = plan_of(leaves)
     held = snapshot.direct(plan, plan.slabs[0], leaves)
@@ -375,7 +375,8 @@ def test_slabs_that_look_alike_share_a_program():
 def test_pinned_memory_is_looked_for(kinds, expected):
     memories = [SimpleNamespace(kind=kind) for kind in kinds]
     assert (
-        snapshot.has_pinned_host(SimpleNamespace(addressable_memories=lambda: memories)) is expected
+        host_copies.has_pinned_host(SimpleNamespace(addressable_memories=lambda: memories))
+        is expected
     )
 
 

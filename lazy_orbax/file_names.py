@@ -1,0 +1,27 @@
+"""The names of Orbax's files and directories, and what each is."""
+
+from __future__ import annotations
+
+TEMPORARY = ".orbax-checkpoint-tmp"
+"""In the name of every local directory, of a step or an item, that is not published yet."""
+COMMITTED = "commit_success.txt"
+"""Says in an object store that a step is published: a directory cannot be renamed there."""
+STEP_METADATA = "_CHECKPOINT_METADATA"
+"""JSON of a step: its items and their handlers, its times, its custom metadata."""
+ROOT_METADATA = "metadata/_ROOT_METADATA"
+"""JSON of a run: the custom metadata that a manager was given for all its steps."""
+
+TREE = "_METADATA"
+"""JSON of an item: its tree, the type of each leaf, how arrays are stored, custom metadata."""
+SHARDINGS = "_sharding"
+"""JSON of an item: the sharding that each array had when it was saved."""
+STRINGS = "_strings.json"
+"""JSON of an item: the leaves that are strings."""
+ARRAY_METADATAS = "array_metadatas"
+"""A directory of an item with JSON of each process: shapes of shards and chunks, kinds of keys."""
+MANIFEST = "manifest.ocdbt"
+"""The root of an OCDBT database: of an item, and of each process in it."""
+PROCESS_DIRECTORY = "ocdbt.process_"
+"""How the directory in an item begins where one process writes its OCDBT database."""
+ZARR_V2, ZARR_V3 = ".zarray", "zarr.json"
+"""The metadata of one array, in either version of Zarr."""

@@ -1,0 +1,13 @@
+"""The requests with which step 2 is saved to `gs://`, as patterns for `Fault`."""
+
+DATA = r"upload \S*/2/default/ocdbt.process_0/d/"
+MANIFEST = r"upload \S*/2/default/ocdbt.process_0/manifest.ocdbt"
+CHUNK = r"upload \S*/2/default/w/\d"
+TREE = r"upload \S*/2/default/_METADATA"
+SHARDING = r"upload \S*/2/default/_sharding"
+WRITE_SHAPES = r"upload \S*/2/default/array_metadatas/process_0"
+MERGED_DATA = r"upload \S*/2/default/d/"
+MERGED = r"upload \S*/2/default/manifest.ocdbt"
+ITEM_COMMIT = r"upload \S*/2/default/commit_success.txt"
+STEP_METADATA = r"upload \S*/2/_CHECKPOINT_METADATA"
+COMMIT = r"upload \S*/2/commit_success.txt"
