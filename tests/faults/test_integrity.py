@@ -286,6 +286,11 @@ def test_a_pipe_in_the_place_of_a_file_is_not_read(tmp_path, mesh):
     os.mkfifo(file)
     item = stored.StoredItem(str(file.parent))
     assert [problem.what for problem in item.check_files()] == ["is missing"]
+    file = tmp_path / "1" / "_CHECKPOINT_METADATA"
+    file.unlink()
+    os.mkfifo(file)
+    found = [str(problem) for problem in lazy_orbax.verify(tmp_path).problems]
+    assert any("_CHECKPOINT_METADATA" in problem for problem in found)
 
 
 def test_a_string_that_was_read_wrongly_is_named(tmp_path, mesh):

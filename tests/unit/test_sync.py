@@ -165,7 +165,9 @@ def test_what_a_save_wrote_is_all_synced(tmp_path, mesh, synced, separate):
         future.result()
     found = {str(path) for path in directory.rglob("*")}
     assert any("replica_" in path for path in found) == separate
-    assert found | {str(directory)} == set(synced.paths)
+    # TensorStore's temporary files may be seen, and synced, while they are written.
+    renamed = {path for path in synced.paths if path.endswith(".__lock")}
+    assert found | {str(directory)} == set(synced.paths) - renamed
     handler.close()
 
 
