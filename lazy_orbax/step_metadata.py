@@ -8,6 +8,7 @@ and refuses nothing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -101,26 +102,28 @@ def check_beside(item_directory: str) -> list[Problem]:
     Args:
         item_directory: the item's directory.
     """
-    for place in (item_directory, os.path.dirname(item_directory.rstrip("/"))):
-        if os.path.lexists(os.path.join(place, STEP_METADATA)):
-            return check(item_directory, place)
-    return []
+    place = _place_beside(item_directory)
+    return [] if place is None else check(item_directory, place)
 
 
 def _when_written(item_directory: str) -> dict[str, Any] | None:
     """Returns the metadata once they are complete; `None` where they will not be."""
     deadline_s = time.monotonic() + _WRITTEN_S
-    while True:
-        for place in (item_directory, os.path.dirname(item_directory)):
-            try:
-                found = json.loads(small_files.read(place, STEP_METADATA))
-            except (OSError, ValueError):
-                continue  # Not there, or just being written.
+    while (place := _place_beside(item_directory)) and time.monotonic() < deadline_s:
+        with contextlib.suppress(OSError, ValueError):  # Just being written.
+            found = json.loads(small_files.read(place, STEP_METADATA))
             if isinstance(found, dict) and found.get("item_handlers") is not None:
                 return found
-        if time.monotonic() > deadline_s:
-            return None
         time.sleep(0.01)
+    return None
+
+
+def _place_beside(item_directory: str) -> str | None:
+    """Returns the directory of the step's metadata: the item's own, or the one above it."""
+    for place in (item_directory, os.path.dirname(item_directory.rstrip("/"))):
+        if os.path.lexists(os.path.join(place, STEP_METADATA)):
+            return place
+    return None
 
 
 def _digests_of(metadata: Any) -> dict[str, str]:
