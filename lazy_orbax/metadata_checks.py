@@ -10,7 +10,7 @@ import jax
 from lazy_orbax.file_checks import brief
 from lazy_orbax.json_checks import MOST_DIMENSIONS, Complaints, is_shape, parse_json
 
-_ENTRIES = "array_metadatas"
+_ENTRIES, _KEY_IMPL = "array_metadatas", "random_key_impl"
 _AXIS_TYPES = frozenset(map(str, jax.sharding.AxisType))
 
 
@@ -40,8 +40,11 @@ def check_array_metadatas(content: bytes, file: Any) -> None:
         for name in ("write_shape", "chunk_shape"):
             if not is_shape(one.get(name)):
                 complain(f"{where}, {name}", one.get(name), "a list of sizes")
-        if not isinstance(one.get("ext_metadata"), dict | None):
-            complain(f"{where}, ext_metadata", one["ext_metadata"], "a JSON object or null")
+        more = one.get("ext_metadata")
+        if not isinstance(more, dict | None):
+            complain(f"{where}, ext_metadata", more, "a JSON object or null")
+        elif more and not isinstance(more.get(_KEY_IMPL), str | None):
+            complain(f"{where}, {_KEY_IMPL}", more[_KEY_IMPL], "the name of a kind of keys")
     complain.raise_all()
 
 

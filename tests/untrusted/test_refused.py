@@ -166,6 +166,15 @@ def test_metadata_that_makes_no_tree(action, text, copy):
     refused(directory, "_METADATA", text)
 
 
+@pytest.mark.parametrize("found", [3, True, ["x"], {"a": 1}])
+def test_a_kind_of_keys_that_is_no_name(found, copy):
+    file = "array_metadatas/process_0"
+    directory = copy("ocdbt")
+    action = {"ext_metadata": {"random_key_impl": found}}
+    change(directory / file, lambda m: m["array_metadatas"][0]["array_metadata"].update(action))
+    refused(directory, file)
+
+
 @pytest.mark.parametrize(
     "name", ["_METADATA", "_sharding", "_strings.json", "array_metadatas/process_0"]
 )
