@@ -61,8 +61,10 @@ def _probe() -> tuple[dict[str, Any], list[str]]:
 
 
 _SRC, MISSING = _probe()
-# The small store that the processes of a job share; a store for what is kept beside arrays.
+# The small store that the processes of a job share; a store for what is kept beside arrays; whether
+# this process, given the primary one, writes what is written once.
 key_value_store = _SRC.get("key_value_store", lambda: None)
+is_primary_host = _SRC.get("is_primary_host", lambda primary_host: primary_host in (None, 0))
 array_metadata_store = _SRC.get("array_metadata_store", lambda: None)
 HANDLER_BASE: type = ocp.PyTreeCheckpointHandler if MISSING else _SRC["base"]
 
@@ -123,9 +125,9 @@ def operation_id() -> str:
     return _SRC["operation_ids"].get_current_operation_id()
 
 
-def is_primary_host(primary_host: int | None) -> bool:
-    """Returns whether this process writes what is written once."""
-    return _SRC["is_primary_host"](primary_host)
+def retired_steps(manager: ocp.CheckpointManager) -> list[int]:
+    """Returns which of its steps a manager will remove; where it cannot be asked, none."""
+    return getattr(manager, "_get_old_steps_to_remove", list)()
 
 
 def describe_tree(handler: Any, item: Any, save_args: Any, destination: Destination) -> TreeInfo:

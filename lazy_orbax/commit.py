@@ -78,6 +78,11 @@ class Commit:
             self._coroutine, name="lazy_orbax-write"
         )
 
+    @property
+    def error(self) -> BaseException | None:
+        """Why there is no such step, as far as is known."""
+        return self.save.recorder.timeline.error
+
     def include(self, others: Sequence[Any]) -> None:
         """Adds futures of what Orbax's own type handlers write of the item."""
         self._others, self.has_others = others, bool(others)

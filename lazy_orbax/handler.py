@@ -20,6 +20,7 @@ from lazy_orbax.drain import Pace
 from lazy_orbax.durable import after_publication, before_publication
 from lazy_orbax.errors import OptionError
 from lazy_orbax.events import await_publication, final_directory, publication_failed
+from lazy_orbax.forgotten import remember
 from lazy_orbax.host_budget import HOST_BUDGET
 from lazy_orbax.leftovers import attempt_at
 from lazy_orbax.object_store import stand_in
@@ -133,7 +134,8 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         # Before what is left of earlier saves is looked at: this one may have the same directory.
         removes_all = _orbax.is_primary_host(_orbax.primary_host(self))
         attempt = attempt_at(path, _orbax.operation_id(), removes_all=removes_all)
-        self._commits = [commit for commit in self._commits if not commit.is_past(place)]
+        earlier = self._commits
+        self._commits = [commit for commit in earlier if not commit.is_past(place)]
         prepared, leaves = prepare(
             self,
             args.item,
@@ -142,6 +144,8 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             slab_bytes=self._slab_bytes,
             abstract=False,
         )
+        if failures := [error for commit in earlier if (error := commit.error)]:
+            remember(failures, path, prepared.plan.n_bytes)
         save = Save(
             prepared,
             self.options,

@@ -1,5 +1,6 @@
 """A full disk: the save fails, its files go, training goes on, and the next save works."""
 
+import contextlib
 import errno
 import os
 
@@ -106,3 +107,67 @@ def test_a_disk_that_becomes_read_only(tmp_path, mesh, when):
         assert disks.temporary(disk) == []
         with ocp.StandardCheckpointer() as stock:
             assert_same(stock.restore(disk / "run" / "3" / "default"), steps.bytes_of(state))
+
+
+def episode(manager, disk, step, state, *, is_full):
+    """Saves a step as a loop does that goes on whatever a save says. Returns whether it failed."""
+    try:
+        # Room for Orbax's own files: where they are refused as well, it tells of the failure twice.
+        with disks.filled(disk, 2**17) if is_full else contextlib.nullcontext():
+            saved(manager, step, state)
+    except (lazy_orbax.errors.SaveError, OSError):
+        return True
+    return False
+
+
+def test_a_disk_with_room_for_few_steps_that_is_full_again_and_again(tmp_path, mesh):
+    state = make_state(mesh)
+    two = ocp.CheckpointManagerOptions(max_to_keep=2)
+    with (
+        disks.mounted("tmpfs", tmp_path / "disk", 36 * disks.MIB) as disk,
+        ocp.CheckpointManager(
+            disk / "run", item_handlers=lazy_orbax.standard_handler(), options=two
+        ) as manager,
+    ):
+        saved(manager, 0, state)
+        saved(manager, 1, state)
+        kept = [0, 1]
+        # More often than there would be room for what Orbax forgets.
+        rooms = disks.free_bytes(disk) // disks.bytes_in(disk / "run" / "1")
+        for step in range(2, 2 + 2 * rooms):
+            is_full = step % 2 == 0
+            assert episode(manager, disk, step, state, is_full=is_full) == is_full
+            kept = kept if is_full else [kept[1], step]
+            assert sorted(map(int, os.listdir(disk / "run"))) == kept
+        assert step > 6
+        assert manager.all_steps() == kept
+
+
+def test_a_disk_without_room_because_more_steps_are_there_than_are_kept(tmp_path, mesh):
+    state = make_state(mesh)
+    with disks.mounted("tmpfs", tmp_path / "disk", 36 * disks.MIB) as disk:
+        with ocp.CheckpointManager(disk / "run") as stock:
+            saved(stock, 0, state)
+            step_bytes = disks.bytes_in(disk / "run" / "0")
+            n = 1
+            while disks.free_bytes(disk) > 1.2 * step_bytes:
+                saved(stock, n, state)
+                n += 1
+        assert n > 2
+        balloon = disk / "balloon"
+        balloon.write_bytes(bytes(max(0, disks.free_bytes(disk) - step_bytes // 2)))
+        two = ocp.CheckpointManagerOptions(max_to_keep=2)
+        with ocp.CheckpointManager(
+            disk / "run", item_handlers=lazy_orbax.standard_handler(), options=two
+        ) as manager:
+            assert manager.all_steps() == list(range(n))
+            # Nothing is removed before a save has failed.
+            assert episode(manager, disk, n, state, is_full=False)
+            assert sorted(map(int, os.listdir(disk / "run"))) == list(range(n))
+            assert not episode(manager, disk, n + 1, state, is_full=False)
+            assert sorted(map(int, os.listdir(disk / "run"))) == [n - 1, n + 1]
+            assert manager.all_steps() == [n - 1, n + 1]
+        with ocp.StandardCheckpointer() as stock:
+            assert_same(
+                stock.restore(disk / "run" / f"{n + 1}" / "default"), Steps(state).bytes_of(state)
+            )

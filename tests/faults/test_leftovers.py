@@ -280,3 +280,34 @@ def test_other_checkpointers_log_as_well(tmp_path, tree, kind):
 def test_only_what_saves_can_log_its_failures():
     with pytest.raises(lazy_orbax.errors.OptionError, match="no save"):
         lazy_orbax.log_failed_saves(object())
+
+
+def steps_in(directory):
+    return sorted(int(name) for name in os.listdir(directory) if name.isdigit())
+
+
+def test_the_manager_has_the_steps_back_that_a_failed_save_was_to_replace(tmp_path, tree):
+    with manager_of(tmp_path, max_to_keep=2) as manager:
+        good_save(manager, 1, items(tree))
+        good_save(manager, 2, items(tree))
+        with failing_at("finish"):
+            failed_save(manager, 3, items(tree))
+        assert steps_in(tmp_path) == [1, 2]
+        good_save(manager, 4, items(tree))
+        assert manager.all_steps() == steps_in(tmp_path) == [2, 4]
+
+
+def test_no_step_is_removed_early_where_there_is_room(tmp_path, tree):
+    with manager_of(tmp_path) as manager:
+        for step in (1, 2, 3, 4):
+            good_save(manager, step, items(tree))
+    with manager_of(tmp_path, max_to_keep=2) as manager:
+        with failing_at("finish"):
+            failed_save(manager, 5, items(tree))
+        with held_at("finish") as gate:
+            within(manager.save, 6, args=items(tree))
+            gate.await_call()
+            assert steps_in(tmp_path) == [1, 2, 3, 4]
+            gate.opened.set()
+            within(manager.wait_until_finished)
+        assert manager.all_steps() == steps_in(tmp_path) == [4, 6]

@@ -35,6 +35,7 @@ RANKS = {
     "tree_checks": 3,
     "ocdbt_checks": 4,
     "size_checks": 4,
+    "forgotten": 4,
     "leftovers": 4,
     "agreement": 4,
     "failures": 5,

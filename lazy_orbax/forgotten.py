@@ -1,0 +1,81 @@
+"""The steps that Orbax forgets when a save fails.
+
+When a save begins, a checkpoint manager takes the steps that it is to replace off its list, and
+removes them once it is committed. Where it fails they stay, off the list, and nothing removes them
+any more: each failure leaves one, until a disk with room for few steps has room for no other.
+"""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from lazy_orbax import _orbax
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_log = logging.getLogger("lazy_orbax")
+
+
+def remember(failures: Sequence[BaseException], path: str, n_bytes: int) -> None:
+    """Gives the manager whose `save()` this is its steps back, because saves before it failed.
+
+    Where they failed for want of room, the steps that the manager does not keep are removed now:
+    the next save could not be committed before. Not where other processes save the same step: all
+    of them would have to agree on that.
+
+    Args:
+        failures: what the earlier saves failed with.
+        path: of the item that is saved now.
+        n_bytes: of the item, not compressed.
+    """
+    manager = _manager_that_saves()
+    if manager is None:
+        return
+    try:
+        manager.reload()
+        if jax.process_count() == 1 and _is_short_of_room(failures, path, n_bytes):
+            _remove_retired(manager)
+    except Exception:  # noqa: BLE001 - The save may work nevertheless.
+        _log.exception("The steps in %s could not be listed, or not removed.", manager.directory)
+
+
+def _manager_that_saves() -> ocp.CheckpointManager | None:
+    """Returns the manager that has called this, because it does not tell its handlers of itself."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller: Any = frame.f_locals.get("self")
+        if isinstance(caller, ocp.CheckpointManager):
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def _is_short_of_room(failures: Sequence[BaseException], path: str, n_bytes: int) -> bool:
+    """Whether it was room that the earlier saves wanted, or that this one will want."""
+    if any(os.strerror(number) in str(failure) for failure in failures for number in _NO_ROOM):
+        return True
+    there = path
+    while os.path.isabs(there) and not os.path.isdir(there):
+        there = os.path.dirname(there)
+    return os.path.isabs(there) and shutil.disk_usage(there).free < n_bytes
+
+
+def _remove_retired(manager: ocp.CheckpointManager) -> None:
+    newest = manager.latest_step()
+    for step in _orbax.retired_steps(manager):
+        if step != newest:
+            _log.warning(
+                "Step %d in %s is removed before the next is saved: there was no room for that, "
+                "and the manager does not keep it.",
+                step,
+                manager.directory,
+            )
+            manager.delete(step)
