@@ -45,7 +45,8 @@ def log_failed_saves(checkpointer: Any) -> FailedSaves:
     """Makes a checkpointer log and count failed saves instead of raising them.
 
     `save`, `wait_until_finished`, `check_for_errors` and `close` of it do not raise then what a
-    save has failed with; `save` returns `False` where it fails at once. A mistake of the caller,
+    save has failed with; `save` returns `False` where it fails at once. Of some failures Orbax
+    tells again in the next `save`, which a manager then begins once more. A mistake of the caller,
     such as a tree that cannot be saved, is raised as ever. After a failure the list of steps is
     read anew, because Orbax forgets the steps that the failed one would have replaced.
 
@@ -102,10 +103,17 @@ def _wait_without_raising(wait: Callable[[], None], note: _Note) -> Callable[[],
 def _save_without_raising(save: Callable[..., Any], note: _Note) -> Callable[..., Any]:
     @functools.wraps(save)
     def without_raising(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return save(*args, **kwargs)
-        except (SaveError, OSError) as error:
-            note([error])
+        errors: list[Exception] = []
+        while len(errors) < 2:
+            try:
+                return save(*args, **kwargs)
+            except (SaveError, OSError) as error:
+                errors.append(error)
+                step = args[0] if args else kwargs.get("step")
+                if not isinstance(step, int) or getattr(error, "step", None) == step:
+                    break
+                _log.warning("Saving step %d again: what failed may be an earlier one.", step)
+        note(errors)
         return False
 
     return without_raising

@@ -15,6 +15,7 @@ ENDINGS = (KILLED, "terminated", "left alone")
 # The one that is written, and the one that waits to be noted.
 _MOST_IN_FLIGHT = 2
 _UNEXPECTED = "failed unexpectedly"
+_AGAIN = "not begun, told again of the failure before"
 _UNACCOUNTED = "saves without an outcome"
 _CUT = "in flight when killed"
 _SHOWN = 20
@@ -92,6 +93,8 @@ def _settled(noted: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
                 in_flight.discard(event["step"])
                 if not event["expected"]:
                     event = event | {"event": _UNEXPECTED}
+                elif event.get("again"):
+                    event = event | {"event": _AGAIN}
             case events.ENDED:
                 is_cut = event["ending"] == KILLED and len(in_flight) <= _MOST_IN_FLIGHT
                 name = _CUT if is_cut else _UNACCOUNTED

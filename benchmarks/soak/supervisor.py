@@ -96,6 +96,7 @@ def drawn(
             "use_zarr3": rng.random() < 0.4,
             "use_compression": rng.random() < 0.3,
         },
+        logs=rng.random() < 0.5,
     )
 
 

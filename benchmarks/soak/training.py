@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import logging
 import os
@@ -45,6 +46,7 @@ class Options:
     host_bytes: int
     write_bytes_per_s: int | None
     keywords: dict[str, bool]
+    logs: bool
 
 
 def state_of(shape: str) -> Any:
@@ -145,12 +147,13 @@ def train(options: Options) -> None:
     )
     end = time.monotonic() + options.seconds
     with _manager(options) as manager:
+        failed = lazy_orbax.log_failed_saves(manager) if options.logs else None
         step = manager.latest_step() or 0
         if step:
             state = manager.restore(step, args=ocp.args.StandardRestore(target))
             is_right = digest_of(state) == digests.get(step)
             ledger.note(events.RESTORED if is_right else events.WRONG, step=step, stock=False)
-        loop = _Loop(options, ledger, manager, change)
+        loop = _Loop(options, ledger, manager, change, failed)
         while time.monotonic() < end and not leave:
             for _ in range(loop.rng.randrange(1, 4)):
                 state, step = change(state), step + 1
@@ -174,12 +177,25 @@ def _manager(options: Options) -> ocp.CheckpointManager:
 
 
 class _Loop:
-    """Saves, and notes of each save what became of it."""
+    """Saves, and notes of each save what became of it.
 
-    def __init__(self, options: Options, ledger: Ledger, manager: Any, change: Any):
+    Args:
+        failed: where the manager logs failures; `None` where it raises them.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        ledger: Ledger,
+        manager: ocp.CheckpointManager,
+        change: Any,
+        failed: lazy_orbax.FailedSaves | None,
+    ):
         self._options, self._ledger, self._manager = options, ledger, manager
-        self._change = change
+        self._change, self._failed = change, failed
+        self._n_logged = 0  # Of the logged failures, how many are noted.
         self._pending: int | None = None  # The step that is in flight.
+        self._refused: int | None = None  # The step before, if a full disk refused it.
         self.rng = random.Random(options.seed)
 
     def save(self, step: int, state: Any) -> Any:
@@ -194,14 +210,16 @@ class _Loop:
         )
         with _full(self._options.directory, self.rng) if is_full else contextlib.nullcontext():
             try:
-                if not self._manager.save(step, args=ocp.args.StandardSave(state)):
-                    raise RuntimeError("the manager did not save")
-                self._note_committed()  # `save` waited for the one before.
+                has_begun = self._manager.save(step, args=ocp.args.StandardSave(state))
+                self._note_pending(is_full)  # `save` waited for the one before.
+                if not has_begun:
+                    last = self._failed.last if self._failed else None
+                    raise last or RuntimeError("the manager did not save")
                 self._pending = step
                 state = self._change(state)
                 if is_full or self.rng.random() < 0.3:
                     self._manager.wait_until_finished()
-                    self._note_committed()
+                    self._note_pending(is_full)
             except Exception as error:  # noqa: BLE001
                 self._note_failed(step, error, is_full)
         return state
@@ -209,29 +227,50 @@ class _Loop:
     def finish(self) -> None:
         try:
             self._manager.wait_until_finished()
-            self._note_committed()
+            self._note_pending(is_full=False)
         except Exception as error:  # noqa: BLE001
             self._note_failed(self._pending, error, is_full=False)
 
-    def _note_committed(self) -> None:
+    def _note_pending(self, is_full: bool) -> None:
+        """Notes what became of the step in flight, of which no failure was raised."""
+        n_logged = self._failed.count if self._failed else 0
         if self._pending is not None:
-            self._ledger.note(events.COMMITTED, step=self._pending)
-        self._pending = None
+            if n_logged > self._n_logged and not self._is_published(self._pending):
+                assert self._failed is not None
+                self._note_one_failed(self._pending, self._failed.last, is_full)
+            else:
+                self._ledger.note(events.COMMITTED, step=self._pending)
+                self._refused = None
+        self._pending, self._n_logged = None, n_logged
 
     def _note_failed(self, step: int | None, error: Exception, is_full: bool) -> None:
         """Notes what became of `step`, and of the one before that was still in flight."""
         if self._pending not in (None, step):
             # Which of the two failed does not follow from the error. What is published must stay.
-            if (pathlib.Path(self._options.directory) / str(self._pending)).is_dir():
-                self._note_committed()
+            if self._is_published(self._pending):
+                self._note_pending(is_full)
             else:
                 self._note_one_failed(self._pending, error, is_full)
         self._pending = None
         self._note_one_failed(step, error, is_full)
 
-    def _note_one_failed(self, step: int | None, error: Exception, is_full: bool) -> None:
-        why = repr(error)[:500]
-        self._ledger.note(events.FAILED, step=step, expected=is_full, why=why)
+    def _note_one_failed(self, step: int | None, error: Exception | None, is_full: bool) -> None:
+        # Orbax tells of a failure twice where its own files were refused as well.
+        is_told_again = self._refused is not None and (
+            getattr(error, "step", None) == self._refused
+            or getattr(error, "errno", None) == errno.ENOSPC
+        )
+        self._ledger.note(
+            events.FAILED,
+            step=step,
+            expected=is_full or is_told_again,
+            again=is_told_again and not is_full,
+            why=repr(error)[:500],
+        )
+        self._refused = step if is_full else None
+
+    def _is_published(self, step: int | None) -> bool:
+        return (pathlib.Path(self._options.directory) / str(step)).is_dir()
 
 
 def balloon_of(directory: str) -> pathlib.Path:

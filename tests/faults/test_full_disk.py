@@ -109,18 +109,19 @@ def test_a_disk_that_becomes_read_only(tmp_path, mesh, when):
             assert_same(stock.restore(disk / "run" / "3" / "default"), steps.bytes_of(state))
 
 
-def episode(manager, disk, step, state, *, is_full):
+def episode(manager, disk, step, state, *, leave_bytes=None):
     """Saves a step as a loop does that goes on whatever a save says. Returns whether it failed."""
+    is_full = leave_bytes is not None
     try:
-        # Room for Orbax's own files: where they are refused as well, it tells of the failure twice.
-        with disks.filled(disk, 2**17) if is_full else contextlib.nullcontext():
+        with disks.filled(disk, leave_bytes) if is_full else contextlib.nullcontext():
             saved(manager, step, state)
     except (lazy_orbax.errors.SaveError, OSError):
         return True
     return False
 
 
-def test_a_disk_with_room_for_few_steps_that_is_full_again_and_again(tmp_path, mesh):
+@pytest.mark.parametrize("logs", [False, True])
+def test_a_disk_with_room_for_few_steps_that_is_full_again_and_again(tmp_path, mesh, logs):
     state = make_state(mesh)
     two = ocp.CheckpointManagerOptions(max_to_keep=2)
     with (
@@ -129,18 +130,22 @@ def test_a_disk_with_room_for_few_steps_that_is_full_again_and_again(tmp_path, m
             disk / "run", item_handlers=lazy_orbax.standard_handler(), options=two
         ) as manager,
     ):
+        failed = lazy_orbax.log_failed_saves(manager) if logs else None
         saved(manager, 0, state)
         saved(manager, 1, state)
         kept = [0, 1]
         # More often than there would be room for what Orbax forgets.
         rooms = disks.free_bytes(disk) // disks.bytes_in(disk / "run" / "1")
-        for step in range(2, 2 + 2 * rooms):
-            is_full = step % 2 == 0
-            assert episode(manager, disk, step, state, is_full=is_full) == is_full
-            kept = kept if is_full else [kept[1], step]
-            assert sorted(map(int, os.listdir(disk / "run"))) == kept
-        assert step > 6
-        assert manager.all_steps() == kept
+        assert rooms > 2
+        for step in range(2, 2 + 4 * rooms, 2):
+            # Where Orbax's own files are refused as well it tells of the failure twice.
+            raised = episode(manager, disk, step, state, leave_bytes=0 if logs else 2**17)
+            assert raised != logs
+            assert not episode(manager, disk, step + 1, state)
+            kept = [kept[1], step + 1]
+            assert sorted(os.listdir(disk / "run"), key=int) == list(map(str, kept))
+            assert manager.all_steps() == kept
+        assert failed is None or failed.count == 2 * rooms
 
 
 def test_a_disk_without_room_because_more_steps_are_there_than_are_kept(tmp_path, mesh):
@@ -162,9 +167,9 @@ def test_a_disk_without_room_because_more_steps_are_there_than_are_kept(tmp_path
         ) as manager:
             assert manager.all_steps() == list(range(n))
             # Nothing is removed before a save has failed.
-            assert episode(manager, disk, n, state, is_full=False)
+            assert episode(manager, disk, n, state)
             assert sorted(map(int, os.listdir(disk / "run"))) == list(range(n))
-            assert not episode(manager, disk, n + 1, state, is_full=False)
+            assert not episode(manager, disk, n + 1, state)
             assert sorted(map(int, os.listdir(disk / "run"))) == [n - 1, n + 1]
             assert manager.all_steps() == [n - 1, n + 1]
         with ocp.StandardCheckpointer() as stock:
