@@ -51,9 +51,11 @@ def _manager_that_saves() -> ocp.CheckpointManager | None:
     """Returns the manager that has called this, because it does not tell its handlers of itself."""
     frame = inspect.currentframe()
     while frame is not None:
-        caller: Any = frame.f_locals.get("self")
-        if isinstance(caller, ocp.CheckpointManager):
-            return caller
+        # Only Orbax's own: to look at the locals of a frame may keep them for as long as it lives.
+        if str(frame.f_globals.get("__name__")).startswith("orbax."):
+            caller: Any = frame.f_locals.get("self")
+            if isinstance(caller, ocp.CheckpointManager):
+                return caller
         frame = frame.f_back
     return None
 

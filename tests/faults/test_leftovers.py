@@ -1,7 +1,9 @@
 """What a failed save wrote is removed, and nothing else is."""
 
+import gc
 import os
 import threading
+import weakref
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -311,3 +313,17 @@ def test_no_step_is_removed_early_where_there_is_room(tmp_path, tree):
             gate.opened.set()
             within(manager.wait_until_finished)
         assert manager.all_steps() == steps_in(tmp_path) == [4, 6]
+
+
+def test_to_look_for_the_manager_keeps_no_state_alive(tmp_path, mesh):
+    with ocp.AsyncCheckpointer(lazy_orbax.standard_handler()) as checkpointer:  # It has none.
+        state = on_mesh(np.ones((8, 8), np.float32), mesh, "a")
+        with failing_at("finish"), pytest.raises(SaveError):
+            within(checkpointer.save, tmp_path / "1", args=ocp.args.StandardSave([state]))
+            within(checkpointer.wait_until_finished)
+        checkpointer.save(tmp_path / "2", args=ocp.args.StandardSave([state]))
+        checkpointer.wait_until_finished()
+        old = weakref.ref(state)
+        state = None
+        gc.collect()
+        assert old() is None
