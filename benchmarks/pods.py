@@ -24,7 +24,7 @@ from benchmarks import meters, workloads
 from benchmarks.jobs import Channel, Job, Settings, environment
 from benchmarks.peers import DEFAULT, PEERS, manager, rotated, save_args
 
-_PROCESSES = (2, 4)
+_PROCESSES = {"full": (2, 4), "small": (2, 4), "tiny": (2,)}
 _DEVICES_OF_EACH = 2
 _WORKLOADS = ("many_small", "transformer")
 _TOLD = "SAMPLE "
@@ -42,7 +42,7 @@ def jobs(settings: Settings) -> list[Job]:
             ticks=settings.repeats * len(chosen),
         )
         for workload in settings.workloads_of(*_WORKLOADS)
-        for n in _PROCESSES
+        for n in _PROCESSES[settings.size]
     ]
 
 

@@ -17,19 +17,16 @@ N_LEAVES = 20_000
 
 def test_bytes_on_disk_grow_with_the_leaves_and_not_with_their_square(tmp_path):
     """A flush of a database must not write again all that earlier flushes wrote."""
-    bytes_per_leaf = []
-    for n_leaves in (512, 8192):
-        # Leaves as small as these lie in the nodes of the tree themselves.
-        values = np.random.default_rng(0).random((n_leaves, 256), np.float32)
-        tree = {f"leaf_{i:05}": value for i, value in enumerate(values)}
-        directory = tmp_path / str(n_leaves)
-        options = lazy_orbax.LazyOptions(slab_bytes=2**20, host_bytes=2**20)
-        with ocp.AsyncCheckpointer(lazy_orbax.pytree_handler(options=options)) as checkpointer:
-            checkpointer.save(directory, args=ocp.args.PyTreeSave(tree))
-        sizes = [file.stat().st_size for file in directory.rglob("*") if file.is_file()]
-        bytes_per_leaf.append(math.fsum(sizes) / n_leaves)
-    # How often is flushed depends on the speed of the disk; 16 times as often would be the square.
-    assert bytes_per_leaf[1] < 2.5 * bytes_per_leaf[0]
+    # Leaves as small as these lie in the nodes of the tree themselves.
+    values = np.random.default_rng(0).random((16_384, 256), np.float32)
+    tree = {f"leaf_{i:05}": value for i, value in enumerate(values)}
+    options = lazy_orbax.LazyOptions(slab_bytes=2**20, host_bytes=2**20)
+    with ocp.AsyncCheckpointer(lazy_orbax.pytree_handler(options=options)) as checkpointer:
+        checkpointer.save(tmp_path / "1", args=ocp.args.PyTreeSave(tree))
+    sizes = [file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()]
+    # How often is flushed depends on the speed of the disk. Seen were 6 to 7 times the bytes of the
+    # leaves, which are copied once more when it is merged, and 30 times with one node for all.
+    assert math.fsum(sizes) < 15 * values.nbytes
 
 
 def test_twenty_thousand_leaves_are_stored_and_every_tenth_is_restored_by_stock(tmp_path, mesh):
