@@ -6,6 +6,7 @@ python -m benchmarks.report benchmarks/results/mine.jsonl
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pathlib
 import re
@@ -235,14 +236,28 @@ def _machine(found: dict[str, Any]) -> str:
     )
 
 
+def _machines(records: Records, part: str) -> str:
+    """What a part was measured with: once, unless its workloads are of several runs."""
+    last: dict[str, dict[str, Any]] = {}
+    of: dict[str, list[str]] = {}
+    for (found_part, workload, _, _), found in records.items():
+        if found_part == part:
+            key = json.dumps([found["versions"], found["hardware"], found["size"]])
+            last[key] = found
+            of.setdefault(key, [])
+            of[key] += [workload] if workload not in of[key] else []
+    if len(last) == 1:
+        return "".join(map(_machine, last.values()))
+    return "\n".join(f"{', '.join(of[key])}: {_machine(found)}" for key, found in last.items())
+
+
 def tables(records: Records) -> dict[str, str]:
     """The text for each part that was measured."""
     made = {}
     for part in METRICS:
-        of_part = [found for key, found in records.items() if key[0] == part]
-        if of_part:
+        if _workloads_of(records, part):
             body = {"scale": by_metric, "gpu": lambda r, _: _gpu(r)}.get(part, by_workload)
-            made[part] = f"{_machine(of_part[-1])}\n{body(records, part)}"
+            made[part] = f"{_machines(records, part)}\n{body(records, part)}"
     return made
 
 

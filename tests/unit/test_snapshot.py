@@ -191,6 +191,31 @@ def test_staging_into_a_buffer_uses_its_memory_again():
     assert_same(collected(plan, [again]), [np.full((8, 6), 2, np.float32)])
 
 
+LARGE, SMALL = (1024, 2048), (16, 24)  # Over 8 devices: 512 KiB of 2 bytes each, and 96 bytes.
+
+
+@pytest.mark.parametrize(
+    "shapes", [[LARGE], [SMALL, SMALL], 16 * [LARGE], [SMALL, LARGE, SMALL, SMALL, LARGE, SMALL]]
+)
+def test_large_leaves_whose_type_changes_are_written_into_the_buffer_one_by_one(shapes):
+    rng = np.random.default_rng(0)
+    dtypes = (jnp.bfloat16, np.float16, np.int16, np.uint16)
+    given = [(shape, dtypes[i % 4]) for i, shape in enumerate(shapes)]
+    hosts = [[random_array(rng, *one) for one in given] for _ in range(2)]
+    first, second = ([on_mesh(one, MESH, "a", "b") for one in each] for each in hosts)
+    plan = plan_of(first, slab_bytes=128 * MIB)
+    (slab,) = plan.slabs
+    held = snapshot.stage(plan, slab, first)
+    assert_same(collected(plan, [held]), hosts[0])
+    before = pointers(held.buffer)
+    again = snapshot.stage(plan, slab, second, held.buffer)
+    assert pointers(again.buffer) == before
+    assert_same(collected(plan, [again]), hosts[1])
+    program, table = pack.program(plan, slab, into=True)
+    needed = program.lower(table, again.buffer, *second).compile().memory_analysis()
+    assert needed.temp_size_in_bytes < 2**14
+
+
 def test_a_buffer_that_somebody_still_reads_is_not_written_over():
     first, second = ([on_mesh(np.full((8, 6), i, np.float32), MESH, "a")] for i in (1, 2))
     plan = plan_of(first)
