@@ -25,11 +25,13 @@ class Peer:
         name: as in the records.
         handler: makes a handler, given the bytes of the state and a callback for timelines.
         args: whose arguments it takes: `standard`, `pytree` or `empty`.
+        in_step: whether the step before copies the state that is saved: `SnapshotStep`.
     """
 
     name: str
     handler: Callable[[int, OnTimeline], Any]
     args: str = "standard"
+    in_step: bool = False
 
 
 class EmptyHandler(ocp.AsyncCheckpointHandler):
@@ -110,6 +112,7 @@ PEERS: dict[str, Peer] = {
     "stock_default": Peer("stock_default", _stock_default),
     "stock_best": Peer("stock_best", _stock_best, args="pytree"),
     "floor": Peer("floor", _floor, args="empty"),
+    "in_step": Peer("in_step", _lazy, in_step=True),
     **{name: Peer(name, functools.partial(_lazy, **knobs)) for name, knobs in _VARIANTS.items()},
 }
 DEFAULT = ("stock_default", "stock_best", "lazy")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import statistics
 import time
@@ -69,7 +70,7 @@ _SCHEDULES = {
 
 
 def jobs(settings: Settings) -> list[Job]:
-    chosen = (NONE, *settings.peers_or("floor", *DEFAULT))
+    chosen = (NONE, *settings.peers_or("floor", *DEFAULT, "in_step"))
     return [
         Job(
             part="stall",
@@ -92,13 +93,29 @@ def measure(job: Job, channel: Channel) -> None:
     state = workloads.build(workloads.WORKLOADS[job.workload](size), mesh)
     update = workloads.donating_update(state, mesh)
     step = workloads.STEPS[job.step](update, schedule.step_s)
-    compare(job, channel, step, state, schedule)
+    snapshot_step = lazy_orbax.SnapshotStep(update)
+    copying = functools.partial(step, update=snapshot_step.with_snapshot)
+    compare(job, channel, step, state, schedule, copying)
 
 
 def compare(
-    job: Job, channel: Channel, step: workloads.Step, state: Any, schedule: Schedule
+    job: Job,
+    channel: Channel,
+    step: workloads.Step,
+    state: Any,
+    schedule: Schedule,
+    copying: workloads.Step | None = None,
 ) -> None:
-    """Runs the loop with each peer in turns, and reports what each adds."""
+    """Runs the loop with each peer in turns, and reports what each adds.
+
+    Args:
+        job: which peers, and how often.
+        channel: where to report.
+        step: a step of the loop.
+        state: what it begins with.
+        schedule: how often to step and to save.
+        copying: for peers that are `in_step`, a step that returns the next state and a copy.
+    """
     loops: dict[str, list[Loop]] = {name: [] for name in job.peers}
     for repeat in range(job.settings.repeats):
         for name in rotated(job.peers, repeat):
@@ -106,7 +123,9 @@ def compare(
                 if name == NONE:
                     state, loop = run_loop(None, None, step, _warm(step, state), schedule)
                 else:
-                    state, loop = _run_peer(channel, PEERS[name], step, state, schedule, directory)
+                    peer = PEERS[name]
+                    steps = (step, copying if peer.in_step else None)
+                    state, loop = _run_peer(channel, peer, steps, state, schedule, directory)
             loops[name].append(loop)
             channel.tick()
     report(channel, loops, schedule)
@@ -121,11 +140,12 @@ def _warm(step: workloads.Step, state: Any) -> Any:
 def _run_peer(
     channel: Channel,
     peer: Peer,
-    step: workloads.Step,
+    steps: tuple[workloads.Step, workloads.Step | None],
     state: Any,
     schedule: Schedule,
     directory: pathlib.Path,
 ) -> tuple[Any, Loop]:
+    step, copying = steps
     state = _warm(step, state)
     n_bytes = workloads.state_bytes(state)
     timelines: list[lazy_orbax.SaveTimeline] = []
@@ -137,11 +157,13 @@ def _run_peer(
         max_to_keep=schedule.max_to_keep,
     ) as opened:
         # The first save of a handler plans, and the first of a process compiles.
+        after, state = (None, state) if copying is None else copying(state)
         start_s = time.perf_counter()
         opened.save(0, args=save_args(peer, state))
         channel.sample(peer.name, "first_save", time.perf_counter() - start_s)
         opened.wait_until_finished()
-        state, loop = run_loop(opened, peer, step, _warm(step, state), schedule)
+        state = state if after is None else after
+        state, loop = run_loop(opened, peer, step, _warm(step, state), schedule, copying)
     moments = [
         since_call(timeline, enqueued_s=save_s)
         for timeline, (_, save_s) in zip(timelines[1:], loop.saves)
@@ -170,9 +192,16 @@ def since_call(
 
 
 def run_loop(
-    opened: Any, peer: Peer | None, step: workloads.Step, state: Any, schedule: Schedule
+    opened: Any,
+    peer: Peer | None,
+    step: workloads.Step,
+    state: Any,
+    schedule: Schedule,
+    copying: workloads.Step | None = None,
 ) -> tuple[Any, Loop]:
     """Trains for a while; saves at the start and every `schedule.steps` steps, if `peer` is given.
+
+    With `copying` that is the step before the save: it returns the next state and what is saved.
 
     Returns:
         The state after it, and what it took.
@@ -180,15 +209,26 @@ def run_loop(
     saves: list[tuple[float, float]] = []
     steps: list[StepTime] = []
     cpu_before_s, begin_s = meters.cpu_s(), time.perf_counter()
-    for i in range(schedule.saves * schedule.steps):
+
+    def save(i: int, state: Any) -> None:
         if peer is not None and i % schedule.steps == 0:
             start_s = time.perf_counter()
             opened.save(i + 1, args=save_args(peer, state))
             saves.append((start_s - begin_s, time.perf_counter() - start_s))
+
+    for i in range(schedule.saves * schedule.steps):
+        snapshot = None
+        if copying is None:
+            save(i, state)
         in_flight = peer is not None and opened.is_saving_in_progress()
         start_s = time.perf_counter()
-        state = step(state)
+        if copying is not None and i % schedule.steps == 0:
+            state, snapshot = copying(state)
+        else:
+            state = step(state)
         steps.append(StepTime(start_s - begin_s, time.perf_counter() - start_s, in_flight))
+        if snapshot is not None:
+            save(i, snapshot)
     end_s = time.perf_counter()
     if peer is not None:
         opened.wait_until_finished()

@@ -155,7 +155,7 @@ def idle_step(update: Step, wait_s: float) -> Step:
     the host is inside `save()`, so a short `save()` costs a real loop nothing.
     """
 
-    def step(state: Any) -> Any:
+    def step(state: Any, update: Step = update) -> Any:
         state = jax.block_until_ready(update(state))
         time.sleep(wait_s)
         return state
@@ -181,7 +181,7 @@ def busy_step(update: Step, work_s: float) -> Step:
     once_s = min(seconds(8) for _ in range(5)) / 8
     count = max(1, round(work_s / once_s))
 
-    def step(state: Any) -> Any:
+    def step(state: Any, update: Step = update) -> Any:
         state = update(state)
         jax.block_until_ready((state, compute(start, count)))
         return state
