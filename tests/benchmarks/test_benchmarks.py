@@ -136,7 +136,7 @@ def test_every_peer_of_a_picture_has_a_color_of_its_own():
 def test_one_run_for_each_repeat(records):
     loops = [r for r in records if r["part"] == "stall" and r["metric"] == "loop"]
     assert {r["workload"] for r in loops} == {"many_small/idle", "transformer/idle"}
-    assert {r["peer"] for r in loops} == SAVING | {"none", "floor"}
+    assert {r["peer"] for r in loops} == SAVING | {"none", "floor", "in_step"}
     assert all(len(r["values"]) == 2 for r in loops)
 
 
