@@ -70,7 +70,7 @@ _SCHEDULES = {
 
 
 def jobs(settings: Settings) -> list[Job]:
-    chosen = (NONE, *settings.peers_or("floor", *DEFAULT, "in_step"))
+    chosen = (NONE, *settings.peers_or("floor", *DEFAULT))
     return [
         Job(
             part="stall",

@@ -53,6 +53,8 @@ def measured(tmp_path_factory) -> pathlib.Path:
     ):
         chosen = ("--parts", parts, "--workloads", workloads, "--repeats", repeats)
         run("benchmarks", "--out", out, *flags, *chosen)
+    chosen = ("--parts", "stall", "--workloads", "few_large", "--repeats", 2)
+    run("benchmarks", "--out", out, *flags, *chosen, "--peers", "in_step")
     assert [path.name for path in directory.iterdir()] == [out.name], "checkpoints are left behind"
     return out
 
@@ -135,7 +137,8 @@ def test_every_peer_of_a_picture_has_a_color_of_its_own():
 
 def test_one_run_for_each_repeat(records):
     loops = [r for r in records if r["part"] == "stall" and r["metric"] == "loop"]
-    assert {r["workload"] for r in loops} == {"many_small/idle", "transformer/idle"}
+    steps = {"many_small/idle", "transformer/idle", "few_large/idle"}
+    assert {r["workload"] for r in loops} == steps
     assert {r["peer"] for r in loops} == SAVING | {"none", "floor", "in_step"}
     assert all(len(r["values"]) == 2 for r in loops)
 
