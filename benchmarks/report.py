@@ -238,17 +238,14 @@ def _machine(found: dict[str, Any]) -> str:
 
 def _machines(records: Records, part: str) -> str:
     """What a part was measured with: once, unless its workloads are of several runs."""
-    last: dict[str, dict[str, Any]] = {}
-    of: dict[str, list[str]] = {}
+    runs: dict[str, dict[str, Any]] = {}
     for (found_part, workload, _, _), found in records.items():
         if found_part == part:
             key = json.dumps([found["versions"], found["hardware"], found["size"]])
-            last[key] = found
-            of.setdefault(key, [])
-            of[key] += [workload] if workload not in of[key] else []
-    if len(last) == 1:
-        return "".join(map(_machine, last.values()))
-    return "\n".join(f"{', '.join(of[key])}: {_machine(found)}" for key, found in last.items())
+            runs.setdefault(key, {})[workload] = found
+    names = [f"{', '.join(run)}: " if len(runs) > 1 else "" for run in runs.values()]
+    lines = [_machine(list(run.values())[-1]) for run in runs.values()]
+    return "\n".join(map("".join, zip(names, lines)))
 
 
 def tables(records: Records) -> dict[str, str]:

@@ -125,9 +125,9 @@ def operation_id() -> str:
     return _SRC["operation_ids"].get_current_operation_id()
 
 
-def retired_steps(manager: ocp.CheckpointManager) -> list[int]:
-    """Returns which of its steps a manager will remove; where it cannot be asked, none."""
-    return getattr(manager, "_get_old_steps_to_remove", list)()
+def retired_steps(manager: ocp.CheckpointManager) -> list[int] | None:
+    """Returns which of its steps a manager will remove, or `None` where it cannot be asked."""
+    return getattr(manager, "_get_old_steps_to_remove", lambda: None)()
 
 
 def describe_tree(handler: Any, item: Any, save_args: Any, destination: Destination) -> TreeInfo:

@@ -39,6 +39,14 @@ class FailedSaves:
             self.count, self.last = self.count + 1, (ours or errors)[0]
         for error in errors:
             _log.error("A save failed, and training goes on: %s", error, exc_info=error)
+            _forget_frames(error)
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Drops the frames of an error that is kept: they hold the state that was to be saved."""
+    while error is not None and error.__traceback__ is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def log_failed_saves(checkpointer: Any) -> FailedSaves:
@@ -113,6 +121,7 @@ def _save_without_raising(save: Callable[..., Any], note: _Note) -> Callable[...
                 if not isinstance(step, int) or getattr(error, "step", None) == step:
                     break
                 _log.warning("Saving step %d again: what failed may be an earlier one.", step)
+                _forget_frames(error)
         note(errors)
         return False
 

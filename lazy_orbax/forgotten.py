@@ -19,12 +19,13 @@ import jax
 import orbax.checkpoint as ocp
 
 from lazy_orbax import _orbax
+from lazy_orbax.object_store import scheme_of
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _log = logging.getLogger("lazy_orbax")
 
 
-def remember(failures: Sequence[BaseException], path: str, n_bytes: int) -> None:
+def remember(failures: Sequence[BaseException], n_bytes: int) -> None:
     """Gives the manager whose `save()` this is its steps back, because saves before it failed.
 
     Where they failed for want of room, the steps that the manager does not keep are removed now:
@@ -33,15 +34,14 @@ def remember(failures: Sequence[BaseException], path: str, n_bytes: int) -> None
 
     Args:
         failures: what the earlier saves failed with.
-        path: of the item that is saved now.
-        n_bytes: of the item, not compressed.
+        n_bytes: of the item that is saved now, not compressed.
     """
     manager = _manager_that_saves()
     if manager is None:
         return
     try:
         manager.reload()
-        if jax.process_count() == 1 and _is_short_of_room(failures, path, n_bytes):
+        if jax.process_count() == 1 and _is_short_of_room(failures, manager, n_bytes):
             _remove_retired(manager)
     except Exception:  # noqa: BLE001 - The save may work nevertheless.
         _log.exception("The steps in %s could not be listed, or not removed.", manager.directory)
@@ -60,19 +60,21 @@ def _manager_that_saves() -> ocp.CheckpointManager | None:
     return None
 
 
-def _is_short_of_room(failures: Sequence[BaseException], path: str, n_bytes: int) -> bool:
+def _is_short_of_room(
+    failures: Sequence[BaseException], manager: ocp.CheckpointManager, n_bytes: int
+) -> bool:
     """Whether it was room that the earlier saves wanted, or that this one will want."""
     if any(os.strerror(number) in str(failure) for failure in failures for number in _NO_ROOM):
         return True
-    there = path
-    while os.path.isabs(there) and not os.path.isdir(there):
-        there = os.path.dirname(there)
-    return os.path.isabs(there) and shutil.disk_usage(there).free < n_bytes
+    directory = str(manager.directory)
+    return not scheme_of(directory) and shutil.disk_usage(directory).free < n_bytes
 
 
 def _remove_retired(manager: ocp.CheckpointManager) -> None:
-    newest = manager.latest_step()
-    for step in _orbax.retired_steps(manager):
+    newest, retired = manager.latest_step(), _orbax.retired_steps(manager)
+    if retired is None:
+        _log.warning("Which steps this Orbax does not keep in %s is unknown.", manager.directory)
+    for step in retired or ():
         if step != newest:
             _log.warning(
                 "Step %d in %s is removed before the next is saved: there was no room for that, "

@@ -145,7 +145,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             abstract=False,
         )
         if failures := [error for commit in earlier if (error := commit.error)]:
-            remember(failures, path, prepared.plan.n_bytes)
+            remember(failures, prepared.plan.n_bytes)
         save = Save(
             prepared,
             self.options,

@@ -1,6 +1,7 @@
 """What a failed save wrote is removed, and nothing else is."""
 
 import gc
+import logging
 import os
 import threading
 import weakref
@@ -313,6 +314,22 @@ def test_no_step_is_removed_early_where_there_is_room(tmp_path, tree):
             gate.opened.set()
             within(manager.wait_until_finished)
         assert manager.all_steps() == steps_in(tmp_path) == [4, 6]
+
+
+@pytest.mark.parametrize("place", ["copy", "finish"])
+def test_a_failure_that_is_logged_keeps_no_state_alive(tmp_path, mesh, caplog, place):
+    caplog.set_level(logging.CRITICAL, "lazy_orbax")  # pytest keeps what is logged, with frames.
+    with manager_of(tmp_path) as manager:
+        failed = lazy_orbax.log_failed_saves(manager)
+        state = on_mesh(np.ones((8, 8), np.float32), mesh, "a")
+        with failing_at(place):
+            within(manager.save, 1, args=items([state]))
+            within(manager.wait_until_finished)
+        assert failed.last.step == 1
+        old = weakref.ref(state)
+        state = None
+        gc.collect()
+        assert old() is None
 
 
 def test_to_look_for_the_manager_keeps_no_state_alive(tmp_path, mesh):

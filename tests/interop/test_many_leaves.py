@@ -15,8 +15,8 @@ import lazy_orbax
 N_LEAVES = 20_000
 
 
-def test_bytes_on_disk_grow_with_the_leaves_and_not_with_their_square(tmp_path):
-    """A flush of a database must not write again all that earlier flushes wrote."""
+def test_a_flush_does_not_write_again_all_that_earlier_flushes_wrote(tmp_path):
+    """What a database takes on disk would grow with the square of its leaves."""
     # Leaves as small as these lie in the nodes of the tree themselves.
     values = np.random.default_rng(0).random((16_384, 256), np.float32)
     tree = {f"leaf_{i:05}": value for i, value in enumerate(values)}
