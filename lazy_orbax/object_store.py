@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 import orbax.checkpoint as ocp
+import tensorstore as ts
 
 from lazy_orbax import _orbax
 from lazy_orbax.errors import OptionError
@@ -18,6 +19,8 @@ from lazy_orbax.errors import OptionError
 _DIRECTORY = "lazy-orbax-directory"
 _BUCKET = "lazy-orbax-bucket"
 
+# `LazyOptions.storage_timeout_s` of who reads without options.
+STORAGE_TIMEOUT_S = 300.0
 # The share of the deadline in which TensorStore may try again: its own error says which object it
 # was and what the server answered, so it should come before ours.
 _RETRY_SHARE = 2 / 3
@@ -82,6 +85,17 @@ def plain_kvstore_spec(directory: str) -> dict[str, Any]:
     bucket, _, path = directory.removeprefix(f"{scheme}://").partition("/")
     driver = {"gs": "gcs"}.get(scheme, scheme)
     return {"driver": driver, "bucket": bucket, "path": path.rstrip("/") + "/"}
+
+
+def open_store(directory: str, timeout_s: float = STORAGE_TIMEOUT_S) -> ts.KvStore:
+    """Returns a directory, or an address, as a plain key-value store.
+
+    Args:
+        directory: the directory.
+        timeout_s: most seconds in which an object store may do nothing.
+    """
+    context = ts.Context(context_spec(directory, timeout_s))
+    return ts.KvStore.open(plain_kvstore_spec(directory), context=context).result()
 
 
 def _as_json(text: str) -> str:

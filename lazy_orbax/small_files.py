@@ -13,7 +13,7 @@ from etils import epath
 from lazy_orbax import file_names
 from lazy_orbax.digest import digest_of_bytes, digest_of_text
 from lazy_orbax.errors import Problem
-from lazy_orbax.object_store import scheme_of
+from lazy_orbax.object_store import open_store, scheme_of
 
 # Of a file of digests: about 60 bytes for each piece.
 MOST_BYTES = 2**28
@@ -32,10 +32,13 @@ def read(directory: str, name: str) -> bytes:
 
     Raises:
         OSError: it is not there, is no file, is too large, or the storage refused.
+        ValueError: an object store refused.
     """
     size = size_of(directory, name)
     if size is None or size > MOST_BYTES:
         raise OSError("it is no file" if size is None else f"it has {size} bytes")
+    if scheme_of(directory):  # What epath knows of its size may be of what was there before.
+        return open_store(directory).read(name).result().value
     return (epath.Path(directory) / name).read_bytes()
 
 

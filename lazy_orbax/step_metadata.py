@@ -1,4 +1,4 @@
-"""What Orbax keeps of a step beside its items, against digests of ours. In local directories.
+"""What Orbax keeps of a step beside its items, against digests of ours.
 
 Orbax writes that file three times: empty; with everything that matters before it finalizes the
 items, which is when its digests are taken; and with the time of the commit, as it publishes. It
@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 from lazy_orbax import digest_file, small_files
@@ -20,7 +21,7 @@ from lazy_orbax.digest import digest_of_text
 from lazy_orbax.digest_file import DigestError
 from lazy_orbax.errors import Problem
 from lazy_orbax.file_names import STEP_METADATA
-from lazy_orbax.object_store import scheme_of
+from lazy_orbax.object_store import open_store, scheme_of
 from lazy_orbax.sync import Inode, inode_of
 from lazy_orbax.write import save_error
 
@@ -28,41 +29,54 @@ DIGESTS = f"{digest_file.DIRECTORY}/step"
 _FORMAT = 1
 _TIME_OF_COMMIT = "commit_timestamp_nsecs"
 # Orbax writes in a thread of its own, which began before it finalizes the items.
-_WRITTEN_S = 0.5
+_WRITTEN_S, _WRITTEN_REMOTELY_S = 0.5, 5.0
+_LOOK_AGAIN_S = 0.01
 
 
 def record(item_directory: str, *, timeout_s: float) -> set[Inode]:
     """Writes the digests of the metadata of the step that an item is of, before it is published.
 
-    Does nothing where Orbax has no such metadata by then, and in an object store.
+    Does nothing where Orbax has no such metadata by then.
 
     Args:
-        item_directory: the item's directory. It has digests of its own.
+        item_directory: the item's directory, or its address. It has digests of its own.
         timeout_s: most seconds in which the storage may do nothing.
 
     Returns:
-        The directories in which something was written.
+        The directories in which something was written, where they are local.
 
     Raises:
         SaveError: the storage refused, or did nothing for too long.
     """
-    if scheme_of(item_directory):
-        return set()
     changed: set[Inode] = set()
-    digests = os.path.join(item_directory, DIGESTS)
+    file = os.path.join(item_directory, DIGESTS)
 
-    def write() -> None:
-        found = _when_written(item_directory) if os.path.isdir(os.path.dirname(digests)) else None
-        if found is not None:
-            body = json.dumps({"format": _FORMAT, "fields": _digests_of(found)}).encode()[1:]
-            with open(digests, "wb") as file:
-                file.write(digest_file.seal(body))
-            changed.add(inode_of(os.path.dirname(digests)))
+    def locally() -> None:
+        if not os.path.isdir(os.path.dirname(file)):
+            return
+        if content := _digests_when_written(lambda: _content_beside(item_directory), _WRITTEN_S):
+            with open(file, "wb") as opened:
+                opened.write(content)
+            changed.add(inode_of(os.path.dirname(file)))
+
+    def remotely() -> None:
+        item, *above = (open_store(place, timeout_s) for place in _places(item_directory))
+        if not (item / f"{digest_file.DIRECTORY}/").list().result():
+            return
+
+        def read() -> bytes | None:
+            found = (store.read(STEP_METADATA).result() for store in (item, *above))
+            return next((each.value for each in found if each.state == "value"), None)
+
+        within_s = min(_WRITTEN_REMOTELY_S, timeout_s / 2)
+        if content := _digests_when_written(read, within_s):
+            item.write(DIGESTS, content).result()
 
     try:
-        Deadline(item_directory, timeout_s).run(write, "lazy_orbax-step")
-    except OSError as error:
-        raise save_error(item_directory, error, file=digests) from error
+        work = remotely if scheme_of(item_directory) else locally
+        Deadline(item_directory, timeout_s).run(work, "lazy_orbax-step")
+    except (OSError, ValueError) as error:
+        raise save_error(item_directory, error, file=file) from error
     return changed
 
 
@@ -73,7 +87,7 @@ def check(item_directory: str, step_directory: str) -> list[Problem]:
         item_directory: the item's directory. Without digests in it nothing is wrong.
         step_directory: the step's, which may be the same.
     """
-    if scheme_of(item_directory) or not os.path.isfile(os.path.join(item_directory, DIGESTS)):
+    if small_files.size_of(item_directory, DIGESTS) is None:
         return []
     try:
         wanted = digest_file.unseal(small_files.read(item_directory, DIGESTS))
@@ -106,24 +120,44 @@ def check_beside(item_directory: str) -> list[Problem]:
     return [] if place is None else check(item_directory, place)
 
 
-def _when_written(item_directory: str) -> dict[str, Any] | None:
-    """Returns the metadata once they are complete; `None` where they will not be."""
-    deadline_s = time.monotonic() + _WRITTEN_S
-    while (place := _place_beside(item_directory)) and time.monotonic() < deadline_s:
+def _digests_when_written(read: Callable[[], bytes | None], within_s: float) -> bytes | None:
+    """Returns the digests of metadata once they are complete; `None` where they will not be.
+
+    Args:
+        read: returns the metadata as they are now, or `None` where there are none.
+        within_s: for how long to wait, in seconds.
+    """
+    deadline_s = time.monotonic() + within_s
+    while time.monotonic() < deadline_s:
         with contextlib.suppress(OSError, ValueError):  # Just being written.
-            found = json.loads(small_files.read(place, STEP_METADATA))
+            if (content := read()) is None:
+                return None
+            found = json.loads(content)
             if isinstance(found, dict) and found.get("item_handlers") is not None:
-                return found
-        time.sleep(0.01)
+                fields = {"format": _FORMAT, "fields": _digests_of(found)}
+                return digest_file.seal(json.dumps(fields).encode()[1:])
+        time.sleep(_LOOK_AGAIN_S)
     return None
+
+
+def _content_beside(item_directory: str) -> bytes | None:
+    place = _place_beside(item_directory)
+    return None if place is None else small_files.read(place, STEP_METADATA)
 
 
 def _place_beside(item_directory: str) -> str | None:
     """Returns the directory of the step's metadata: the item's own, or the one above it."""
-    for place in (item_directory, os.path.dirname(item_directory.rstrip("/"))):
-        if os.path.lexists(os.path.join(place, STEP_METADATA)):
-            return place
-    return None
+    return next(filter(_has_metadata, _places(item_directory)), None)
+
+
+def _places(item_directory: str) -> tuple[str, str]:
+    return item_directory, os.path.dirname(item_directory.rstrip("/"))
+
+
+def _has_metadata(place: str) -> bool:
+    if scheme_of(place):
+        return small_files.size_of(place, STEP_METADATA) is not None
+    return os.path.lexists(os.path.join(place, STEP_METADATA))
 
 
 def _digests_of(metadata: Any) -> dict[str, str]:

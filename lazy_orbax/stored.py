@@ -23,7 +23,6 @@ from lazy_orbax.small_files import MOST_BYTES
 _BATCH_BYTES = PART_BYTES
 _BATCH_PIECES = 256
 _CACHE_BYTES = 2**27
-_STORAGE_TIMEOUT_S = 300.0
 
 
 class Piece(NamedTuple):
@@ -52,7 +51,7 @@ class StoredItem:
             directory: an item's directory, or its `gs://` address.
         """
         self.directory = directory
-        remote = object_store.context_spec(directory, _STORAGE_TIMEOUT_S)
+        remote = object_store.context_spec(directory, object_store.STORAGE_TIMEOUT_S)
         cache = {"total_bytes_limit": _CACHE_BYTES}
         self._context = ts.Context({"cache_pool": cache, "cache_pool#ocdbt": cache, **remote})
         self._base = object_store.plain_kvstore_spec(directory)

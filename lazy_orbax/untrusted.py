@@ -19,7 +19,7 @@ from etils import epath
 from lazy_orbax import file_names, metadata_checks, ocdbt_checks, tree_checks, zarr_checks
 from lazy_orbax.errors import MalformedCheckpointError
 from lazy_orbax.file_checks import Files, brief, read_small, survey
-from lazy_orbax.object_store import plain_kvstore_spec, scheme_of
+from lazy_orbax.object_store import open_store, scheme_of
 from lazy_orbax.options import memory_bytes
 from lazy_orbax.size_checks import Arrays, refuse_oversize
 
@@ -146,7 +146,7 @@ def _needs_shardings(args: Any) -> bool:
 
 
 def _declared(directory: epath.Path, files: Files | None, tree: tree_checks.Tree | None) -> Arrays:
-    base = ts.KvStore.open(plain_kvstore_spec(str(directory))).result()
+    base = open_store(str(directory))
     # Orbax goes by `_METADATA`, and by the manifest where that does not say.
     if tree is None or tree.use_ocdbt is not False:
         suffixes = tuple(f"/{name}" for name in _ZARR_NAMES)

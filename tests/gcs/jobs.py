@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import logging
 import time
 import traceback
 from typing import Any
@@ -82,10 +84,10 @@ class Job:
     def steps(self) -> list[int]:
         return list(self.manager.all_steps(read=True))
 
-    def save(self, step: int, *, seed: int | None = None, force: bool = False) -> None:
+    def save(self, step: int, *, seed: int | None = None, **keywords: Any) -> None:
         """Saves the state of `step`, or of `seed`, and waits until it is committed."""
         state = state_of(self._mesh, step if seed is None else seed)
-        self.manager.save(step, args=ocp.args.StandardSave(state), force=force)
+        self.manager.save(step, args=ocp.args.StandardSave(state), **keywords)
         self.manager.wait_until_finished()
 
     def wrong(self, *steps: int, seed: int | None = None) -> list[str]:
@@ -99,9 +101,48 @@ class Job:
             wrong += [f"{step}: {a[0]}" for a, b in pairs if a != b]
         return wrong
 
+    def problems(self, step: int) -> list[str]:
+        """Returns what `verify` says of a step."""
+        return list(map(str, lazy_orbax.verify(self._place_of(step)).all_problems))
+
+    def warnings_while_restoring(self, step: int) -> list[str]:
+        """Restores a step, which must be whole, and returns what was logged."""
+        records: list[logging.LogRecord] = []
+        handler = logging.Handler()
+        handler.emit = records.append
+        logger = logging.getLogger("lazy_orbax")
+        logger.addHandler(handler)
+        try:
+            assert self.wrong(step) == []
+        finally:
+            logger.removeHandler(handler)
+        return [record.getMessage() for record in records]
+
+    def changes_unnoticed(self, step: int, name: str, *, every: int) -> tuple[int, list[str]]:
+        """Changes a bit in each so many bytes of a JSON file of a step, one after the other.
+
+        Returns:
+            How many, and what `verify` did not notice though the values had changed, but for the
+            time of the commit.
+        """
+        file, late = self._place_of(step) / name, "commit_timestamp_nsecs"
+        whole, unnoticed = file.read_bytes(), []
+        for at in range(0, len(whole), every):
+            changed = whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :]
+            file.write_bytes(changed)
+            if not self.problems(step) and (
+                {**json.loads(changed), late: 0} != {**json.loads(whole), late: 0}
+            ):
+                unnoticed.append(changed.decode())
+        file.write_bytes(whole)
+        return len(range(0, len(whole), every)), unnoticed
+
+    def _place_of(self, step: int) -> epath.Path:
+        return epath.Path(self.manager.directory) / str(step)
+
     def spoil(self, step: int, name: str, content: bytes) -> None:
         """Writes a file of a step again, with other content."""
-        (epath.Path(self.manager.directory) / str(step) / "default" / name).write_bytes(content)
+        (self._place_of(step) / name).write_bytes(content)
 
     def differences(self, step: int, n_steps: int) -> list[str]:
         """Returns what is not restored as the state after so many steps of `multihost.states`."""

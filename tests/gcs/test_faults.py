@@ -11,7 +11,7 @@ import dataclasses
 
 import pytest
 from gcs.proxy import Fault
-from gcs.uploads import COMMIT, DATA, MANIFEST, MERGED, STEP_METADATA, TREE
+from gcs.uploads import COMMIT, DATA, MANIFEST, MERGED, STEP_DIGESTS, STEP_METADATA, TREE
 
 TIMEOUT_S = 6.0
 # Where the save is to fail, it may do so soon.
@@ -69,6 +69,9 @@ SURVIVED = [
     Row("merged manifest: acknowledgement lost", of(MERGED, "lost", times=1)),
     Row("merged manifest: one request stalls", of(MERGED, "stall", times=1), timeout_s=STALL_S),
     Row("step metadata: 503 once", of(STEP_METADATA, "status", times=1)),
+    Row("step metadata, with handlers: 503 once", of(STEP_METADATA, "status", skip=1, times=1)),
+    Row("step digests: 503 twice", of(STEP_DIGESTS, "status", times=2)),
+    Row("step digests: acknowledgement lost", of(STEP_DIGESTS, "lost", times=1)),
     Row("commit file: 503 once", of(COMMIT, "status", times=1)),
     Row("commit file: acknowledgement lost", of(COMMIT, "lost", times=1)),
     Row("everything: 20 ms late", of(r".*", "delay", delay_s=0.02)),
@@ -85,6 +88,10 @@ FATAL = [
     Row("merged manifest: 403", of(MERGED, "status", status=403), "SaveError", ("manifest.ocdbt",)),
     Row("merged manifest: 503 for ever", of(MERGED, "status"), "SaveError", ("manifest.ocdbt",)),
     Row("merged manifest: stalls for ever", of(MERGED, "stall"), "SaveError", ("manifest.ocdbt",)),
+    Row(
+        "step digests: 403", of(STEP_DIGESTS, "status", status=403), "SaveError", ("digests/step",)
+    ),
+    Row("step digests: stall for ever", of(STEP_DIGESTS, "stall"), "SaveError", ("digests/step",)),
     Row(
         "commit file: 403",
         of(COMMIT, "status", status=403),
@@ -176,3 +183,48 @@ def test_a_flipped_bit_in_a_download_is_noticed(job, proxy, root, what, flips, t
     tell("Faults on gs://", f"a flipped bit: {what}", outcome.error, f"{outcome.took_s:5.1f} s")
     # On storage it is whole.
     assert job.attempt("wrong", 1).result == []
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("_CHECKPOINT_METADATA", "custom_metadata is not what was saved"),
+        ("default/lazy_orbax_digests/step", "its own digest does not fit"),
+    ],
+)
+def test_a_flipped_bit_in_the_metadata_of_a_step_is_told_of(job, proxy, root, name, told, tell):
+    """It refuses nothing: Orbax has a way to change that file."""
+    # So long that the bit in the middle is one of it.
+    job.do("open", root)
+    job.do("save", 1, custom_metadata={"note": "x" * 1000})
+    assert job.do("problems", 1) == []
+    with proxy.breaking(Fault(rf"read \S*/1/{name}", "flip")) as met:
+        (problem,) = job.do("problems", 1)
+        assert told in problem
+        assert any(told in line for line in job.do("warnings_while_restoring", 1))
+    assert met.met
+    tell("Faults on gs://", f"a flipped bit: {name}", "told of; restored rightly", "")
+    assert job.do("problems", 1) == []
+    assert job.do("warnings_while_restoring", 1) == []
+
+
+def test_a_changed_byte_in_the_metadata_of_a_step_is_found_in_the_bucket(job, root):
+    job.do("open", root)
+    job.do("save", 1, custom_metadata={"note": "x" * 30})
+    n_changed, unnoticed = job.do("changes_unnoticed", 1, "_CHECKPOINT_METADATA", every=5)
+    assert n_changed > 50
+    assert unnoticed == []
+
+
+def test_the_digests_of_a_step_wait_for_its_metadata(job, proxy, root):
+    job.do("open", root)
+    job.do("save", 1)
+    looks = Fault(r"read \S*/2/_CHECKPOINT_METADATA", "delay", skip=3)
+    with proxy.breaking(Fault(STEP_METADATA, "late", skip=1, times=1), looks):
+        job.begin("save", 2, custom_metadata={"note": "late"})
+        looks.await_request()
+    saved = job.end()
+    assert not saved.error, saved.trace
+    assert job.do("problems", 2) == []
+    job.do("spoil", 2, "_CHECKPOINT_METADATA", b"{}")
+    assert "custom_metadata is not what was saved" in "".join(job.do("problems", 2))

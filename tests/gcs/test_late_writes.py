@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from gcs.proxy import Fault
-from gcs.uploads import CHUNK, DATA, MANIFEST, MERGED, MERGED_DATA, STEP_METADATA
+from gcs.uploads import CHUNK, DATA, MANIFEST, MERGED, MERGED_DATA, STEP_DIGESTS, STEP_METADATA
 
 TIMEOUT_S = 2.0
 SLACK_S = 8.0
@@ -16,6 +16,7 @@ HELD = {
     "manifest": (MANIFEST, {}),
     "merged data": (MERGED_DATA, {}),
     "merged manifest": (MERGED, {}),
+    "step digests": (STEP_DIGESTS, {}),
 }
 
 

@@ -47,7 +47,7 @@ def test_what_is_malformed_is_refused(start, root, form, name, content):
     job = start()
     job.do("open", root, **FORMATS[form])
     job.do("save", 1)
-    job.do("spoil", 1, name, content)
+    job.do("spoil", 1, f"default/{name}", content)
     outcome = job.attempt("wrong", 1)
     # It has digests, so it was a good one once; what is malformed is seen before they are asked.
     assert outcome.error == "CorruptCheckpointError", outcome.trace
