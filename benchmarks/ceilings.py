@@ -19,7 +19,9 @@ RAW = "raw"
 """The peer that ceilings are recorded as."""
 
 _BLOCK_BYTES = 8 * 2**20
-_DIRECT_THREADS = 4
+_THREADS = 4
+# As large as a leaf of `few_large`, which is a file: what is synced at once.
+_SYNCED_BYTES = 64 * 2**20
 _ALIGNMENT_BYTES = 4096
 
 
@@ -28,9 +30,13 @@ def measure(channel: Channel, directory: pathlib.Path, state: Any) -> None:
     n_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     block = mmap.mmap(-1, _BLOCK_BYTES)  # Aligned to a page, which O_DIRECT asks for.
     block.write(np.random.default_rng(0).bytes(_BLOCK_BYTES))
-    channel.sample(RAW, "durable_write", _buffered_write_s(directory / "buffered", n_bytes, block))
+    start_s = time.perf_counter()
+    _write(directory / "buffered", n_bytes, block, 0, n_bytes)
+    channel.sample(RAW, "durable_write", time.perf_counter() - start_s)
+    threads_s = _write_by_threads_s(directory / "threads", n_bytes, block, 0, _SYNCED_BYTES)
+    channel.sample(RAW, "durable_write_threads", threads_s)
     try:
-        direct_s = _direct_write_s(directory, n_bytes, block)
+        direct_s = _write_by_threads_s(directory / "direct", n_bytes, block, os.O_DIRECT, n_bytes)
     except OSError:
         pass  # tmpfs and some others have no O_DIRECT.
     else:
@@ -41,32 +47,30 @@ def measure(channel: Channel, directory: pathlib.Path, state: Any) -> None:
     channel.sample(RAW, "dispatch", _dispatch_s(state))
 
 
-def _write(path: pathlib.Path, n_bytes: int, block: mmap.mmap, flags: int) -> None:
+def _write(
+    path: pathlib.Path, n_bytes: int, block: mmap.mmap, flags: int, synced_bytes: int
+) -> None:
+    """Writes a file and syncs it, each time after so many bytes."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | flags, 0o644)
     try:
-        left = n_bytes
-        while left > 0:
-            left -= os.write(descriptor, memoryview(block)[: min(left, _BLOCK_BYTES)])
-        os.fsync(descriptor)
+        for start in range(0, n_bytes, synced_bytes):
+            left = min(synced_bytes, n_bytes - start)
+            while left > 0:
+                left -= os.write(descriptor, memoryview(block)[: min(left, _BLOCK_BYTES)])
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _buffered_write_s(path: pathlib.Path, n_bytes: int, block: mmap.mmap) -> float:
+def _write_by_threads_s(
+    path: pathlib.Path, n_bytes: int, block: mmap.mmap, flags: int, synced_bytes: int
+) -> float:
+    """Writes a file with each of several threads; rounded up to whole blocks of the device."""
+    share = -(-n_bytes // (_THREADS * _ALIGNMENT_BYTES)) * _ALIGNMENT_BYTES
     start_s = time.perf_counter()
-    _write(path, n_bytes, block, 0)
-    return time.perf_counter() - start_s
-
-
-def _direct_write_s(directory: pathlib.Path, n_bytes: int, block: mmap.mmap) -> float:
-    """Several threads, past the page cache; rounded up to whole blocks of the device."""
-    share = -(-n_bytes // (_DIRECT_THREADS * _ALIGNMENT_BYTES)) * _ALIGNMENT_BYTES
-    start_s = time.perf_counter()
-    with concurrent.futures.ThreadPoolExecutor(_DIRECT_THREADS) as pool:
-        futures = [
-            pool.submit(_write, directory / f"direct_{i}", share, block, os.O_DIRECT)
-            for i in range(_DIRECT_THREADS)
-        ]
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        files = (path.with_name(f"{path.name}_{i}") for i in range(_THREADS))
+        futures = [pool.submit(_write, file, share, block, flags, synced_bytes) for file in files]
         for future in futures:
             future.result()
     return time.perf_counter() - start_s
@@ -83,7 +87,7 @@ def _read_s(path: pathlib.Path) -> float:
 
 def _memcpy_s(n_bytes: int) -> float:
     # Touched before, so that page faults are not counted as copying.
-    source, target = np.ones(n_bytes, np.uint8), np.zeros(n_bytes, np.uint8)
+    source, target = np.ones(n_bytes, np.uint8), np.ones(n_bytes, np.uint8)
     start_s = time.perf_counter()
     np.copyto(target, source)
     return time.perf_counter() - start_s

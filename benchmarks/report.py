@@ -77,6 +77,7 @@ _NO_RATIO = {"state", "budget", "growth", "in_use", "files"} | {
 }
 _CEILINGS = {
     "durable_write": "durable write, 1 thread, one fsync",
+    "durable_write_threads": "durable write, 4 threads, an fsync for 64 MiB",
     "durable_write_direct": "durable write, O_DIRECT, 4 threads",
     "read": "read from storage",
     "memcpy": "memcpy",
@@ -190,15 +191,14 @@ def _ceilings(records: Records, workload: str) -> str:
         if (found := raw[metric]) is not None:
             rate = quantity(n_bytes / found["median"], "bytes/s") if metric != "dispatch" else ""
             rows.append([title, cell(found), rate])
-    written = [raw[m]["median"] for m in ("durable_write", "durable_write_direct") if raw[m]]
+    written = [raw[m]["median"] for m in raw if m.startswith("durable_write") and raw[m]]
     for peer in _peers_of(records, "throughput"):
         committed = records.get(("throughput", workload, peer, "committed"))
         if committed and written:
-            times = f"{committed['median'] / min(written):.2f}x the faster durable write"
+            times = f"{committed['median'] / min(written):.2f}x the fastest durable write"
             rate = quantity(n_bytes / committed["median"], "bytes/s")
             rows.append([f"{_title(peer)}, to committed", times, rate])
-    title = f"ceilings, {quantity(n_bytes, 'bytes')}"
-    return _markdown([title, "time", "rate"], rows)
+    return _markdown([f"ceilings, {quantity(n_bytes, 'bytes')}", "time", "rate"], rows)
 
 
 def by_metric(records: Records, part: str) -> str:

@@ -154,7 +154,7 @@ def test_a_lazy_save_tells_its_moments_in_order(records):
 
 def test_the_ceilings_of_the_same_directory_are_there(records):
     raw = {r["metric"] for r in records if r["part"] == "throughput" and r["peer"] == "raw"}
-    assert raw >= {"durable_write", "read", "memcpy", "dispatch", "state"}
+    assert raw >= {"durable_write", "durable_write_threads", "read", "memcpy", "dispatch", "state"}
 
 
 def test_the_report_is_made_from_the_records(measured, tmp_path):

@@ -96,6 +96,7 @@ def test_half_a_line_of_a_killed_process_takes_no_other_along(tmp_path):
 
 _SAVING = {"event": "saving", "step": 1, "bytes": 7}
 _COMMITTED = {"event": "committed", "step": 1}
+_FAILED_AGAIN = {"event": "failed", "step": 1, "again": True}
 _KILLED = {"event": "ended", "ending": "killed"}
 _BY_ITSELF = {"event": "ended", "ending": "left alone"}
 
@@ -116,6 +117,20 @@ def counts_of(tmp_path, *events):
             [_SAVING, {"event": "failed", "step": 1, "expected": True}, _BY_ITSELF],
             {"saving": 1, "failed": 1, "bytes": 7},
         ),
+        (
+            # Orbax tells of one failure in two calls.
+            [
+                *(_SAVING, {"event": "failed", "step": 1, "expected": True}),
+                *(_SAVING | {"step": 2}, _FAILED_AGAIN | {"step": 2, "expected": True}),
+                _BY_ITSELF,
+            ],
+            {
+                "saving": 2,
+                "failed": 1,
+                "not begun, told again of the failure before": 1,
+                "bytes": 14,
+            },
+        ),
         ([{"event": "half retired", "step": 1}, _KILLED], {"half retired": 1}),
     ],
 )
@@ -132,6 +147,7 @@ def test_what_may_happen_is_counted(tmp_path, events, count):
         [{"event": "wrong", "step": 1}, _BY_ITSELF],
         [{"event": "flip silent", "step": 1}, _BY_ITSELF],
         [_SAVING, {"event": "failed", "step": 1, "expected": False}, _BY_ITSELF],
+        [_SAVING, _FAILED_AGAIN | {"expected": False}, _BY_ITSELF],
         # A save without an outcome, though nobody killed the process; or too many of them.
         [_SAVING, _BY_ITSELF],
         [_SAVING],
