@@ -332,6 +332,42 @@ def test_a_failure_that_is_logged_keeps_no_state_alive(tmp_path, mesh, caplog, p
         assert old() is None
 
 
+def telling(manager, *errors):
+    """Makes a manager's `save()` fail at once, once with each of some errors. Returns its calls."""
+    save, left, calls = manager.save, list(errors), []
+
+    def told(step, **keywords):
+        calls.append(step)
+        if left:
+            raise left.pop(0)
+        return save(step, **keywords)
+
+    manager.save = told
+    return calls
+
+
+def test_what_orbax_tells_again_of_an_earlier_failure_loses_no_save(tmp_path, tree):
+    for step, error in enumerate([OSError("of a file of Orbax's"), SaveError("late", step=0)], 1):
+        with manager_of(tmp_path) as manager:
+            calls = telling(manager, error)
+            failed = lazy_orbax.log_failed_saves(manager)
+            assert within(manager.save, step, args=items(tree)) is True
+            within(manager.wait_until_finished)
+            assert (calls, failed.count) == ([step, step], 0)
+            assert manager.latest_step() == step
+
+
+def test_a_save_that_fails_by_itself_is_not_begun_again_and_again(tmp_path, tree):
+    refused = OSError("refused"), OSError("refused again")
+    for error, n_calls in ([SaveError("its own", step=1)], 1), (refused, 2):
+        with manager_of(tmp_path) as manager:
+            calls = telling(manager, *error)
+            failed = lazy_orbax.log_failed_saves(manager)
+            assert within(manager.save, 1, args=items(tree)) is False
+            assert (calls, failed.count) == ([1] * n_calls, 1)
+            assert manager.all_steps() == []
+
+
 def test_to_look_for_the_manager_keeps_no_state_alive(tmp_path, mesh):
     with ocp.AsyncCheckpointer(lazy_orbax.standard_handler()) as checkpointer:  # It has none.
         state = on_mesh(np.ones((8, 8), np.float32), mesh, "a")
