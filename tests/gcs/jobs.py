@@ -9,7 +9,7 @@ import time
 import traceback
 from typing import Any
 
-import gcsfs  # noqa: F401 - Slow; here it is imported once for all processes.
+import gcsfs  # Slow; here it is imported once for all processes.
 import google.cloud.storage  # noqa: F401
 import jax
 import numpy as np
@@ -100,6 +100,13 @@ class Job:
             pairs = zip(found, all_bits(wanted), strict=True)
             wrong += [f"{step}: {a[0]}" for a, b in pairs if a != b]
         return wrong
+
+    def objects(self, step: int) -> list[str]:
+        """Returns the names of all objects of a step."""
+        place = self._place_of(step)
+        bucket, _, prefix = str(place).removeprefix("gs://").partition("/")
+        found = gcsfs.GCSFileSystem(use_listings_cache=False).find(f"{bucket}/{prefix}")
+        return [name.removeprefix(f"{bucket}/{prefix}/") for name in found]
 
     def problems(self, step: int) -> list[str]:
         """Returns what `verify` says of a step."""

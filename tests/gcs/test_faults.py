@@ -7,7 +7,9 @@ step 2 works once the fault is gone.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import re
 
 import pytest
 from gcs.proxy import Fault
@@ -159,16 +161,11 @@ def test_a_fault_while_restoring(job, proxy, root, what, fault, tell):
     tell("Faults on gs://", what, "restored", f"{outcome.took_s:5.1f} s")
 
 
-DIRECTORY = r"read \S*/1/default/"
-
-
 @pytest.mark.parametrize(
     ("what", "flips"),
     [
         ("one download", of(READ, "flip", times=1)),
         ("every download", of(READ, "flip")),
-        ("_METADATA", of(DIRECTORY + "_METADATA", "flip")),
-        ("the digests", of(DIRECTORY + "lazy_orbax_digests/", "flip")),
     ],
 )
 def test_a_flipped_bit_in_a_download_is_noticed(job, proxy, root, what, flips, tell):
@@ -183,6 +180,32 @@ def test_a_flipped_bit_in_a_download_is_noticed(job, proxy, root, what, flips, t
     tell("Faults on gs://", f"a flipped bit: {what}", outcome.error, f"{outcome.took_s:5.1f} s")
     # On storage it is whole.
     assert job.attempt("wrong", 1).result == []
+
+
+# Some of these no reader looks at any more.
+UNREAD = r"(default/)?commit_success.txt|default/(ocdbt.process_0/)?(d/.*|manifest.ocdbt)"
+
+
+@pytest.mark.parametrize("form", ["ocdbt", "zarr"])
+def test_a_flipped_bit_in_any_object_is_told_of_or_harmless(job, proxy, root, form, tell):
+    job.do("open", root, **ZARR if form == "zarr" else {})
+    job.do("save", 1, custom_metadata={"note": "x" * 1000})
+    names = job.do("objects", 1)
+    assert {"_CHECKPOINT_METADATA", "default/_METADATA", "commit_success.txt"} < set(names)
+    ended = collections.Counter()
+    for name in names:
+        with proxy.breaking(Fault(rf"read \S*/1/{re.escape(name)}$", "flip")) as met:
+            outcome = job.attempt("wrong", 1)
+            problems = job.do("problems", 1)
+        assert outcome.error or outcome.result == [], name
+        assert outcome.error in ("", "CorruptCheckpointError"), outcome.trace
+        assert problems or (not outcome.error and re.fullmatch(UNREAD, name)), name
+        kind = re.sub(r"(?<=/d/).*|[\d.]+$", "*", name)
+        how = "refused" if outcome.error else "told of" if problems else "harmless"
+        ended[kind, f"{how}{'' if met.met else ', never read'}"] += 1
+    for (kind, how), n in ended.items():
+        tell("Flipped bits on gs://", form, kind, how, str(n))
+    assert job.do("problems", 1) == job.do("wrong", 1) == []
 
 
 @pytest.mark.parametrize(
