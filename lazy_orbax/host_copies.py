@@ -1,6 +1,6 @@
-"""Copies of arrays in host memory: pinned where the backend has it, else pageable.
+"""Arrays in host memory: copies, pinned where the backend has it, else pageable; and views.
 
-They are ours alone: nothing is cached on the arrays, and no view of them is held.
+Nothing is cached on the arrays. The copies are ours alone.
 """
 
 from __future__ import annotations
@@ -32,6 +32,19 @@ def has_pinned_host(device: Device) -> bool:
 def in_pinned_host(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
     """Returns where arrays are that are placed so, but in pinned host memory."""
     return sharding.with_memory_kind(PINNED_HOST)
+
+
+def view_of(array: jax.Array) -> np.ndarray | None:
+    """Returns a view of an array on one CPU device, which may not be donated as long as it lives.
+
+    `None` where the device has memory of its own, or DLPack does not know the dtype.
+    """
+    (device,) = array.devices()
+    if device.platform != "cpu":
+        return None
+    with contextlib.suppress(BufferError, RuntimeError, TypeError):
+        return np.from_dlpack(array)  # type: ignore[arg-type]
+    return None
 
 
 def enqueue(arrays: Sequence[jax.Array]) -> Sequence[jax.Array | HostShards]:

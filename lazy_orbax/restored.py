@@ -93,14 +93,20 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 
 def _on_host(parts: Iterable[_Part]) -> Iterator[tuple[_Part, np.ndarray]]:
-    """Brings parts to the host, some at a time. They are copies of ours: theirs would be kept."""
-    for batch in runs(parts, lambda part: part.data.nbytes, _BATCH_BYTES, _BATCH_ARRAYS):
-        theirs = [part for part in batch if isinstance(part.data, jax.Array)]
-        copies = host_copies.enqueue([part.data for part in theirs])
-        for part, ours in zip(theirs, copies, strict=True):
+    """Yields parts in host memory. What is not there is brought, some at a time."""
+    elsewhere = []
+    for part in parts:
+        is_array = isinstance(part.data, jax.Array)
+        host = host_copies.view_of(part.data) if is_array else part.data
+        if host is None:
+            elsewhere.append(part)
+        else:
+            yield part, host
+    for batch in runs(elsewhere, lambda part: part.data.nbytes, _BATCH_BYTES, _BATCH_ARRAYS):
+        copies = host_copies.enqueue([part.data for part in batch])
+        for part, ours in zip(batch, copies, strict=True):
             (host,) = host_copies.shards_of(ours).values()
             yield part, host
-        yield from ((part, part.data) for part in batch if isinstance(part.data, np.ndarray))
 
 
 def _touching(stored: StoredItem, part: _Part) -> Iterator[Piece]:

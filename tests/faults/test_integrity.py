@@ -36,6 +36,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning"),
     pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("restores_that_fail"),
 ]
 DIGESTS = f"{DIRECTORY}/process_0"
 
@@ -162,6 +163,14 @@ def test_stock_orbax_restores_what_has_digests(tmp_path, mesh):
 # Restore
 
 
+@pytest.fixture(params=["in host memory", "in memory of its own"])
+def device_memory(request, monkeypatch):
+    """Where the device keeps arrays: they are looked at where they are, or copied."""
+    if request.param == "in memory of its own":
+        monkeypatch.setattr(host_copies, "view_of", lambda array: None)
+
+
+@pytest.mark.usefixtures("device_memory")
 def test_restore_finds_what_changed_on_the_way(tmp_path, mesh, monkeypatch):
     """The storage is right, and so is a second reading: only the arrays tell."""
     state = state_of(0, mesh)
@@ -188,6 +197,7 @@ def test_restore_finds_what_changed_on_the_way(tmp_path, mesh, monkeypatch):
         manager.restore(1, args=restore_args(state))
 
 
+@pytest.mark.usefixtures("device_memory")
 def test_nothing_stays_cached_on_what_was_restored(tmp_path, mesh):
     state = state_of(0, mesh)
     save_steps(tmp_path, [state])
@@ -206,6 +216,7 @@ def test_a_restore_is_verified_where_pinned_memory_is_refused(tmp_path, mesh, mo
         raise RuntimeError("RESOURCE_EXHAUSTED: pinned pool")
 
     monkeypatch.setattr(host_copies, "in_pinned_host", refuse)
+    monkeypatch.setattr(host_copies, "view_of", lambda array: None)  # As on an accelerator.
     with manager_of(tmp_path) as manager:
         assert_same(manager.restore(1, args=restore_args(state)), state)
     assert "pageable" in caplog.text
