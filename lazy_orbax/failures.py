@@ -44,7 +44,9 @@ class FailedSaves:
 
 def _forget_frames(error: BaseException | None) -> None:
     """Drops the frames of an error that is kept: they hold the state that was to be saved."""
-    while error is not None and error.__traceback__ is not None:
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
 
