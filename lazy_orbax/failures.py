@@ -122,7 +122,8 @@ def _save_without_raising(save: Callable[..., Any], note: _Note) -> Callable[...
                 step = args[0] if args else kwargs.get("step")
                 if not isinstance(step, int) or getattr(error, "step", None) == step:
                     break
-                _log.warning("Saving step %d again: what failed may be an earlier one.", step)
+                what = "Saving step %d again: what failed may be an earlier one: %s"
+                _log.warning(what, step, error, exc_info=error)  # Nobody else may tell.
                 _forget_frames(error)
         note(errors)
         return False

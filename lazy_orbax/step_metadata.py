@@ -60,12 +60,13 @@ def record(item_directory: str, *, timeout_s: float) -> set[Inode]:
             changed.add(inode_of(os.path.dirname(file)))
 
     def remotely() -> None:
-        item, *above = (open_store(place, timeout_s) for place in _places(item_directory))
+        stores = [open_store(place, timeout_s) for place in _places(item_directory)]
+        item = stores[0]
         if not (item / f"{digest_file.DIRECTORY}/").list().result():
             return
 
         def read() -> bytes | None:
-            found = (store.read(STEP_METADATA).result() for store in (item, *above))
+            found = (store.read(STEP_METADATA).result() for store in stores)
             return next((each.value for each in found if each.state == "value"), None)
 
         within_s = min(_WRITTEN_REMOTELY_S, timeout_s / 2)

@@ -346,7 +346,7 @@ def telling(manager, *errors):
     return calls
 
 
-def test_what_orbax_tells_again_of_an_earlier_failure_loses_no_save(tmp_path, tree):
+def test_what_orbax_tells_again_of_an_earlier_failure_loses_no_save(tmp_path, tree, caplog):
     for step, error in enumerate([OSError("of a file of Orbax's"), SaveError("late", step=0)], 1):
         with manager_of(tmp_path) as manager:
             calls = telling(manager, error)
@@ -355,6 +355,7 @@ def test_what_orbax_tells_again_of_an_earlier_failure_loses_no_save(tmp_path, tr
             within(manager.wait_until_finished)
             assert (calls, failed.count) == ([step, step], 0)
             assert manager.latest_step() == step
+        assert str(error) in caplog.text
 
 
 def test_a_save_that_fails_by_itself_is_not_begun_again_and_again(tmp_path, tree):
