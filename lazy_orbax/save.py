@@ -148,8 +148,9 @@ class Save:
         if self._stager.ident is not None:
             self._stager.join()
         for waiting in (self._on_device, self._on_host):
-            while not waiting.empty():
-                waiting.get()
+            with contextlib.suppress(queue.Empty):  # Another thread may be dropping as well.
+                while True:
+                    waiting.get_nowait()
         for lease in self._leases:
             lease.release()
 
