@@ -178,7 +178,7 @@ def _encoded(failure: SaveError | None) -> str:
         return "null"
     cause = failure.__cause__
     kind = f"{type(cause).__name__}: " if cause is not None else ""
-    facts = {name: getattr(failure, name) for name in ("step", "directory", "leaf", "file")}
+    facts = {name: getattr(failure, name) for name in ("step", "directory", "leaf", "file", "errno")}
     what = (kind + failure.what)[:_MOST_CHARACTERS]
     return json.dumps({"what": what, "process": failure.process, **facts})
 

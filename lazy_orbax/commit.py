@@ -1,4 +1,4 @@
-"""The future that Orbax waits for, and what becomes of a save that Orbax gave up."""
+"""The future that Orbax waits for."""
 
 from __future__ import annotations
 
@@ -12,22 +12,15 @@ from typing import Any
 
 from orbax.checkpoint import future
 
-from lazy_orbax import _orbax, deadline, stock
+from lazy_orbax import cleaning, stock
 from lazy_orbax.agreement import Agreement
+from lazy_orbax.attempt import Attempt, Fate, Part, arrive
 from lazy_orbax.errors import SaveError
-from lazy_orbax.leftovers import (
-    Attempt,
-    attempt_at,
-    promised_directories,
-    release_waiting,
-)
 from lazy_orbax.save import Save
-from lazy_orbax.write import save_error
+from lazy_orbax.save_error import save_error
 
 # Where Orbax sets no timeout: what it takes by default.
 _TIMEOUT_S = 1200
-# In which it waits for the items and publishes the step.
-_ORBAX_THREAD = "async_save"
 # How long an item may take to stop whose step has failed, unless its storage hangs.
 _STOP_S = 10
 
@@ -37,6 +30,11 @@ class Commit:
 
     With several processes it then waits until each of them has written, and merges what they
     wrote while all can still be told that this failed.
+
+    Attributes:
+        save: what is written.
+        part: what becomes of it.
+        others: futures of what Orbax's own type handlers write of the item.
     """
 
     def __init__(
@@ -46,8 +44,8 @@ class Commit:
         custom_metadata: Any,
         *,
         attempt: Attempt,
-        agreement: Agreement | None = None,
-        merge: Callable[[Any], None] | None = None,
+        agreement: Agreement | None,
+        merge: Callable[[Any], None],
     ):
         """Starts the thread.
 
@@ -62,30 +60,34 @@ class Commit:
         Raises:
             SaveError: another item of the step has failed already.
         """
-        self.save = save
-        self.is_merged = self.has_others = False
-        self._others: Sequence[Any] = ()
+        self.save, self.part = save, Part(save.recorder, self)
+        self.others: Sequence[Any] = ()
         self._agreement, self._merge = agreement, merge
-        self._told = False
-        self._told_in: threading.Thread | None = None
-        self._is_clean = self._may_come = False
-        self._directory: Any = None
-        self._operation = _orbax.operation_id()
-        self._attempt = attempt
-        attempt.join(self)
+        # Whether somebody was told of the failure, who is not told again.
+        self._is_reported = False
+        attempt.join(self.part)
         self._coroutine = self._write(directory, custom_metadata)
         self._future = future.CommitFutureAwaitingContractedSignals(
             self._coroutine, name="lazy_orbax-write"
         )
 
-    @property
-    def error(self) -> BaseException | None:
-        """Why there is no such step, as far as is known."""
-        return self.save.recorder.timeline.error
-
-    def include(self, others: Sequence[Any]) -> None:
-        """Adds futures of what Orbax's own type handlers write of the item."""
-        self._others, self.has_others = others, bool(others)
+    async def _write(self, directory: Any, custom_metadata: Any) -> None:
+        """Writes the item, once its directory exists. In a thread of Orbax's."""
+        if self._is_reported:  # There will be no directory.
+            return
+        created = await stock.created(directory)
+        try:
+            if arrive(self.part, str(created)):
+                try:
+                    self.save.write(str(created), custom_metadata)
+                finally:
+                    self.part.move(Fate.WRITTEN)
+            if self.save.failure is not None:
+                self.part.move(Fate.FAILED)
+                raise self.save.failure
+        except SaveError:
+            if not self._is_reported:
+                raise
 
     def result(self, timeout: float | None = None) -> None:
         """Waits until the item is durable, on every process that writes it.
@@ -95,10 +97,10 @@ class Commit:
             TimeoutError: it takes longer than `timeout` seconds, or the directory never came.
         """
         deadline_s = time.monotonic() + (_TIMEOUT_S if timeout is None else timeout)
-        self._told_in = threading.current_thread()
+        self.part.waiter = threading.current_thread()
         try:
             self._future.result(timeout=timeout)
-            for other in self._others:
+            for other in self.others:
                 other.result(timeout=None if timeout is None else deadline_s - time.monotonic())
             if self.save.failure is not None:
                 raise self.save.failure
@@ -107,52 +109,15 @@ class Commit:
             if gave_up or self._agreement is not None:
                 # Orbax may have given up before `Save.write` ran, which would have cleaned up.
                 self._abandon(error)
-                self._handed_on()
-                self._clean_up(self.save.failure)
+                self._report()
+                cleaning.clean_up(self.part, self.save.failure)
             raise
         failure = self._settle(deadline_s - time.monotonic())
-        self._handed_on()
+        self._report()
         if failure is not None:
-            self.save.recorder.end(error=failure)
-            self._clean_up(failure)
+            self.part.recorder.end(error=failure)
+            cleaning.clean_up(self.part, failure)
             raise failure
-
-    async def _write(self, directory: Any, custom_metadata: Any) -> None:
-        if self._told:  # There will be no directory.
-            return
-        self._directory = await stock.created(directory)
-        if not self._attempt.root:  # It may have had no name before.
-            of_all = self._attempt.removes_all
-            self._attempt = attempt_at(str(self._directory), self._operation, removes_all=of_all)
-            self._attempt.join(self)
-        self.save.write(str(self._directory), custom_metadata)
-
-    def _clean_up(self, failure: SaveError | None) -> None:
-        """Removes what was written of a step that has failed. Orbax must not be at a later one."""
-        attempt = self._attempt
-        for commit in attempt.commits:
-            if commit is not self:  # This one was waited for, as long as was allowed.
-                commit._stop(failure)
-        items = [str(commit._directory) for commit in attempt.commits if commit._directory]
-        writing = any(commit.save.is_writing for commit in attempt.commits)
-        if writing or not all(map(deadline.is_quiet, items)):
-            return  # It is tried again when the next save begins.
-        if self._agreement is None or not self._agreement.shares_directory:
-            everything = attempt.removes_all
-        else:
-            everything = attempt.removes_all and self._agreement.all_told()
-        gone = attempt.remove(items, None if everything else self.save.own_directories)
-        # The others' part of it is what they or the next save remove.
-        self._is_clean = gone and (everything or not attempt.removes_all)
-
-    def _stop(self, failure: SaveError | None) -> None:
-        """Ends the save of an item whose step has failed, and waits until it writes no more."""
-        if failure is not None and not self._told:
-            self._fail(SaveError(f"another item of the step failed: {failure.what}"))
-            self._handed_on()
-        if self.save.is_writing:
-            with contextlib.suppress(Exception):
-                self._future.result(timeout=_STOP_S)
 
     def _settle(self, timeout_s: float) -> SaveError | None:
         """Waits for the other processes. Returns what failed, on any of them."""
@@ -163,12 +128,11 @@ class Commit:
         return self._agreement.settle(failure, finish, timeout_s)
 
     def _merged(self) -> SaveError | None:
-        assert self._merge is not None
         try:
-            self._merge(self._directory)
-            self.is_merged = True
+            self._merge(self.part.directory)
         except Exception as error:  # noqa: BLE001 - It is raised on every process.
             return self._failure(error)
+        self.part.move(Fate.MERGED)
         return None
 
     def _failure(self, error: BaseException) -> SaveError:
@@ -176,110 +140,90 @@ class Commit:
         failure.__cause__ = error
         return failure
 
-    def _handed_on(self) -> None:
-        self._told = True
+    def _report(self) -> None:
+        self._is_reported = True
         self.save.forget()
 
     def outcome(self) -> BaseException | None:
         """Waits for the end and returns what went wrong, if nobody was told yet."""
         try:
-            if self._is_given_up(threading.current_thread()):
-                self._forgo_directory()
-            if not self._told and self._agreement is not None:
+            if cleaning.is_given_up(self.part, threading.current_thread()):
+                cleaning.forgo(self.part)
+            if not self._is_reported and self._agreement is not None:
                 # Nobody here waited for it, so perhaps nobody elsewhere does.
                 self._abandon(SaveError("Orbax gave this save up"))
-            elif not self._told:
+            elif not self._is_reported:
                 self.result()
         except Exception as error:  # noqa: BLE001 - `close` raises it.
             return error
         finally:
-            if self._is_given_up(None):
-                self._remove_leftovers()
-            self.save.recorder.end()
+            if cleaning.is_given_up(self.part, None):
+                cleaning.remove_leftovers(self.part)
+            self.part.recorder.end()
         return None
-
-    def is_past(self, place: str) -> bool:
-        """Whether nothing more will come of the save, now that the next one begins.
-
-        Orbax says nothing to a handler when it cannot create a directory, nor, on a process that
-        does not publish, when it has published one. But it starts no save below the same
-        directory before it has done with the one before.
-
-        Args:
-            place: where the next save goes.
-        """
-        recorder = self.save.recorder
-        passed_over = self._operation != _orbax.operation_id() and bool(
-            _parents(recorder.timeline.directory) & _parents(place)
-        )
-        if passed_over:
-            self._forgo_directory()
-        if passed_over and self._is_given_up(threading.current_thread()):
-            self._remove_leftovers()
-        if passed_over and self.save.is_over:
-            recorder.end()
-        return recorder.is_complete and self._is_clean
-
-    def clean_up(self) -> None:
-        """Waits until Orbax has ended with the step, and removes it if it was not published."""
-        if self._told_in is not None and self._told_in is not threading.current_thread():
-            self._told_in.join()
-        if self._is_given_up(threading.current_thread()):
-            self._forgo_directory()
-            self._remove_leftovers()
-
-    def _forgo_directory(self) -> None:
-        """Ends the save if it still waits for a directory. Orbax could not create it."""
-        if not self.save.write_began and promised_directories(self._operation):
-            self._fail(SaveError("Orbax could not create the directory"))
-            self._handed_on()
-            # A thread of Orbax that is released may create it yet.
-            self._may_come = release_waiting(self._operation)
-            if not self._may_come:
-                self._never_run()
-
-    def _is_given_up(self, this_thread: threading.Thread | None) -> bool:
-        """Whether nobody is left who could publish the step, if it is not published yet.
-
-        Args:
-            this_thread: which Orbax has left where it is the one that waited for the item.
-        """
-        waited = {commit._told_in for commit in self._attempt.commits} - {None, this_thread}
-        if waited or this_thread is None:
-            return bool(waited) and not any(thread.is_alive() for thread in waited)
-        return _ORBAX_THREAD not in {thread.name for thread in threading.enumerate()}
-
-    def _remove_leftovers(self) -> None:
-        """Removes what is there of a step that is not published and will not be."""
-        committed = self.save.recorder.timeline.committed_s is not None
-        if committed or not self._attempt.is_there:
-            self._is_clean, self._may_come = not self._may_come, False
-        elif not self._is_clean:
-            failure = self.save.failure or SaveError("Orbax did not publish the step")
-            self.save.recorder.end(error=failure)
-            self._clean_up(failure)
 
     def cancel(self) -> None:
         """Stops writing and returns the host memory."""
-        for running in (self._future, *self._others):
+        for running in (self._future, *self.others):
             running.cancel()
         self._abandon(concurrent.futures.CancelledError("The save was cancelled."))
 
-    def give_up(self, error: BaseException) -> SaveError:
-        """Ends what `save()` has raised, and the other items of the step. Returns its failure."""
-        failure = self.save.failure or self._failure(error)
-        self._handed_on()
-        if all(commit.save.write_began for commit in self._attempt.commits):
-            self._stop(failure)
-            self._clean_up(failure)
-        else:  # Orbax may be creating the directories; they go when the next save begins.
-            for commit in self._attempt.commits:
-                commit._stop(failure)
-        return failure
+    def lose(self, error: BaseException) -> bool:
+        """Ends the save whose snapshot has failed.
+
+        Returns:
+            Whether `save()` must go on nevertheless: the other processes are in the middle of it,
+            and are told of the failure by `result`. Else nobody is told but the caller.
+        """
+        if self._agreement is not None and isinstance(error, Exception):
+            self._end(error)
+            self.save.forget()
+            return True
+        self._report()
+        self._end(error)
+        for other in self.others:
+            other.cancel()
+        cleaning.refuse(self.part.attempt, self.save.failure or self._failure(error))
+        return False
+
+    # What `cleaning` asks of it.
+
+    def stop(self, failure: SaveError | None) -> None:
+        """Ends the save of an item whose step has failed, and waits until it writes no more."""
+        if failure is not None and not self._is_reported:
+            self._fail(SaveError(f"another item of the step failed: {failure.what}"))
+            self._report()
+        if self.part.fate is Fate.WRITING:
+            with contextlib.suppress(Exception):
+                self._future.result(timeout=_STOP_S)
+
+    def forgo(self, failure: SaveError, *, may_run: bool) -> None:
+        """Ends a save that has no directory; `may_run`: Orbax's thread may still come to it."""
+        self._fail(failure)
+        self._report()
+        if not may_run:
+            self._never_run()
+
+    def is_alone(self) -> bool:
+        """Whether no other process can be writing in the item's directory any more."""
+        agreement = self._agreement
+        return agreement is None or not agreement.shares_directory or agreement.all_told()
+
+    def own_directories(self) -> Sequence[str]:
+        """Names of the directories in the item's that only this process writes to."""
+        return self.save.own_directories
+
+    # The ways in which a save ends early.
+
+    def _end(self, error: BaseException) -> None:
+        self.save.fail(error)
+        # Where it is being written, the thread that writes drops what is held.
+        if self.part.move(Fate.FAILED):
+            self.save.drop()
 
     def _fail(self, error: BaseException) -> None:
-        self.save.abandon(error)
-        if self._agreement is not None and not self._told:
+        self._end(error)
+        if self._agreement is not None and not self._is_reported:
             self._agreement.settle(self.save.failure or self._failure(error), None, 0)
 
     def _abandon(self, error: BaseException) -> None:
@@ -290,9 +234,3 @@ class Commit:
         # Where Orbax's thread will not run it any more, Python would complain of that.
         if inspect.getcoroutinestate(self._coroutine) == inspect.CORO_CREATED:
             self._coroutine.close()
-
-
-def _parents(place: str) -> set[str]:
-    """Returns the directories that a manager of `place` may own: its own and the step's."""
-    parent = place.rpartition("/")[0]
-    return {parent, parent.rpartition("/")[0]} - {""}

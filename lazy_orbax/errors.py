@@ -45,6 +45,7 @@ class SaveError(LazyOrbaxError, RuntimeError):
         leaf: the leaves that were being written, as Orbax names them.
         file: the file or key the storage named, if it named one.
         process: the process that failed, where there are several; it need not be this one.
+        errno: the operating system's number of the error, such as `errno.ENOSPC`, where it has one.
         what: what went wrong there.
         outcome: what that means for the step.
     """
@@ -60,9 +61,10 @@ class SaveError(LazyOrbaxError, RuntimeError):
         leaf: str | None = None,
         file: str | None = None,
         process: int | None = None,
+        errno: int | None = None,
     ):
         self.step, self.directory, self.leaf, self.file = step, directory, leaf, file
-        self.process, self.what = process, what
+        self.process, self.what, self.errno = process, what, errno
         places = [
             f"process {process}" if process is not None else "",
             f"step {step}" if step is not None else "",

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lazy_orbax import leftovers
+from lazy_orbax import cleaning
 from lazy_orbax.errors import OptionError, SaveError
 
 # Orbax keeps several errors of one save, and tells one at a time.
@@ -76,7 +76,7 @@ def log_failed_saves(checkpointer: Any) -> FailedSaves:
 
     def note(errors: list[Exception]) -> None:
         """Notes a failed save, and leaves nothing of it to be told later."""
-        leftovers.clean_up(str(getattr(checkpointer, "directory", "")))
+        cleaning.end_below(str(getattr(checkpointer, "directory", "")))
         told = -1
         while check is not None and told < len(errors) < _MOST_ERRORS:
             told = len(errors)

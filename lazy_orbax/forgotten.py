@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import inspect
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from typing import Any
@@ -64,7 +63,7 @@ def _is_short_of_room(
     failures: Sequence[BaseException], manager: ocp.CheckpointManager, n_bytes: int
 ) -> bool:
     """Whether it was room that the earlier saves wanted, or that this one will want."""
-    if any(os.strerror(number) in str(failure) for failure in failures for number in _NO_ROOM):
+    if any(getattr(failure, "errno", None) in _NO_ROOM for failure in failures):
         return True
     directory = str(manager.directory)
     return not scheme_of(directory) and shutil.disk_usage(directory).free < n_bytes

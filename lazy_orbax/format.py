@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -76,6 +77,12 @@ class Format:
     tree_metadata: dict[str, Any] | None
     is_primary: bool
     digests: digest_file.DigestTemplate
+
+    @functools.cached_property
+    def own_directories(self) -> tuple[str, ...]:
+        """Names of the directories in the item's that only this process writes to."""
+        pattern = rf"{re.escape(file_names.PROCESS_DIRECTORY)}[^/\"]*"
+        return tuple(re.findall(pattern, " ".join(self.kvstores)))
 
     @functools.cached_property
     def _tree_metadata_bytes(self) -> bytes:

@@ -15,6 +15,8 @@ import orbax.checkpoint as ocp
 
 from lazy_orbax import _orbax, step_metadata, stock
 from lazy_orbax.agreement import agreement_on
+from lazy_orbax.attempt import Fate, attempt_at
+from lazy_orbax.cleaning import end_earlier
 from lazy_orbax.commit import Commit
 from lazy_orbax.drain import Pace
 from lazy_orbax.durable import after_publication, before_publication
@@ -22,13 +24,12 @@ from lazy_orbax.errors import OptionError
 from lazy_orbax.events import await_publication, final_directory, publication_failed
 from lazy_orbax.forgotten import remember
 from lazy_orbax.host_budget import HOST_BUDGET
-from lazy_orbax.leftovers import attempt_at
 from lazy_orbax.object_store import stand_in
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.plan import Plan
 from lazy_orbax.prepare import prepare
 from lazy_orbax.restore import examined, restore
-from lazy_orbax.save import Save
+from lazy_orbax.save import Job, Save
 from lazy_orbax.stale import Fingerprints
 from lazy_orbax.sync import Inode
 from lazy_orbax.tree import Destination
@@ -135,7 +136,8 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         removes_all = _orbax.is_primary_host(_orbax.primary_host(self))
         attempt = attempt_at(path, _orbax.operation_id(), removes_all=removes_all)
         earlier = self._commits
-        self._commits = [commit for commit in earlier if not commit.is_past(place)]
+        end_earlier([commit.part for commit in earlier], place)
+        self._commits = [commit for commit in earlier if not commit.part.is_over]
         prepared, leaves = prepare(
             self,
             args.item,
@@ -144,16 +146,18 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             slab_bytes=self._slab_bytes,
             abstract=False,
         )
-        if failures := [error for commit in earlier if (error := commit.error)]:
+        if failures := [error for commit in earlier if (error := commit.part.failure)]:
             remember(failures, prepared.plan.n_bytes)
-        save = Save(
-            prepared,
-            self.options,
+        job = Job(
+            prepared=prepared,
+            texts=prepared.texts(leaves),
+            options=self.options,
             limit_bytes=self.limit_bytes,
             pace=self._pace,
             path=path,
             fingerprints=self._fingerprints,
         )
+        save = Save(job)
         others = await stock.serialize_others(prepared.others, leaves, directory)
         agreement = agreement_on(
             prepared.plan.processes,
@@ -170,17 +174,16 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             agreement=agreement,
             merge=self._merge,
         )
-        commit.include(others)
+        commit.others = others
         self._commits.append(commit)
         try:
-            save.snapshot(leaves)
+            save.snapshot(prepared.arrays(leaves))
         except BaseException as error:
-            # The other processes are in the middle of `save()`: this one must go through it too.
-            if agreement is None or not isinstance(error, Exception):
-                for other in others:
-                    other.cancel()
-                attempt.fail(commit.give_up(error))
-                raise
+            if commit.lose(error):
+                return [commit]
+            if isinstance(error, Exception) and save.failure is not None:
+                raise save.failure  # noqa: B904 - It has its own cause, perhaps of another thread.
+            raise
         return [commit]
 
     @property
@@ -245,10 +248,10 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         here = [c for c in self._commits if c.save.recorder.timeline.directory == place]
         await_publication([c.save.recorder for c in here], after_publication)
         try:
-            if not (here and here[-1].is_merged):
+            if not (here and here[-1].part.fate is Fate.MERGED):
                 self._merge(directory)
             # Who writes leaves of ours with a type handler of their own may be late.
-            synced = [c.save.synced_directories for c in here if not c.has_others]
+            synced = [c.save.synced_directories for c in here if not c.others]
             timeout_s = self.options.storage_timeout_s
             changed = step_metadata.record(str(directory), timeout_s=timeout_s)
             unchanged = set[Inode]().union(*synced) - changed

@@ -50,6 +50,18 @@ class Prepared:
     others: tuple[tuple[int, LeafInfo], ...]
     positions: tuple[int, ...]
 
+    def arrays(self, leaves: Sequence[Any]) -> list[Any]:
+        """Returns the values of the plan's leaves, of all leaves of a tree."""
+        keys = set(self.keys)
+        return [
+            jax.random.key_data(leaves[i]) if i in keys else leaves[i] for i in self.positions
+        ]
+
+    def texts(self, leaves: Sequence[Any]) -> dict[str, str]:
+        """Returns the leaves that are strings, by name. Orbax writes them."""
+        others = ((leaf.name, leaves[i]) for i, leaf in self.others)
+        return {name: value for name, value in others if isinstance(value, str)}
+
 
 @dataclasses.dataclass(eq=False)
 class _Signature:

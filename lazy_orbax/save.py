@@ -1,18 +1,21 @@
-"""One save in flight: what was snapshotted goes to the host, then to storage, slab by slab."""
+"""One save in flight: what was snapshotted goes to the host, then to storage, slab by slab.
+
+Three threads meet here. The caller's puts the bytes out of reach of donation, ours brings them to
+the host, Orbax's commit thread writes them. What one has finished waits for the next in a queue.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import enum
 import queue
 import threading
 import time
 import traceback
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-import jax
 
 from lazy_orbax import in_flight, snapshot
 from lazy_orbax.drain import Pace, drain, give_back_memory, yield_to_training
@@ -20,70 +23,96 @@ from lazy_orbax.errors import SaveError
 from lazy_orbax.events import Recorder
 from lazy_orbax.host_budget import HOST_BUDGET, Lease, ReservationAborted
 from lazy_orbax.options import LazyOptions
-from lazy_orbax.plan import Slab
+from lazy_orbax.plan import Plan, Slab
 from lazy_orbax.prepare import Prepared
 from lazy_orbax.room import Room
+from lazy_orbax.save_error import save_error
 from lazy_orbax.snapshot import Held
 from lazy_orbax.stale import Fingerprints
 from lazy_orbax.sync import Inode
-from lazy_orbax.write import Writer, own_directories, save_error
+from lazy_orbax.write import Writer
 
 
 class State(enum.Enum):
-    """Where a save is."""
+    """Where the bytes of an item are."""
 
-    SNAPSHOT = "snapshot"
-    STAGED = "staged"
-    DURABLE = "durable"
-    FAILED = "failed"
+    SNAPSHOT = "on their way to host memory"
+    STAGED = "all in host memory, or on storage already"
+    DURABLE = "all on storage, synced; nothing is held"
+    FAILED = "no more are copied or written; what is held is being returned"
 
 
 _OVER = (State.DURABLE, State.FAILED)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is saved, how and where.
+
+    Attributes:
+        prepared: the plan.
+        texts: leaves that are strings, by name. Orbax writes them; their digests are ours.
+        options: how to take the snapshot.
+        limit_bytes: most bytes of snapshot in host memory.
+        pace: how fast it may be written.
+        path: the item's directory, which need not exist yet.
+        fingerprints: what the saves before held.
+    """
+
+    prepared: Prepared
+    texts: Mapping[str, str]
+    options: LazyOptions
+    limit_bytes: int
+    pace: Pace
+    path: str
+    fingerprints: Fingerprints
+
+
+class _Holding:
+    """What a save holds between its threads, until it is written or dropped.
+
+    Attributes:
+        on_device: slabs that our thread has to bring to the host; `None` comes last.
+        on_host: slabs to be written, with their leases; `None` comes last.
+        arriving: arrays that are on their way to the host by themselves.
+        leases: every lease of host memory of this save.
+    """
+
+    def __init__(self) -> None:
+        self.on_device: queue.SimpleQueue[Held | None] = queue.SimpleQueue()
+        self.on_host: queue.SimpleQueue[tuple[Held, Lease] | None] = queue.SimpleQueue()
+        self.arriving: list[weakref.ref[Any]] = []
+        self.leases: list[Lease] = []
+
+    def drop(self) -> None:
+        """Returns every byte. Nobody may add any more."""
+        for waiting in (self.on_device, self.on_host):
+            with contextlib.suppress(queue.Empty):  # Another thread may be dropping as well.
+                while True:
+                    waiting.get_nowait()
+        for lease in self.leases:
+            lease.release()
+
+
 class Save:
     """One save of one item.
 
-    Three threads meet here: the caller's takes the snapshot, ours brings it to the host, Orbax's
-    commit thread writes it. Invariant, under the lock: the state only moves forward, and once it
-    is `DURABLE` or `FAILED` no lease of host memory is added.
+    Invariant, under the lock: the state only moves forward, and once it is `DURABLE` or `FAILED`
+    no lease of host memory is added.
+
+    Attributes:
+        recorder: its timeline, with what it failed with.
+        synced_directories: where everything is synced when it is durable, below a local directory.
     """
 
-    def __init__(
-        self,
-        prepared: Prepared,
-        options: LazyOptions,
-        *,
-        limit_bytes: int,
-        pace: Pace,
-        path: str,
-        fingerprints: Fingerprints,
-    ):
-        """Starts the clock; `snapshot` starts the work.
-
-        Args:
-            prepared: the plan.
-            options: how to take the snapshot.
-            limit_bytes: most bytes of snapshot in host memory.
-            pace: how fast it may be written.
-            path: the item's directory, which need not exist yet.
-            fingerprints: what the saves before held.
-        """
-        self.recorder = Recorder(path, options.on_timeline)
-        self._prepared, self._options, self._limit_bytes = prepared, options, limit_bytes
-        self._path, self._pace, self._fingerprints = path, pace, fingerprints
+    def __init__(self, job: Job):
+        """Starts the clock; `snapshot` starts the work."""
+        self.recorder = Recorder(job.path, job.options.on_timeline)
         self.synced_directories: set[Inode] = set()
-        self._texts: dict[str, str] = {}
+        self._job, self._holding = job, _Holding()
         self._lock = threading.Lock()
         self._state = State.SNAPSHOT
-        self._error: SaveError | None = None
-        self._write_began = self._write_ended = False
-        self._snapshot_raised = False
         self._past_staging, self._ended = threading.Event(), threading.Event()
-        self._leases: list[Lease] = []
-        self._arriving: list[weakref.ref[Any]] = []
-        self._on_device: queue.SimpleQueue[Held | None] = queue.SimpleQueue()
-        self._on_host: queue.SimpleQueue[tuple[Held, Lease] | None] = queue.SimpleQueue()
         self._stager = threading.Thread(
             target=self._bring_to_host, name="lazy_orbax-stage", daemon=True
         )
@@ -93,12 +122,25 @@ class Save:
         """Whether it is durable or has failed."""
         return self._state in _OVER
 
-    def _move(self, state: State, error: SaveError | None = None) -> bool:
+    @property
+    def failure(self) -> SaveError | None:
+        """What the save failed with, if it has."""
+        error = self.recorder.timeline.error
+        return error if isinstance(error, SaveError) else None
+
+    @property
+    def own_directories(self) -> Sequence[str]:
+        """Names of the directories in the item's that only this process writes to."""
+        return self._job.prepared.format.own_directories
+
+    def _move(self, state: State, failure: SaveError | None = None) -> bool:
         """Moves the state forward. Returns whether the save was not over yet."""
         with self._lock:
             if self._state in _OVER:
                 return False
-            self._state, self._error = state, error
+            if failure is not None:
+                self.recorder.note(error=failure)
+            self._state = state
             if state in _OVER:
                 self._ended.set()
         self._past_staging.set()
@@ -107,52 +149,21 @@ class Save:
 
     def fail(self, error: BaseException) -> None:
         """Ends the save with `error` as its cause, unless it is over."""
-        failure = error if isinstance(error, SaveError) else save_error(self._path, error)
+        failure = error if isinstance(error, SaveError) else save_error(self._job.path, error)
         if failure is not error:
             failure.__cause__ = error
         if self._move(State.FAILED, failure):
             self.recorder.end(error=failure)
 
-    def abandon(self, error: BaseException) -> None:
-        """Ends the save with `error`, and drops what it holds unless `write` is about to."""
-        self.fail(error)
-        if not self._write_began:
-            self._drop()
+    def drop(self) -> None:
+        """Returns every byte of a save that is over and that nobody will write."""
+        if self._stager.ident is not None:
+            self._stager.join()
+        self._holding.drop()
 
     def forget(self) -> None:
         """Takes the save off the list that `wait_until_staged` goes through: it was told of."""
         in_flight.discard(self)
-
-    @property
-    def failure(self) -> SaveError | None:
-        """What the save failed with, if it has."""
-        return self._error
-
-    @property
-    def write_began(self) -> bool:
-        """Whether the directory existed in time for `write`."""
-        return self._write_began
-
-    @property
-    def is_writing(self) -> bool:
-        """Whether `write` is at work."""
-        return self._write_began and not self._write_ended
-
-    @property
-    def own_directories(self) -> list[str]:
-        """Names of the directories in the item's that only this process writes to."""
-        return own_directories(self._prepared.format)
-
-    def _drop(self) -> None:
-        """Waits for our thread and returns every byte."""
-        if self._stager.ident is not None:
-            self._stager.join()
-        for waiting in (self._on_device, self._on_host):
-            with contextlib.suppress(queue.Empty):  # Another thread may be dropping as well.
-                while True:
-                    waiting.get_nowait()
-        for lease in self._leases:
-            lease.release()
 
     def wait_until_staged(self, timeout_s: float | None) -> None:
         """Waits until every byte is in host memory.
@@ -162,75 +173,59 @@ class Save:
             TimeoutError: it is not staged yet.
         """
         if not self._past_staging.wait(timeout_s):
-            raise TimeoutError(f"{self._path} was not staged within {timeout_s} s.")
+            raise TimeoutError(f"{self._job.path} was not staged within {timeout_s} s.")
         self.forget()
-        if self._error is not None:
-            raise self._error
+        if self.failure is not None:
+            raise self.failure
 
     # The caller's thread.
 
-    def snapshot(self, leaves: Sequence[Any]) -> None:
+    def snapshot(self, arrays: Sequence[Any]) -> None:
         """Puts every byte out of reach of donation. The caller may donate when this returned.
 
-        Args:
-            leaves: the leaves of the tree that was prepared.
+        Where it raises, the save goes on holding what it has until it is failed and dropped.
 
-        Raises:
-            SaveError: it failed. Nothing is held then.
+        Args:
+            arrays: the values of the plan's leaves, in order.
         """
-        plan, keys = self._prepared.plan, set(self._prepared.keys)
-        others = [(leaf.name, leaves[i]) for i, leaf in self._prepared.others]
-        self._texts = {name: value for name, value in others if isinstance(value, str)}
-        mine = [
-            jax.random.key_data(leaves[i]) if i in keys else leaves[i]
-            for i in self._prepared.positions
-        ]
+        plan, room, modes = self._job.prepared.plan, Room(self._job.options.mode), set()
         in_flight.add(self)
         self._stager.start()
-        room, modes = Room(self._options.mode), set()
         try:
             for slab in plan.slabs:
-                mode = room.mode_for(slab)
-                modes.add(mode)
-                if mode == "stage" and not snapshot.is_in_host_memory(slab):
-                    self._on_device.put(snapshot.take(plan, slab, mine, mode))
-                else:
-                    # Not through our thread: it may be waiting for the very bytes of this slab.
-                    kind = snapshot.reusable(plan, slab) if mode == "stage" else None
-                    lease = self._reserve(slab, kind, exists=mode == "in_step")
-                    held = snapshot.take(plan, slab, mine, mode, lease.buffer)
-                    self._arriving += [weakref.ref(array) for array in held.arrays]
-                    self._on_host.put((held, lease))
-                    del held
-        except BaseException as error:
-            self._snapshot_raised = True
-            self._on_device.put(None)
-            self.abandon(error)
-            self.forget()
-            if isinstance(error, Exception) and self._error is not None:
-                raise self._error  # noqa: B904 - It has its own cause, perhaps of another thread.
-            raise
-        self._on_device.put(None)
-        device_modes = sorted(modes - {"host"}, reverse=True)
-        mode = "+".join(device_modes) or "host"
+                modes.add(mode := room.mode_for(slab))
+                self._put_out_of_reach(plan, slab, arrays, mode)
+        finally:
+            self._holding.on_device.put(None)
+        mode = "+".join(sorted(modes - {"host"}, reverse=True)) or "host"
         self.recorder.note(mode=mode, reason=room.reason, bytes_written=plan.n_bytes)
         self.recorder.mark("enqueued")
 
-    def _reserve(self, slab: Slab, kind: Any = None, *, exists: bool = False) -> Lease:
+    def _put_out_of_reach(self, plan: Plan, slab: Slab, arrays: Sequence[Any], mode: str) -> None:
+        if mode == "stage" and not snapshot.is_in_host_memory(slab):
+            self._holding.on_device.put(snapshot.take(plan, slab, arrays, mode))
+            return
+        # Not through our thread: it may be waiting for the very bytes of this slab.
+        kind = snapshot.reusable(plan, slab) if mode == "stage" else None
         start_s = time.perf_counter()
-        limit_bytes = self._limit_bytes
+        lease = self._reserve(slab, kind, exists=mode == "in_step")
+        waited_s = self.recorder.timeline.waited_s + time.perf_counter() - start_s
+        self.recorder.note(waited_s=waited_s)
+        held = snapshot.take(plan, slab, arrays, mode, lease.buffer)
+        self._holding.arriving += [weakref.ref(array) for array in held.arrays]
+        self._holding.on_host.put((held, lease))
+
+    def _reserve(self, slab: Slab, kind: Any = None, *, exists: bool = False) -> Lease:
+        limit_bytes = self._job.limit_bytes
         if exists:
             lease = HOST_BUDGET.count(slab.n_bytes, limit_bytes=limit_bytes)
         else:
             lease = HOST_BUDGET.reserve(
                 slab.n_bytes, limit_bytes=limit_bytes, aborted=lambda: self.is_over, kind=kind
             )
-        if threading.current_thread() is not self._stager:
-            waited_s = self.recorder.timeline.waited_s + time.perf_counter() - start_s
-            self.recorder.note(waited_s=waited_s)
         with self._lock:
             if self._state not in _OVER:
-                self._leases.append(lease)
+                self._holding.leases.append(lease)
                 return lease
         lease.release()
         raise ReservationAborted("The save is over.")
@@ -239,26 +234,27 @@ class Save:
 
     def _bring_to_host(self) -> None:
         """Copies what was staged on the device to the host, as the budget lets it."""
-        if self._options.low_priority:
+        if self._job.options.low_priority:
             yield_to_training()
+        holding = self._holding
         try:
-            while (held := self._on_device.get()) is not None:
+            while (held := holding.on_device.get()) is not None:
                 lease = self._reserve(held.slab)
-                self._on_host.put((snapshot.to_host(held), lease))
+                holding.on_host.put((snapshot.to_host(held), lease))
                 del held  # The device copy dies here.
-            for arriving in self._arriving:
+            for arriving in holding.arriving:
                 snapshot.await_arrival(arriving())
             if self._move(State.STAGED):
                 self.recorder.mark("staged")
         except BaseException as error:  # noqa: BLE001 - `write` raises it, in Orbax's thread.
             self.fail(error)
         finally:
-            self._on_host.put(None)
+            holding.on_host.put(None)
 
     # Orbax's commit thread.
 
     def write(self, directory: str, custom_metadata: Any) -> None:
-        """Writes the snapshot to `directory` and returns when it is durable.
+        """Writes the snapshot to `directory`, and drops it. It is durable when this returned.
 
         Args:
             directory: the item's directory, which exists.
@@ -267,28 +263,28 @@ class Save:
         Raises:
             SaveError: something failed, here or on the way to the host.
         """
-        self._write_began = True
-        if self._options.low_priority:
+        if self._job.options.low_priority:
             yield_to_training()
         try:
             if not self.is_over:
-                prepared, timeout_s = self._prepared, self._options.storage_timeout_s
-                writer = Writer(prepared.plan, prepared.format, directory, timeout_s=timeout_s)
-                with contextlib.closing(writer):
-                    plan, pace, ended = prepared.plan, self._pace, self._ended
-                    drain(self._on_host, writer, plan, pace=pace, ended=ended)
-                    if not self.is_over:
-                        fingerprint = writer.finish(custom_metadata, self._texts)
-                        self._fingerprints.compare(self.recorder, fingerprint)
-                        self.synced_directories = writer.synced_directories
+                self._write(directory, custom_metadata)
                 self._move(State.DURABLE)
         except BaseException as error:  # noqa: BLE001 - Raised below.
             self.fail(error)
             traceback.clear_frames(error.__traceback__)  # They hold slabs.
-        self._drop()
-        self._write_ended = True
+        self.drop()
         give_back_memory()
-        if self._error is None:
-            self.recorder.mark("durable")
-        elif not self._snapshot_raised:
-            raise self._error
+        if self.failure is not None:
+            raise self.failure
+        self.recorder.mark("durable")
+
+    def _write(self, directory: str, custom_metadata: Any) -> None:
+        job = self._job
+        plan, timeout_s = job.prepared.plan, job.options.storage_timeout_s
+        writer = Writer(plan, job.prepared.format, directory, timeout_s=timeout_s)
+        with contextlib.closing(writer):
+            drain(self._holding.on_host, writer, plan, pace=job.pace, ended=self._ended)
+            if not self.is_over:
+                fingerprint = writer.finish(custom_metadata, job.texts)
+                job.fingerprints.compare(self.recorder, fingerprint)
+                self.synced_directories = writer.synced_directories

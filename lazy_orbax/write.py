@@ -5,20 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import tensorstore as ts
 
 from lazy_orbax import _orbax, digest, file_names, object_store
 from lazy_orbax.deadline import Deadline
-from lazy_orbax.errors import SaveError
-from lazy_orbax.events import final_directory, step_of
 from lazy_orbax.format import Format
 from lazy_orbax.plan import Piece, Plan, Slab
+from lazy_orbax.save_error import save_error
 from lazy_orbax.sync import Inode, Syncer
 
 # A fresh context for each save, as stock Orbax has it: a shared cache would keep slabs alive.
@@ -70,9 +67,8 @@ class Writer:
         self._files: ts.KvStore | None = None
         self._kvstores: list[ts.KvStore] = []
         self.synced_directories: set[Inode] = set()
-        own = own_directories(format_)
         self.is_local = os.path.isabs(directory)
-        self._syncer = Syncer(directory, own, timeout_s=timeout_s) if self.is_local else None
+        self._syncer = Syncer(directory, format_.own_directories, timeout_s=timeout_s) if self.is_local else None
         may_hold_late_writes = self._deadline.begin()
         try:
             if format_.is_primary or format_.files:
@@ -214,12 +210,6 @@ class Writer:
         return None if not names else f"{names[0]} and {len(names) - 1} others with it"
 
 
-def own_directories(format_: Format) -> list[str]:
-    """Returns the names of the directories in an item's that only this process writes to."""
-    pattern = rf"{re.escape(file_names.PROCESS_DIRECTORY)}[^/\"]*"
-    return re.findall(pattern, " ".join(format_.kvstores))
-
-
 def merge(handler: Any, directory: Any, by_orbax: Callable[[], None], *, timeout_s: float) -> None:
     """Lets Orbax merge what the processes wrote.
 
@@ -245,29 +235,3 @@ def merge(handler: Any, directory: Any, by_orbax: Callable[[], None], *, timeout
         Deadline(place, timeout_s).run(remotely if is_remote else by_orbax, "lazy_orbax-merge")
     except Exception as error:  # Each storage client has errors of its own.
         raise save_error(place, error, file=f"{place}/{file_names.MANIFEST}") from error
-
-
-def save_error(
-    directory: str, error: BaseException, *, leaf: str | None = None, file: str | None = None
-) -> SaveError:
-    """Returns the `SaveError` for a failure while writing to `directory`.
-
-    Args:
-        directory: the item's directory.
-        error: what went wrong.
-        leaf: the leaves that were being written.
-        file: what was being written, where `error` does not name a file.
-    """
-    text = str(error)
-    if match := re.search(r"[\"']([^\"']*/[^\"']*)[\"']", text):
-        file = match.group(1)
-    else:
-        file = getattr(error, "filename", None) or file
-    return SaveError(
-        text or type(error).__name__,
-        step=step_of(final_directory(directory)),
-        directory=directory,
-        leaf=leaf,
-        file=file,
-        process=jax.process_index() if jax.process_count() > 1 else None,
-    )

@@ -15,7 +15,7 @@ from lazy_orbax.drain import Pace
 from lazy_orbax.errors import SaveError
 from lazy_orbax.host_budget import HOST_BUDGET
 from lazy_orbax.prepare import prepare
-from lazy_orbax.save import Save
+from lazy_orbax.save import Job, Save
 from lazy_orbax.stale import Fingerprints
 from lazy_orbax.tree import Destination
 
@@ -55,18 +55,21 @@ def test_two_threads_that_drop_one_save_both_end(tmp_path, mesh):
     prepared, leaves = prepare(
         handler, tree, None, destination=destination, slab_bytes=2**20, abstract=False
     )
-    save = Save(
-        prepared,
-        options,
+    job = Job(
+        prepared=prepared,
+        texts={},
+        options=options,
         limit_bytes=2**30,
         pace=Pace(None),
         path=str(tmp_path),
         fingerprints=Fingerprints(),
     )
-    save.snapshot(leaves)
+    save = Save(job)
+    save.snapshot(prepared.arrays(leaves))
     save.wait_until_staged(HANG_S)
-    held = save._on_host = HeldQueue(save._on_host)
-    abandoning = threading.Thread(target=save.abandon, args=(Boom("given up"),), daemon=True)
+    held = save._holding.on_host = HeldQueue(save._holding.on_host)
+    save.fail(Boom("given up"))
+    abandoning = threading.Thread(target=save.drop, daemon=True)
     abandoning.start()
     assert held.reached.wait(HANG_S)
     raised = queue.SimpleQueue()

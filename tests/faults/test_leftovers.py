@@ -16,6 +16,7 @@ from trees import assert_same, on_mesh
 
 import lazy_orbax
 from lazy_orbax import leftovers
+from lazy_orbax.attempt import attempt_at
 from lazy_orbax.errors import SaveError
 from lazy_orbax.host_budget import HOST_BUDGET
 
@@ -197,7 +198,7 @@ def test_a_directory_that_is_not_of_a_step_is_removed_only_when_it_is_empty(tmp_
     root = tmp_path / f"mine{MARK}"
     (root / f"5{MARK}").mkdir(parents=True)
     (root / "precious").write_text("x")
-    attempt = leftovers.attempt_at(str(root / f"5{MARK}"), "1", removes_all=True)
+    attempt = attempt_at(str(root / f"5{MARK}"), "1", removes_all=True)
     assert not attempt.remove([str(root / f"5{MARK}")])
     assert os.listdir(root) == ["precious"]
 
@@ -205,8 +206,8 @@ def test_a_directory_that_is_not_of_a_step_is_removed_only_when_it_is_empty(tmp_
 def test_a_directory_that_a_later_attempt_has_is_left_alone(tmp_path):
     item = tmp_path / f"5{MARK}" / f"state{MARK}"
     item.mkdir(parents=True)
-    first = leftovers.attempt_at(str(item), "1", removes_all=True)
-    second = leftovers.attempt_at(str(item), "2", removes_all=True)
+    first = attempt_at(str(item), "1", removes_all=True)
+    second = attempt_at(str(item), "2", removes_all=True)
     assert first.remove([str(item)])
     assert item.exists()
     assert second.is_there

@@ -13,7 +13,7 @@ from orbax.checkpoint._src.futures.signaling_client import ThreadSafeKeyValueSig
 from lazy_orbax import _orbax, agreement
 from lazy_orbax.agreement import Agreement, agreement_on
 from lazy_orbax.errors import SaveError
-from lazy_orbax.write import save_error
+from lazy_orbax.save_error import save_error
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 
 from lazy_orbax import errors
 from lazy_orbax.errors import SaveError, summarize
-from lazy_orbax.write import save_error
+from lazy_orbax.save_error import save_error
 
 WHERE = {"step": 7, "leaf": "params.w", "file": "d/abc", "directory": "/run/7/state"}
 

@@ -1,0 +1,43 @@
+"""What a storage said, as a `SaveError`."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+
+from lazy_orbax.errors import SaveError
+from lazy_orbax.events import final_directory, step_of
+
+
+def save_error(
+    directory: str, error: BaseException, *, leaf: str | None = None, file: str | None = None
+) -> SaveError:
+    """Returns the `SaveError` for a failure while writing to `directory`.
+
+    Args:
+        directory: the item's directory.
+        error: what went wrong.
+        leaf: the leaves that were being written.
+        file: what was being written, where `error` does not name a file.
+    """
+    text = str(error)
+    if match := re.search(r"[\"']([^\"']*/[^\"']*)[\"']", text):
+        file = match.group(1)
+    else:
+        file = getattr(error, "filename", None) or file
+    return SaveError(
+        text or type(error).__name__,
+        errno=_number_of(error, text),
+        step=step_of(final_directory(directory)),
+        directory=directory,
+        leaf=leaf,
+        file=file,
+        process=jax.process_index() if jax.process_count() > 1 else None,
+    )
+
+
+def _number_of(error: BaseException, text: str) -> int | None:
+    """Returns the operating system's number of an error; TensorStore puts it in the text."""
+    found = re.search(r"os_error_code='(\d+)'", text)
+    return int(found.group(1)) if found else getattr(error, "errno", None)
