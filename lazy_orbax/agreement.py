@@ -178,11 +178,18 @@ def _encoded(failure: SaveError | None) -> str:
         return "null"
     cause = failure.__cause__
     kind = f"{type(cause).__name__}: " if cause is not None else ""
-    facts = {name: getattr(failure, name) for name in ("step", "directory", "leaf", "file", "errno")}
+    facts = {
+        name: getattr(failure, name) for name in ("step", "directory", "leaf", "file", "errno")
+    }
     what = (kind + failure.what)[:_MOST_CHARACTERS]
     return json.dumps({"what": what, "process": failure.process, **facts})
 
 
 def _decoded(value: str) -> SaveError | None:
     facts = json.loads(value)
-    return None if facts is None else SaveError(facts.pop("what"), **facts)
+    if facts is None:
+        return None
+    number = facts.pop("errno")
+    failure = SaveError(facts.pop("what"), **facts)
+    failure.errno = number
+    return failure

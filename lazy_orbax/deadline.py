@@ -10,8 +10,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from lazy_orbax import threads
 from lazy_orbax.events import final_directory
 from lazy_orbax.object_store import scheme_of
+from lazy_orbax.threads import await_progress
 
 _LONGEST_LOOK_S = 10.0
 
@@ -137,37 +139,32 @@ class Deadline:
 
     def _await(self, future: Any) -> None:
         """Waits until a future is done, as long as there is progress."""
-        while True:
-            with contextlib.suppress(Exception):  # It is told of by who asks for the result.
-                future.exception(timeout=self._timeout_s)
-            if future.done():
-                return
-            if not self._is_local or not self._writes_on():
-                break
-        self._is_missed = True
-        raise TimeoutError(
-            f"the storage acknowledged nothing for {self._timeout_s:g} s "
-            "(LazyOptions.storage_timeout_s)"
-        )
+        try:
+            await_progress(
+                [future],
+                timeout_s=self._timeout_s,
+                what="the storage acknowledged nothing",
+                goes_on=lambda: self._is_local and self._writes_on(),
+            )
+        except TimeoutError:
+            self._is_missed = True
+            raise
 
     def _writes_on(self) -> bool:
         """Whether the local directory has grown since this was asked: a large piece takes long."""
-        before, found = self._written, []
 
-        def look() -> None:
-            sizes = [
+        def look() -> int:
+            return sum(
                 os.stat(os.path.join(path, name)).st_size
                 for path, _, names in os.walk(self._directory)
                 for name in names
-            ]
-            found.append(sum(sizes))
+            )
 
-        # A daemon: where the storage hangs, looking hangs as well.
-        looking = threading.Thread(target=look, name="lazy_orbax-look", daemon=True)
-        looking.start()
-        looking.join(min(self._timeout_s, _LONGEST_LOOK_S))
-        self._written = found[0] if found else None
-        return bool(found) and found[0] != before
+        before, self._written = self._written, None
+        with contextlib.suppress(TimeoutError, OSError):  # Where the storage hangs, looking does.
+            looking = threads.run(look, "lazy_orbax-look")
+            self._written = looking.result(min(self._timeout_s, _LONGEST_LOOK_S))
+        return self._written not in (None, before)
 
     def run(self, work: Callable[[], None], name: str) -> None:
         """Runs what Orbax does for us on the storage, and gives it up when nothing happens.
@@ -179,18 +176,7 @@ class Deadline:
         Raises:
             TimeoutError: for too long nothing was done.
         """
-        outcome: concurrent.futures.Future[None] = concurrent.futures.Future()
-
-        def run() -> None:
-            try:
-                work()
-            except BaseException as error:  # noqa: BLE001 - Raised below.
-                outcome.set_exception(error)
-            else:
-                outcome.set_result(None)
-
-        # A daemon: a storage that never answers must not keep the process from ending.
-        threading.Thread(target=run, name=name, daemon=True).start()
+        outcome = threads.run(work, name)
         try:
             self.result_of(outcome)
         finally:

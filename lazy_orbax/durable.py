@@ -20,8 +20,8 @@ from lazy_orbax.errors import NotDurableError, OptionError
 from lazy_orbax.events import final_directory, publication_failed, step_of
 from lazy_orbax.file_names import PROCESS_DIRECTORY, ROOT_METADATA, STEP_METADATA, TEMPORARY
 from lazy_orbax.object_store import scheme_of
-from lazy_orbax.sync import Inode, inode_of, sync_all
 from lazy_orbax.save_error import save_error
+from lazy_orbax.sync import Inode, inode_of, sync_all
 
 # Where no handler of ours tells `LazyOptions.storage_timeout_s`.
 _TIMEOUT_S = 300.0

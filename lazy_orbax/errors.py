@@ -61,10 +61,10 @@ class SaveError(LazyOrbaxError, RuntimeError):
         leaf: str | None = None,
         file: str | None = None,
         process: int | None = None,
-        errno: int | None = None,
     ):
         self.step, self.directory, self.leaf, self.file = step, directory, leaf, file
-        self.process, self.what, self.errno = process, what, errno
+        self.process, self.what = process, what
+        self.errno: int | None = None
         places = [
             f"process {process}" if process is not None else "",
             f"step {step}" if step is not None else "",

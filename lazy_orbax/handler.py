@@ -18,7 +18,6 @@ from lazy_orbax.agreement import agreement_on
 from lazy_orbax.attempt import Fate, attempt_at
 from lazy_orbax.cleaning import end_earlier
 from lazy_orbax.commit import Commit
-from lazy_orbax.drain import Pace
 from lazy_orbax.durable import after_publication, before_publication
 from lazy_orbax.errors import OptionError
 from lazy_orbax.events import await_publication, final_directory, publication_failed
@@ -26,6 +25,7 @@ from lazy_orbax.forgotten import remember
 from lazy_orbax.host_budget import HOST_BUDGET
 from lazy_orbax.object_store import stand_in
 from lazy_orbax.options import LazyOptions
+from lazy_orbax.pace import Pace
 from lazy_orbax.plan import Plan
 from lazy_orbax.prepare import prepare
 from lazy_orbax.restore import examined, restore

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import pathlib
 from collections.abc import Callable
 from typing import Literal
 
+from lazy_orbax._machine import memory_bytes
 from lazy_orbax.errors import OptionError
 from lazy_orbax.events import SaveTimeline
 
@@ -17,10 +16,6 @@ _MODES = ("auto", "stage", "direct")
 _MIB = 2**20
 # Half of it for one snapshot in flight is what an unhurried host can spare beside data loading.
 _DEFAULT_HOST_FRACTION = 0.5
-_CGROUP_LIMITS = (
-    "/sys/fs/cgroup/memory.max",
-    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,12 +90,3 @@ class LazyOptions:
         if self.host_bytes is not None:
             return self.host_bytes
         return int(memory_bytes() * _DEFAULT_HOST_FRACTION)
-
-
-def memory_bytes() -> int:
-    """Returns the memory of this machine, or of its container where that is less."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in map(pathlib.Path, _CGROUP_LIMITS):
-        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-            total = min(total, int(text))
-    return total

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from lazy_orbax import drain
+from lazy_orbax import _machine, threads
 from lazy_orbax.errors import OptionError
 
 
@@ -83,7 +83,7 @@ class Preemption:
     def __exit__(self, *_: object) -> None:
         """Puts back the handler that was there, and saves are as they were."""
         self._restore.close()
-        drain.hurry(on=False)
+        _machine.hurry(on=False)
 
     def notice(self) -> None:
         """Tells that the job is to end. For notices that do not come as SIGTERM.
@@ -92,7 +92,7 @@ class Preemption:
         """
         if self._noticed_at_s is None:
             self._noticed_at_s = time.monotonic()
-        drain.hurry()
+        _machine.hurry()
 
     @property
     def noticed(self) -> bool:
@@ -134,42 +134,37 @@ class Preemption:
             came first, it may be yet, while the process lives.
         """
         self.notice()
-        drain.raise_priority()
+        _machine.raise_priority()
         start_s = time.monotonic()
         assert self._noticed_at_s is not None
         left_s = self._noticed_at_s + self._grace_s - start_s
         in_flight = manager.latest_step() if manager.is_saving_in_progress() else None
-        errors: list[BaseException] = []
-        saved = threading.Event()
 
         def save() -> None:
-            try:
-                with contextlib.suppress(Exception):  # It is not of this step, or is seen below.
-                    manager.wait_until_finished()
-                if step not in manager.all_steps():
-                    manager.save(step, args=args, force=True)
-                    manager.wait_until_finished()
-            except BaseException as error:  # noqa: BLE001 - It is in what is returned.
-                errors.append(error)
-            saved.set()
+            with contextlib.suppress(Exception):  # It is not of this step, or is seen below.
+                manager.wait_until_finished()
+            if step not in manager.all_steps():
+                manager.save(step, args=args, force=True)
+                manager.wait_until_finished()
 
-        # A daemon, because storage that hangs must not keep the process from ending.
-        threading.Thread(target=save, name="lazy_orbax-last-save", daemon=True).start()
-        if not saved.wait(max(0.0, left_s)):
-            late = TimeoutError(f"step {step} was not committed within {self._grace_s:g} s")
-            errors.append(late)
-        else:
+        # Not here, because storage that hangs must not keep the process from ending.
+        saving = threads.run(save, "lazy_orbax-last-save")
+        try:
+            error = saving.exception(max(0.0, left_s))
+        except TimeoutError:
+            error = TimeoutError(f"step {step} was not committed within {self._grace_s:g} s")
+        if saving.done():
             with contextlib.suppress(Exception):  # Orbax tells every thread of a failure once.
                 manager.wait_until_finished()
             manager.reload()
-        steps = [s for s in manager.all_steps() if saved.is_set() or s not in (step, in_flight)]
+        steps = [s for s in manager.all_steps() if saving.done() or s not in (step, in_flight)]
         return LastSave(
             step=step,
             committed=step in steps,
             taken_s=time.monotonic() - start_s,
             in_flight=in_flight,
             newest_step=max(steps, default=None),
-            error=None if step in steps else (errors or [None])[0],
+            error=None if step in steps else error,
         )
 
 

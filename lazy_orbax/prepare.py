@@ -53,9 +53,7 @@ class Prepared:
     def arrays(self, leaves: Sequence[Any]) -> list[Any]:
         """Returns the values of the plan's leaves, of all leaves of a tree."""
         keys = set(self.keys)
-        return [
-            jax.random.key_data(leaves[i]) if i in keys else leaves[i] for i in self.positions
-        ]
+        return [jax.random.key_data(leaves[i]) if i in keys else leaves[i] for i in self.positions]
 
     def texts(self, leaves: Sequence[Any]) -> dict[str, str]:
         """Returns the leaves that are strings, by name. Orbax writes them."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 
+from lazy_orbax._machine import free_device_bytes
 from lazy_orbax.layout import Device
 from lazy_orbax.pack import local_mesh
 from lazy_orbax.plan import Slab
 from lazy_orbax.snapshot import is_in_host_memory
 
-# Some memory is always lost to fragmentation.
-_USABLE_FRACTION = 0.95
 _ONLY_WAY = {
     "host": ("host", "not on a device"),
     "given": ("in_step", "the step had copied it to pinned host memory"),
@@ -53,7 +52,7 @@ class Room:
         devices = list(local_mesh(slab.mesh).devices.flat)
         for device in devices:
             if device not in self._free_bytes:
-                self._free_bytes[device] = _free_device_bytes(device)
+                self._free_bytes[device] = free_device_bytes(device)
         least_bytes = min(self._free_bytes[device] for device in devices)
         why = f"a device had {max(0, least_bytes):.0f} bytes free for {slab.device_bytes}"
         if least_bytes < slab.device_bytes:
@@ -61,15 +60,3 @@ class Room:
         for device in devices:
             self._free_bytes[device] -= slab.device_bytes
         return "stage", why if least_bytes < math.inf else "device memory is not counted here"
-
-
-def _free_device_bytes(device: Device) -> float:
-    """Returns the memory of `device` that a step at its peak leaves free, in bytes.
-
-    Where the backend has no statistics everything is assumed to fit.
-    """
-    stats = device.memory_stats()
-    if not stats or "bytes_limit" not in stats:
-        return math.inf
-    used = max(stats.get("peak_bytes_in_use", 0), stats.get("bytes_in_use", 0))
-    return stats["bytes_limit"] * _USABLE_FRACTION - used

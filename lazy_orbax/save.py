@@ -18,11 +18,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lazy_orbax import in_flight, snapshot
-from lazy_orbax.drain import Pace, drain, give_back_memory, yield_to_training
+from lazy_orbax._machine import give_back_memory, yield_to_training
+from lazy_orbax.drain import drain
 from lazy_orbax.errors import SaveError
 from lazy_orbax.events import Recorder
 from lazy_orbax.host_budget import HOST_BUDGET, Lease, ReservationAborted
 from lazy_orbax.options import LazyOptions
+from lazy_orbax.pace import Pace
 from lazy_orbax.plan import Plan, Slab
 from lazy_orbax.prepare import Prepared
 from lazy_orbax.room import Room

@@ -26,15 +26,16 @@ def save_error(
         file = match.group(1)
     else:
         file = getattr(error, "filename", None) or file
-    return SaveError(
+    failure = SaveError(
         text or type(error).__name__,
-        errno=_number_of(error, text),
         step=step_of(final_directory(directory)),
         directory=directory,
         leaf=leaf,
         file=file,
         process=jax.process_index() if jax.process_count() > 1 else None,
     )
+    failure.errno = _number_of(error, text)
+    return failure
 
 
 def _number_of(error: BaseException, text: str) -> int | None:

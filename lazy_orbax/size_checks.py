@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
+from lazy_orbax._machine import memory_bytes
 from lazy_orbax.errors import MalformedCheckpointError
 from lazy_orbax.file_checks import brief
-from lazy_orbax.options import memory_bytes
 from lazy_orbax.zarr_checks import Declared
 
 # A chunk may be missing where it equals the fill value, but most are stored.

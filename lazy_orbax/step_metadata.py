@@ -22,8 +22,8 @@ from lazy_orbax.digest_file import DigestError
 from lazy_orbax.errors import Problem
 from lazy_orbax.file_names import STEP_METADATA
 from lazy_orbax.object_store import open_store, scheme_of
-from lazy_orbax.sync import Inode, inode_of
 from lazy_orbax.save_error import save_error
+from lazy_orbax.sync import Inode, inode_of
 
 DIGESTS = f"{digest_file.DIRECTORY}/step"
 _FORMAT = 1

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import errno
 import os
-import queue
-import threading
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from lazy_orbax import file_names
+from lazy_orbax.threads import Crew, await_progress
 
 _THREADS = 8
 # A directory of more files than this is not looked through again and again while it is written.
 _MOST_WATCHED = 1000
 
 _LARGE_BYTES = 2**20
+# Of a thread: small files and directories take hardly any time each.
+_SMALL = 1 / 8
 _DROPS = hasattr(os, "posix_fadvise")
 
 _Version = tuple[int, int, int]
@@ -47,7 +46,7 @@ class Syncer:
             timeout_s: most seconds in which nothing may become durable.
         """
         self._directory, self._own, self._timeout_s = directory, own, timeout_s
-        self._workers, self._is_stuck = _Workers(), False
+        self._crew, self._is_stuck = Crew("lazy_orbax-sync", _THREADS), False
         self._begun: dict[str, _Version] = {}
         self._syncing: dict[concurrent.futures.Future[Any], str] = {}
         self._walk: concurrent.futures.Future[Any] | None = None
@@ -57,7 +56,7 @@ class Syncer:
         """Starts to sync the files that are there and were not synced yet. Does not wait."""
         walking = self._walk is not None and not self._walk.done()
         if not walking and len(self._begun) <= _MOST_WATCHED:
-            self._walk = self._workers.submit(self._sync_new)
+            self._walk = self._crew.submit(self._sync_new, weight=_SMALL)
 
     def finish(self) -> None:
         """Waits until everything under the directory is durable, the directories too.
@@ -66,9 +65,9 @@ class Syncer:
             OSError: the storage refused, or did nothing for too long.
         """
         self._collect()
-        self._await({self._workers.submit(self._sync_new): self._directory})
+        self._await({self._crew.submit(self._sync_new, weight=_SMALL): self._directory})
         self._collect()
-        listing = self._workers.submit(self._list)
+        listing = self._crew.submit(self._list, weight=_SMALL)
         self._await({listing: self._directory})
         directories = listing.result()
         self.sync(directories)
@@ -80,7 +79,7 @@ class Syncer:
         Raises:
             OSError: the storage refused, or did nothing for too long.
         """
-        finding = self._workers.submit(lambda: list(find()))
+        finding = self._crew.submit(lambda: list(find()), weight=_SMALL)
         self._await({finding: self._directory})
         self.sync(finding.result())
 
@@ -90,14 +89,14 @@ class Syncer:
         Raises:
             OSError: the storage refused, or did nothing for too long.
         """
-        self._await({self._workers.submit(_sync, path): path for path in paths})
+        self._await({self._crew.submit(_sync, path, weight=_SMALL): path for path in paths})
 
     def _list(self) -> dict[str, Inode]:
         return {path: inode_of(path) for path, _ in self._walk_own()}
 
     def close(self) -> None:
         """Joins the threads, unless the storage holds them. They end by themselves then."""
-        self._workers.close(0 if self._is_stuck else self._timeout_s)
+        self._crew.close(0 if self._is_stuck else self._timeout_s)
 
     def _collect(self) -> None:
         """Waits for what began, and raises what went wrong."""
@@ -108,28 +107,32 @@ class Syncer:
 
     def _await(self, paths: dict[concurrent.futures.Future[Any], str]) -> None:
         """Waits for what is done to some paths, as long as there is progress."""
-        pending = set(paths)
-        while pending:
-            done, pending = concurrent.futures.wait(
-                pending, self._timeout_s, concurrent.futures.FIRST_COMPLETED
+        ended = 0
+
+        def goes_on() -> bool:
+            nonlocal ended
+            before, ended = ended, sum(future.done() for future in paths)
+            return ended > before
+
+        try:
+            await_progress(
+                paths, timeout_s=self._timeout_s, what="nothing was synced", goes_on=goes_on
             )
-            for future in done:
-                future.result()
-            if not done:
-                at_work = [path for f, path in {**self._syncing, **paths}.items() if f.running()]
-                self._is_stuck = True
-                raise TimeoutError(
-                    errno.ETIMEDOUT,
-                    f"nothing was synced for {self._timeout_s:g} s (LazyOptions.storage_timeout_s)",
-                    max(at_work, default=self._directory, key=len),
-                )
+        except TimeoutError as error:
+            at_work = [path for f, path in {**self._syncing, **paths}.items() if f.running()]
+            self._is_stuck = True
+            error.filename = max(at_work, default=self._directory, key=len)
+            raise
+        for future in paths:
+            future.result()
 
     def _sync_new(self) -> None:
         for path, version in self._files():
             # A file that was replaced or that grew since then is not the one that was synced.
             if self._begun.get(path) != version:
                 self._begun[path] = version
-                self._syncing[self._workers.submit(_sync, path)] = path
+                weight = 1.0 if version[1] >= _LARGE_BYTES else _SMALL
+                self._syncing[self._crew.submit(_sync, path, weight=weight)] = path
 
     def _files(self) -> Iterator[tuple[str, _Version]]:
         for path, names in self._walk_own():
@@ -149,57 +152,6 @@ class Syncer:
                 if name in self._own or not name.startswith(file_names.PROCESS_DIRECTORY)
             ]
             yield path, names
-
-
-class _Workers:
-    """Threads that do not keep the interpreter from ending, as those of an executor do.
-
-    Invariant, under the lock: once `_is_closed`, no thread is started and `None` is in the queue,
-    which every thread that takes it puts back for the next.
-    """
-
-    def __init__(self) -> None:
-        self._waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []
-        self._lock, self._is_closed = threading.Lock(), False
-
-    def submit(self, work: Callable[..., Any], *args: Any) -> concurrent.futures.Future[Any]:
-        """Runs `work(*args)` when a thread is free. Work itself may submit more."""
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        with self._lock:
-            if self._is_closed:
-                future.cancel()
-                return future
-            self._waiting.put((future, work, args))
-            if len(self._threads) < _THREADS:
-                thread = threading.Thread(target=self._run, name="lazy_orbax-sync", daemon=True)
-                thread.start()
-                self._threads.append(thread)
-        return future
-
-    def _run(self) -> None:
-        while (item := self._waiting.get()) is not None:
-            future, work, args = item
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(work(*args))
-            except BaseException as error:  # noqa: BLE001 - Whoever waits raises it.
-                future.set_exception(error)
-            del item, future
-        self._waiting.put(None)
-
-    def close(self, timeout_s: float) -> None:
-        """Cancels what has not begun, and joins the threads that end in time."""
-        with self._lock:
-            with contextlib.suppress(queue.Empty):
-                while (item := self._waiting.get_nowait()) is not None:
-                    item[0].cancel()
-            self._is_closed = True
-            self._waiting.put(None)
-        deadline_s = time.monotonic() + timeout_s
-        for thread in self._threads:
-            thread.join(max(0.0, deadline_s - time.monotonic()))
 
 
 def sync_all(find: Callable[[], Iterable[str]], directory: str, *, timeout_s: float) -> None:

@@ -17,10 +17,10 @@ import tensorstore as ts
 from etils import epath
 
 from lazy_orbax import file_names, metadata_checks, ocdbt_checks, tree_checks, zarr_checks
+from lazy_orbax._machine import memory_bytes
 from lazy_orbax.errors import MalformedCheckpointError
 from lazy_orbax.file_checks import Files, brief, read_small, survey
 from lazy_orbax.object_store import open_store, scheme_of
-from lazy_orbax.options import memory_bytes
 from lazy_orbax.size_checks import Arrays, refuse_oversize
 
 # Parsed JSON takes up to 25 times its text: this is a tenth of memory. `_METADATA` has about 220

@@ -68,7 +68,11 @@ class Writer:
         self._kvstores: list[ts.KvStore] = []
         self.synced_directories: set[Inode] = set()
         self.is_local = os.path.isabs(directory)
-        self._syncer = Syncer(directory, format_.own_directories, timeout_s=timeout_s) if self.is_local else None
+        self._syncer = (
+            Syncer(directory, format_.own_directories, timeout_s=timeout_s)
+            if self.is_local
+            else None
+        )
         may_hold_late_writes = self._deadline.begin()
         try:
             if format_.is_primary or format_.files:

@@ -11,9 +11,9 @@ from faults.gates import HANG_S, Boom
 from trees import on_mesh
 
 import lazy_orbax
-from lazy_orbax.drain import Pace
 from lazy_orbax.errors import SaveError
 from lazy_orbax.host_budget import HOST_BUDGET
+from lazy_orbax.pace import Pace
 from lazy_orbax.prepare import prepare
 from lazy_orbax.save import Job, Save
 from lazy_orbax.stale import Fingerprints

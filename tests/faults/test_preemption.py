@@ -18,7 +18,8 @@ from jax.experimental import multihost_utils
 from trees import assert_same
 
 import lazy_orbax
-from lazy_orbax import drain, preemption
+from lazy_orbax import _machine, preemption
+from lazy_orbax import pace as pacing
 from lazy_orbax.errors import OptionError, SaveError
 
 _TESTS = pathlib.Path(__file__).parent.parent
@@ -38,7 +39,7 @@ def noted():
 @pytest.fixture
 def manager(tmp_path, monkeypatch):
     # Slower than an option may make it.
-    monkeypatch.setattr(drain.Pace, "__init__", slowly(drain.Pace.__init__))
+    monkeypatch.setattr(pacing.Pace, "__init__", slowly(pacing.Pace.__init__))
     handler = lazy_orbax.standard_handler(options=lazy_orbax.LazyOptions(**SLOW))
     with ocp.CheckpointManager(tmp_path, item_handlers=handler) as manager:
         yield manager
@@ -137,7 +138,7 @@ def test_the_priority_of_threads_is_given_back(monkeypatch):
     hurried = threading.Event()
 
     def work():
-        drain.yield_to_training()
+        _machine.yield_to_training()
         told.set()
         assert hurried.wait(30)
         found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
@@ -146,11 +147,11 @@ def test_the_priority_of_threads_is_given_back(monkeypatch):
     thread = threading.Thread(target=work)
     thread.start()
     assert told.wait(30)
-    drain.raise_priority()
+    _machine.raise_priority()
     hurried.set()
     thread.join(30)
     may_raise = os.geteuid() == 0
-    assert found == [usual if may_raise else drain._NICE]
+    assert found == [usual if may_raise else _machine._NICE]
 
 
 def test_the_handler_that_was_there_comes_back_and_saves_are_slow_again(noted):
@@ -158,9 +159,9 @@ def test_the_handler_that_was_there_comes_back_and_saves_are_slow_again(noted):
     with lazy_orbax.Preemption() as notice:
         assert signal.getsignal(signal.SIGTERM) is not before
         notice.notice()
-        assert drain._Urgency.hurry
+        assert _machine._Urgency.hurry
     assert signal.getsignal(signal.SIGTERM) is before
-    assert not drain._Urgency.hurry
+    assert not _machine._Urgency.hurry
 
 
 def test_no_handler_is_installed_where_it_must_not_be(noted, monkeypatch):
@@ -208,9 +209,9 @@ def test_a_save_that_ends_late_does_not_tell_jax_of_its_step(manager, monkeypatc
             within(manager.wait_until_finished)
         assert asked == sorted(asked)
         assert asked[-1] == 6
-        assert not drain._Urgency.hurry
+        assert not _machine._Urgency.hurry
         assert manager.reached_preemption(7)
-        assert drain._Urgency.hurry  # Also where Orbax asked: it waits then for the save before.
+        assert _machine._Urgency.hurry  # Also where Orbax asked: it waits then for the save before.
         assert not manager.reached_preemption(6)
         assert manager.reached_preemption(7)
     assert type(manager.reached_preemption) is type(manager.save)

@@ -21,7 +21,8 @@ from multihost.jobs import HEARTBEAT_TIMEOUT_S
 from multihost.kill_points import killing
 
 import lazy_orbax
-from lazy_orbax import commit, drain, write
+from lazy_orbax import _machine, commit, write
+from lazy_orbax import pace as pacing
 from lazy_orbax.host_budget import HOST_BUDGET
 
 Report = dict[str, Any]
@@ -341,9 +342,9 @@ def node_local(root: str) -> Report:
 
 def preempted(root: str, signalled: list[int], saves: bool) -> Report:
     """Some processes get SIGTERM while a slow save is in flight; all save once more and leave."""
-    initialize = drain.Pace.__init__
+    initialize = pacing.Pace.__init__
     # A minute for each process, and more than an option may ask for.
-    drain.Pace.__init__ = lambda self, bytes_per_s: initialize(self, bytes_per_s // 64)
+    pacing.Pace.__init__ = lambda self, bytes_per_s: initialize(self, bytes_per_s // 64)
     state = states.on_mesh(_mesh(), 0)
     step = states.training_step(state)
     lazy = {"write_bytes_per_s": 2**20}
@@ -358,12 +359,12 @@ def preempted(root: str, signalled: list[int], saves: bool) -> Report:
             if saves or n == 1:
                 _save(manager, n, state)
             if n == 2:
-                slow = manager.is_saving_in_progress() and not drain._Urgency.hurry
+                slow = manager.is_saving_in_progress() and not _machine._Urgency.hurry
                 if jax.process_index() in signalled:
                     os.kill(os.getpid(), signal.SIGTERM)
             if preemption.reached(manager, n):
                 break
-        hurried = drain._Urgency.hurry
+        hurried = _machine._Urgency.hurry
         last = preemption.last_save(manager, n, args=ocp.args.StandardSave(state))
         facts = {**dataclasses.asdict(last), "error": repr(last.error)}
         return {"last": facts, "reached": n, "slow": slow, "hurried": hurried}

@@ -43,6 +43,7 @@ def failure_of(process):
         "disk full", step=7, directory="/data/7/state", leaf="w", file="/d/abc", process=process
     )
     error.__cause__ = cause
+    error.errno = cause.errno
     return error
 
 
@@ -54,6 +55,14 @@ def test_all_have_written(store):
     assert [key for key, _ in store.key_value_dir_get("lazy_orbax/")] == [
         "lazy_orbax//7/state/verdict"
     ]
+
+
+@pytest.mark.parametrize("culprit", [0, 1, 2])
+def test_the_number_of_a_failure_is_known_to_all(store, culprit):
+    outcomes = settled(store, {culprit: failure_of(culprit)})
+    told = {process for process, outcome in outcomes.items() if outcome is not None}
+    assert told >= {0, culprit}
+    assert {outcomes[process].errno for process in told} == {28}
 
 
 @pytest.mark.parametrize("culprit", [0, 1, 2])

@@ -10,7 +10,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 import lazy_orbax
-from lazy_orbax import drain, snapshot
+from lazy_orbax import _machine, drain, snapshot
+from lazy_orbax import pace as pacing
 from lazy_orbax.host_budget import HOST_BUDGET
 
 
@@ -35,59 +36,59 @@ class Clock(threading.Event):
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(drain.time, "monotonic", lambda: clock.now_s)
+    monkeypatch.setattr(pacing.time, "monotonic", lambda: clock.now_s)
     return clock
 
 
 def test_what_is_let_through_is_as_fast_as_asked_on_average(clock):
-    pace = drain.Pace(10)
+    pace = pacing.Pace(10)
     assert [clock.waited_s(pace, 20) for _ in range(5)] == [0, 2, 2, 2, 2]
 
 
 def test_time_in_which_nothing_was_written_is_not_saved_up(clock):
-    pace = drain.Pace(10)
+    pace = pacing.Pace(10)
     pace.await_turn(20, clock)
     clock.now_s += 1000
     assert [clock.waited_s(pace, 20) for _ in range(3)] == [0, 2, 2]
 
 
 def test_items_of_one_handler_share_the_pace(clock):
-    pace = drain.Pace(10)
+    pace = pacing.Pace(10)
     assert [clock.waited_s(pace, 20, ended) for ended in (clock, clock, clock)] == [0, 2, 2]
 
 
 def test_without_a_limit_nobody_waits(clock):
-    pace = drain.Pace(None)
+    pace = pacing.Pace(None)
     assert [clock.waited_s(pace, 10**12) for _ in range(3)] == [0, 0, 0]
 
 
 def test_in_a_hurry_nobody_waits_and_who_waits_goes_on(clock):
-    pace = drain.Pace(10)
+    pace = pacing.Pace(10)
     pace.await_turn(10**3, clock)
 
     class Noticed(Clock):
         def wait(self, timeout=None):
             clock.wait(timeout)
-            drain.hurry()
+            _machine.hurry()
             return False
 
     try:
-        assert clock.waited_s(pace, 20, Noticed()) == drain._LOOK_S
+        assert clock.waited_s(pace, 20, Noticed()) == pacing._LOOK_S
         assert clock.waited_s(pace, 20) == 0
     finally:
-        drain.hurry(on=False)
+        _machine.hurry(on=False)
     assert clock.waited_s(pace, 20) > 90
 
 
 def test_a_save_that_is_over_does_not_wait_for_its_turn():
-    pace, ended = drain.Pace(1), threading.Event()
+    pace, ended = pacing.Pace(1), threading.Event()
     pace.await_turn(10**9, ended)
     ended.set()
     pace.await_turn(10**9, ended)  # Would be in thirty years.
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux")
-@pytest.mark.parametrize(("low", "lowered"), [(True, drain._NICE), (False, 0)])
+@pytest.mark.parametrize(("low", "lowered"), [(True, _machine._NICE), (False, 0)])
 def test_only_the_threads_of_a_save_are_lowered(tmp_path, monkeypatch, low, lowered):
     found = {}
     views = snapshot.views

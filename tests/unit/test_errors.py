@@ -1,3 +1,5 @@
+import errno
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -52,6 +54,19 @@ def test_the_file_that_the_storage_named_is_in_the_error(error, leaf, file):
     assert (found.step, found.leaf, found.file) == (7, leaf, file)
     assert found.directory == "/run/7.orbax-checkpoint-tmp/state"
     assert str(error) in str(found)
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/run/7/state/d/1"), errno.ENOSPC),
+        # TensorStore's are of another type, and have it in their text.
+        (ValueError("Failed to write: No space left [os_error_code='28']"), errno.ENOSPC),
+        (RuntimeError("out of memory"), None),
+    ],
+)
+def test_the_number_of_an_error_is_kept(error, number):
+    assert save_error("/run/7", error).errno == number
 
 
 def test_an_error_without_words_is_named_by_its_type():

@@ -17,6 +17,9 @@ MOST_LINES = 300
 RANKS = {
     "errors": 0,
     "file_names": 0,
+    "_machine": 0,
+    "threads": 1,
+    "pace": 1,
     "events": 1,
     "options": 2,
     "host_budget": 2,

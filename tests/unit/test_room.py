@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 from unit.fake_devices import fake_mesh
 
 from lazy_orbax import room
+from lazy_orbax._machine import free_device_bytes
 from lazy_orbax.plan import Slab
-from lazy_orbax.room import Room, _free_device_bytes
+from lazy_orbax.room import Room
 
 DEVICES = np.array(jax.devices()[:8])
 MESH = Mesh(DEVICES.reshape(4, 2), ("a", "b"))
@@ -32,7 +33,7 @@ def accelerator(monkeypatch):
         return free.get(device, math.inf)
 
     monkeypatch.setattr(room, "is_in_host_memory", lambda slab: False)
-    monkeypatch.setattr(room, "_free_device_bytes", free_bytes)
+    monkeypatch.setattr(room, "free_device_bytes", free_bytes)
     return SimpleNamespace(free=free, asked=asked)
 
 
@@ -104,7 +105,7 @@ def test_slabs_that_cannot_be_packed_have_one_mode(mode, kind, expected):
 
 
 def test_on_cpu_auto_stages(monkeypatch):
-    monkeypatch.setattr(room, "_free_device_bytes", lambda device: 0)
+    monkeypatch.setattr(room, "free_device_bytes", lambda device: 0)
     assert Room("auto").mode_for(slabs_of(1)[0]) == "stage"
 
 
@@ -156,4 +157,4 @@ def test_the_reason_says_what_else_decides(accelerator, monkeypatch):
 )
 def test_what_a_step_at_its_peak_leaves_free(stats, expected):
     device = SimpleNamespace(memory_stats=lambda: stats)
-    assert _free_device_bytes(device) == pytest.approx(expected)
+    assert free_device_bytes(device) == pytest.approx(expected)

@@ -416,7 +416,7 @@ def fail_saves():
 @pytest.mark.parametrize("free_kib", [None, 0, 400])
 def test_a_save_on_every_backend_restores(backend, monkeypatch, tmp_path, free_kib):
     if free_kib is not None:
-        monkeypatch.setattr(room_module, "_free_device_bytes", lambda device: free_kib * KIB)
+        monkeypatch.setattr(room_module, "free_device_bytes", lambda device: free_kib * KIB)
     rng = np.random.default_rng(1)
     wanted = {f"x{i}": random_array(rng, (1024, 320), np.float32) for i in range(4)}
     wanted["h"] = random_array(rng, (7,), np.float64)

@@ -169,26 +169,3 @@ def test_what_a_save_wrote_is_all_synced(tmp_path, mesh, synced, separate):
     renamed = {path for path in synced.paths if path.endswith(".__lock")}
     assert found | {str(directory)} == set(synced.paths) - renamed
     handler.close()
-
-
-def test_work_that_submits_more_while_it_is_closed_starts_nothing():
-    workers = sync._Workers()
-    began, closed, more = threading.Event(), threading.Event(), []
-
-    def work():
-        began.set()
-        assert closed.wait(WAIT_S)
-        more.append(workers.submit(began.clear))
-
-    future = workers.submit(work)
-    assert began.wait(WAIT_S)
-    closer = threading.Thread(target=workers.close, args=(WAIT_S,))
-    closer.start()
-    while not workers._is_closed:
-        pass
-    closed.set()
-    closer.join(WAIT_S)
-    assert not closer.is_alive()
-    assert future.done()
-    assert more[0].cancelled()
-    assert not [thread for thread in workers._threads if thread.is_alive()]
