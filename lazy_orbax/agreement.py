@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from lazy_orbax import _orbax
+from lazy_orbax._orbax import multihost
 from lazy_orbax.errors import SaveError
 
 # How long a process that is not the leader waits longer than the leader does.
@@ -154,7 +154,7 @@ def agreement_on(
     members = set(active or processes)
     if active is None and primary is not None:
         members.add(primary)
-    process = _orbax.process_index()
+    process = multihost.process_index()
     if len(members) < 2 or process not in members:
         return None
     prefix = getattr(options, "barrier_sync_key_prefix", None) or ""
@@ -164,7 +164,7 @@ def agreement_on(
         tuple(sorted(members)),
         min(members) if primary is None else primary,
         shares_directory=primary is not None,
-        store=_orbax.key_value_store(),
+        store=multihost.key_value_store(),
     )
 
 

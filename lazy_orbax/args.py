@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import orbax.checkpoint as ocp
-
+from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.handler import LazyCheckpointHandler
 
 

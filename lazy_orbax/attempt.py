@@ -50,6 +50,7 @@ class Writing(Protocol):
 
     def is_alone(self) -> bool:
         """Whether no other process can be writing in the item's directory any more."""
+        ...
 
     def own_directories(self) -> Sequence[str]:
         """Names of the directories in the item's that only this process writes to."""

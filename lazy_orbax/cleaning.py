@@ -11,7 +11,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 
-from lazy_orbax import _orbax, deadline
+from lazy_orbax import deadline
+from lazy_orbax._orbax import lifecycle
 from lazy_orbax.attempt import Attempt, Fate, Part, attempts_below
 from lazy_orbax.errors import SaveError
 
@@ -38,7 +39,7 @@ def end_earlier(parts: Iterable[Part], place: str) -> None:
     """
     for part in parts:
         above = _parents(part.recorder.timeline.directory) & _parents(place)
-        if not above or part.attempt.operation == _orbax.operation_id():
+        if not above or part.attempt.operation == lifecycle.operation_id():
             continue
         forgo(part)
         if is_given_up(part, threading.current_thread()):
@@ -72,16 +73,16 @@ def is_given_up(part: Part, this_thread: threading.Thread | None) -> bool:
     waited = {other.waiter for other in part.attempt.parts} - {None, this_thread}
     if waited or this_thread is None:
         return bool(waited) and not any(thread.is_alive() for thread in waited if thread)
-    return not _orbax.may_be_publishing()
+    return not lifecycle.may_be_publishing()
 
 
 def forgo(part: Part) -> None:
     """Ends a save that waits for a directory which Orbax has not created and will not create."""
     operation = part.attempt.operation
-    if part.directory or not _orbax.promised_directories(operation):
+    if part.directory or not lifecycle.promised_directories(operation):
         return
     # A thread of Orbax that is released may create the directory yet.
-    may_come = _orbax.release_waiting(operation)
+    may_come = lifecycle.release_waiting(operation)
     part.writing.forgo(SaveError("Orbax could not create the directory"), may_run=may_come)
     if may_come:
         part.move(Fate.FORGONE)

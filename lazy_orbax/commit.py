@@ -10,9 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from orbax.checkpoint import future
-
 from lazy_orbax import cleaning, stock
+from lazy_orbax._orbax.symbols import future
 from lazy_orbax.agreement import Agreement
 from lazy_orbax.attempt import Attempt, Fate, Part, arrive
 from lazy_orbax.errors import SaveError

@@ -14,8 +14,7 @@ import threading
 from collections.abc import Iterator, Set
 from typing import Any
 
-from orbax.checkpoint import path as ocp_path
-
+from lazy_orbax._orbax.symbols import ocp_path
 from lazy_orbax.errors import NotDurableError, OptionError
 from lazy_orbax.events import final_directory, publication_failed, step_of
 from lazy_orbax.file_names import PROCESS_DIRECTORY, ROOT_METADATA, STEP_METADATA, TEMPORARY

@@ -8,9 +8,9 @@ import types
 import weakref
 from typing import Any
 
-import orbax.checkpoint as ocp
-
-from lazy_orbax import _orbax
+from lazy_orbax._orbax import symbols
+from lazy_orbax._orbax.standard_handler import put_inside_standard_handler
+from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.errors import OptionError
 from lazy_orbax.handler import LazyCheckpointHandler
 from lazy_orbax.options import LazyOptions
@@ -39,11 +39,11 @@ def pytree_handler(
     lazy = LazyCheckpointHandler(options=options, **kwargs)
     accepted = inspect.signature(ocp.PyTreeCheckpointHandler).parameters
     shared = {name: value for name, value in kwargs.items() if name in accepted}
-    if not _orbax.MISSING:
+    if not symbols.MISSING:
         shared["handler_impl"] = lazy
     handler = ocp.PyTreeCheckpointHandler(aggregate_filename, **shared)
     _examine_before_reading(handler, aggregate_filename, verifies=lazy.options.verify_restore)
-    if not _orbax.MISSING:
+    if not symbols.MISSING:
         _INSIDE[handler] = lazy
     return handler
 
@@ -89,7 +89,7 @@ def standard_handler(
     accepted = inspect.signature(ocp.StandardCheckpointHandler).parameters
     shared = {name: value for name, value in kwargs.items() if name in accepted}
     standard = ocp.StandardCheckpointHandler(**shared)
-    if _orbax.put_inside_standard_handler(standard, pytree):
+    if put_inside_standard_handler(standard, pytree):
         _INSIDE[standard] = _INSIDE[pytree]
     return standard
 
@@ -101,8 +101,8 @@ def lazy_part_of(handler: Any) -> LazyCheckpointHandler | None:
         OptionError: it is not one of lazy_orbax.
     """
     if isinstance(handler, LazyCheckpointHandler):
-        return None if _orbax.MISSING else handler
-    if handler not in _INSIDE and not _orbax.MISSING:
+        return None if symbols.MISSING else handler
+    if handler not in _INSIDE and not symbols.MISSING:
         raise OptionError(
             f"{handler!r} does not save lazily. Give what lazy_orbax.standard_handler() or "
             "pytree_handler() returned, or a LazyCheckpointHandler."

@@ -8,16 +8,14 @@ any more: each failure leaves one, until a disk with room for few steps has room
 from __future__ import annotations
 
 import errno
-import inspect
 import logging
 import shutil
 from collections.abc import Sequence
-from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 
-from lazy_orbax import _orbax
+from lazy_orbax._orbax import lifecycle
+from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.object_store import scheme_of
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -35,7 +33,7 @@ def remember(failures: Sequence[BaseException], n_bytes: int) -> None:
         failures: what the earlier saves failed with.
         n_bytes: of the item that is saved now, not compressed.
     """
-    manager = _manager_that_saves()
+    manager = lifecycle.manager_that_saves()
     if manager is None:
         return
     try:
@@ -44,19 +42,6 @@ def remember(failures: Sequence[BaseException], n_bytes: int) -> None:
             _remove_retired(manager)
     except Exception:  # noqa: BLE001 - The save may work nevertheless.
         _log.exception("The steps in %s could not be listed, or not removed.", manager.directory)
-
-
-def _manager_that_saves() -> ocp.CheckpointManager | None:
-    """Returns the manager that has called this, because it does not tell its handlers of itself."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        # Only Orbax's own: to look at the locals of a frame may keep them for as long as it lives.
-        if str(frame.f_globals.get("__name__")).startswith("orbax."):
-            caller: Any = frame.f_locals.get("self")
-            if isinstance(caller, ocp.CheckpointManager):
-                return caller
-        frame = frame.f_back
-    return None
 
 
 def _is_short_of_room(
@@ -70,7 +55,7 @@ def _is_short_of_room(
 
 
 def _remove_retired(manager: ocp.CheckpointManager) -> None:
-    newest, retired = manager.latest_step(), _orbax.retired_steps(manager)
+    newest, retired = manager.latest_step(), lifecycle.retired_steps(manager)
     if retired is None:
         _log.warning("Which steps this Orbax does not keep in %s is unknown.", manager.directory)
     for step in retired or ():

@@ -12,10 +12,11 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from lazy_orbax import _orbax, digest_file, file_names
+from lazy_orbax import digest_file, file_names
+from lazy_orbax._orbax import describe, multihost, on_disk
+from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.errors import TreeError, summarize
 from lazy_orbax.layout import Leaf
 from lazy_orbax.plan import Plan
@@ -124,7 +125,7 @@ def make_format(
     for leaf, layout in zip(leaves, plan.layouts, strict=True):
         info = tree.leaves[leaf.position]
         try:
-            spec, metadata = _orbax.array_write_spec(
+            spec, metadata = on_disk.array_write_spec(
                 info,
                 shape=leaf.shape,
                 write_shape=layout.write_shape,
@@ -138,18 +139,18 @@ def make_format(
             continue
         if leaf.sharding is not None:
             array_metadatas.append(metadata)
-            if _orbax.stores_array_metadata(info.type_handler):
+            if on_disk.stores_array_metadata(info.type_handler):
                 write_shapes[leaf.name] = metadata.write_shape
     if problems:
         raise TreeError(f"These leaves cannot be stored:{summarize(problems)}")
-    primary_host = _orbax.primary_host(handler)
-    is_primary = _orbax.is_primary_host(primary_host)
+    primary_host = describe.primary_host(handler)
+    is_primary = multihost.is_primary_host(primary_host)
     return Format(
         tuple(stored),
         tuple(kvstores if _is_shared(tree) else map(_with_small_nodes, kvstores)),
-        json.dumps(_orbax.directory_kvstore_spec(tree.directory)),
+        json.dumps(on_disk.directory_kvstore_spec(tree.directory)),
         _small_files(tree, leaves, array_metadatas, is_primary),
-        _orbax.tree_metadata(handler, tree, write_shapes) if is_primary else None,
+        on_disk.tree_metadata(handler, tree, write_shapes) if is_primary else None,
         is_primary,
         _digest_template(tree, plan, stored, primary_host),
     )
@@ -158,7 +159,7 @@ def make_format(
 def _digest_template(
     tree: TreeInfo, plan: Plan, stored: Sequence[StoredLeaf], primary_host: int | None
 ) -> digest_file.DigestTemplate:
-    process = _orbax.process_index()
+    process = multihost.process_index()
     mine = {leaf.position for leaf in plan.leaves}
     others = [
         leaf.name
@@ -197,7 +198,7 @@ def _stored(
     if kvstore["driver"] == "ocdbt":
         kvstore.pop("path", None)
     else:
-        kvstore = _orbax.directory_kvstore_spec(directory)
+        kvstore = on_disk.directory_kvstore_spec(directory)
         _check_path(leaf.name)
     own = {key: value for key, value in spec.items() if key != "kvstore"}
     place = kvstores.setdefault(json.dumps(kvstore), len(kvstores))
@@ -262,8 +263,8 @@ def _small_files(
     files = {}
     type_handler = tree.leaves[arrays[0].position].type_handler
     shardings = [(leaf.name, leaf.sharding) for leaf in arrays if leaf.sharding is not None]
-    if is_primary and (content := _orbax.sharding_file(type_handler, shardings)) is not None:
+    if is_primary and (content := on_disk.sharding_file(type_handler, shardings)) is not None:
         files[file_names.SHARDINGS] = content
-    if (content := _orbax.array_metadatas_file(type_handler, array_metadatas)) is not None:
-        files[f"{file_names.ARRAY_METADATAS}/process_{_orbax.process_index()}"] = content
+    if (content := on_disk.array_metadatas_file(type_handler, array_metadatas)) is not None:
+        files[f"{file_names.ARRAY_METADATAS}/process_{multihost.process_index()}"] = content
     return files

@@ -11,9 +11,9 @@ import functools
 import json
 from typing import Any
 
-import orbax.checkpoint as ocp
-
-from lazy_orbax import _orbax, step_metadata, stock
+from lazy_orbax import step_metadata, stock
+from lazy_orbax._orbax import describe, lifecycle, multihost, symbols
+from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.agreement import agreement_on
 from lazy_orbax.attempt import Fate, attempt_at
 from lazy_orbax.cleaning import end_earlier
@@ -42,7 +42,7 @@ _STOCK_CONCURRENT_GB = 96
 _LEAST_SLABS = 4
 
 
-class LazyCheckpointHandler(_orbax.HANDLER_BASE):
+class LazyCheckpointHandler(symbols.HANDLER_BASE):
     """Saves trees of `jax.Array`s lazily, in Orbax's own format.
 
     Use it with `lazy_orbax.args.LazySave` and `LazyRestore`, or through `pytree_handler()` and
@@ -101,7 +101,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         self._multiprocessing_options = keywords.get("multiprocessing_options")
         restore_gb = restore_concurrent_gb or _STOCK_CONCURRENT_GB
         self.settings = _hashable({**keywords, "use_compression": use_compression})
-        if _orbax.warn_if_stock():
+        if symbols.warn_if_stock():
             keywords["restore_concurrent_gb"] = restore_gb
         else:
             keywords["restore_concurrent_bytes"] = restore_gb * _GB
@@ -126,15 +126,15 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             TreeError: the tree cannot be saved. Nothing was written.
             SaveError: the save failed while it waited for host memory.
         """
-        if _orbax.MISSING or getattr(args, "partial_save_mode", False):
-            stock_args = stock.save_args(args) if _orbax.MISSING else args
+        if symbols.MISSING or getattr(args, "partial_save_mode", False):
+            stock_args = stock.save_args(args) if symbols.MISSING else args
             return await super().async_save(directory, args=stock_args)
         custom_metadata = _own_json(args.custom_metadata)
         path = stock.path_of(directory)
         place = final_directory(path)
         # Before what is left of earlier saves is looked at: this one may have the same directory.
-        removes_all = _orbax.is_primary_host(_orbax.primary_host(self))
-        attempt = attempt_at(path, _orbax.operation_id(), removes_all=removes_all)
+        removes_all = multihost.is_primary_host(describe.primary_host(self))
+        attempt = attempt_at(path, lifecycle.operation_id(), removes_all=removes_all)
         earlier = self._commits
         end_earlier([commit.part for commit in earlier], place)
         self._commits = [commit for commit in earlier if not commit.part.is_over]
@@ -162,7 +162,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         agreement = agreement_on(
             prepared.plan.processes,
             self._multiprocessing_options,
-            operation=_orbax.operation_id(),
+            operation=lifecycle.operation_id(),
             item=place.rpartition("/")[2],
         )
         # Created before the snapshot: a state larger than the budget is written while it is taken.
@@ -224,7 +224,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             CorruptCheckpointError: what is stored, or was restored, is not what was saved.
             MalformedCheckpointError: it is not a checkpoint that Orbax wrote.
         """
-        stock_args = stock.restore_args(args) if args and _orbax.MISSING else args
+        stock_args = stock.restore_args(args) if args and symbols.MISSING else args
         by_orbax = functools.partial(super().restore, directory, args=stock_args)
         with examined(directory, args, verifies=self.options.verify_restore):
             return restore(self, directory, args, by_orbax)

@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
 from lazy_orbax import file_names
+from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.errors import CorruptCheckpointError, OptionError, Problem, RestoreError
 from lazy_orbax.events import step_of
 from lazy_orbax.restore import deferred

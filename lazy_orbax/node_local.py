@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
-from lazy_orbax import _orbax
+from lazy_orbax._orbax import multihost
+from lazy_orbax._orbax.symbols import ocp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def node_local_options(
         primary_host=None,
         replica_id=None,
         use_replica_parallel=False,
-        array_metadata_store=_orbax.array_metadata_store(),
+        array_metadata_store=multihost.array_metadata_store(),
     )
     scalars = ocp.type_handlers.ScalarHandler()
     registry = ocp.type_handlers.create_type_handler_registry(

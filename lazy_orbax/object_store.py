@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from lazy_orbax import _orbax
+from lazy_orbax._orbax import on_disk
+from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.errors import OptionError
 
 # They stand for the item's directory in everything that is kept from save to save.
@@ -44,7 +44,7 @@ def stand_in(directory: str) -> str:
     if not scheme:
         return f"/{_DIRECTORY}"
     address = f"{scheme}://{_BUCKET}/{_DIRECTORY}"
-    if _orbax.directory_kvstore_spec(address).get("bucket") != _BUCKET:
+    if on_disk.directory_kvstore_spec(address).get("bucket") != _BUCKET:
         raise OptionError(
             f"{directory}: orbax-checkpoint {ocp.__version__} does not write to {scheme}:// (it "
             "would take the address for a local path). Use gs:// or a local directory, which may "

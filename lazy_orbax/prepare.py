@@ -18,7 +18,7 @@ import jax
 import jax.core
 import numpy as np
 
-from lazy_orbax import _orbax
+from lazy_orbax._orbax import describe, on_disk
 from lazy_orbax.errors import TreeError
 from lazy_orbax.format import Format, make_format
 from lazy_orbax.given import given_of, origins
@@ -196,7 +196,7 @@ def _array_types(types: set[type]) -> set[type]:
 
 
 def _settings(handler: Any, types: set[type]) -> tuple[Any, ...]:
-    found = {type_: _orbax.type_handler_for(handler, type_) for type_ in types}
+    found = {type_: describe.type_handler_for(handler, type_) for type_ in types}
     return (handler.settings, frozenset(found.items()))
 
 
@@ -208,7 +208,7 @@ def _make(
     keypaths = [jax.tree_util.keystr(path) for path, _ in with_paths]
     leaves = [leaf for _, leaf in with_paths]
     refuse_unsupported(handler, keypaths, leaves)
-    tree = _orbax.describe_tree(handler, item, save_args, destination)
+    tree = describe.describe_tree(handler, item, save_args, destination)
     refuse_clashes(keypaths, tree)
     planned, others, key_metadata = [], [], {}
     for position, (value, keypath) in enumerate(zip(leaves, keypaths, strict=True)):
@@ -220,7 +220,7 @@ def _make(
             continue
         given = given_of(value)
         if isinstance(value, jax.Array) and is_key(value):
-            key_metadata[position] = _orbax.key_metadata(value)
+            key_metadata[position] = on_disk.key_metadata(value)
             value = jax.random.key_data(value)
         sharding = value.sharding if isinstance(value, jax.Array) else None
         if given is not None:  # Stored as the original would be.
@@ -230,7 +230,7 @@ def _make(
         names = (position, info.name, keypath)
         planned.append(Leaf(*names, shape, stored.dtype, sharding, is_given=given is not None))
     arrays = [leaf.position for leaf in planned if leaf.sharding is not None]
-    policy = _orbax.replica_policy(tree.leaves[arrays[0]].type_handler if arrays else None)
+    policy = describe.replica_policy(tree.leaves[arrays[0]].type_handler if arrays else None)
     plan = make_plan(planned, policy, process_index=jax.process_index(), slab_bytes=slab_bytes)
     format_ = make_format(handler, tree, plan, key_metadata)
     positions = tuple(leaf.position for leaf in planned)

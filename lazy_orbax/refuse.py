@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lazy_orbax import _orbax
+from lazy_orbax._orbax import describe
 from lazy_orbax.errors import DeletedArrayError, TreeError, summarize
 from lazy_orbax.tree import TreeInfo
 
@@ -49,7 +49,7 @@ def refuse_unsupported(handler: Any, keypaths: Sequence[str], leaves: Sequence[A
     problems = []
     for keypath, leaf in zip(keypaths, leaves, strict=True):
         type_ = type(leaf)
-        if _orbax.type_handler_for(handler, type_) is None:
+        if describe.type_handler_for(handler, type_) is None:
             problems.append(
                 f"{keypath}: {type_.__name__}: TypeHandler lookup failed for: type={type_}; "
                 "convert it to an array, a number or a string, or register a type handler for it"

@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
 from lazy_orbax import file_names, stock
+from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.args import LazyRestore
 from lazy_orbax.errors import OptionError, Problem
 from lazy_orbax.events import step_of

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lazy_orbax import _orbax, step_metadata, stock
+from lazy_orbax import step_metadata, stock
+from lazy_orbax._orbax import symbols
 from lazy_orbax.errors import MalformedCheckpointError, Problem, RestoreError, summarize
 from lazy_orbax.layout import is_key
 from lazy_orbax.restored import check_restored
@@ -59,7 +60,7 @@ def examined(
         with checked(directory, args, aggregate):
             yield
     except MalformedCheckpointError as error:
-        if verifies and not _orbax.MISSING:
+        if verifies and not symbols.MISSING:
             stored = StoredItem(str(directory))
             # Its data may be what is dangerous.
             problems = [*stored.problems, *stored.check_files()]
@@ -112,7 +113,7 @@ def _restore(
     # With several processes one looks for another step: each would read all of it.
     look = look and jax.process_index() == 0
     place = str(directory)
-    verifies = handler.options.verify_restore and not _orbax.MISSING
+    verifies = handler.options.verify_restore and not symbols.MISSING
     stored = StoredItem(place) if verifies else None
     if stored is None or not stored.is_covered:
         with explained(handler, directory, args):

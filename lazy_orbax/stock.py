@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 
+from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.tree import LeafInfo
 
 

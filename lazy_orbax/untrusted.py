@@ -12,12 +12,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
 from lazy_orbax import file_names, metadata_checks, ocdbt_checks, tree_checks, zarr_checks
 from lazy_orbax._machine import memory_bytes
+from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.errors import MalformedCheckpointError
 from lazy_orbax.file_checks import Files, brief, read_small, survey
 from lazy_orbax.object_store import open_store, scheme_of

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore as ts
 
-from lazy_orbax import _orbax, digest, file_names, object_store
+from lazy_orbax import digest, file_names, object_store
+from lazy_orbax._orbax import on_disk, symbols
 from lazy_orbax.deadline import Deadline
 from lazy_orbax.format import Format
 from lazy_orbax.plan import Piece, Plan, Slab
@@ -232,9 +233,9 @@ def merge(handler: Any, directory: Any, by_orbax: Callable[[], None], *, timeout
         context = ts.Context({**_CONTEXT, **object_store.context_spec(place, timeout_s)})
         # Not `asyncio.run`: it cancels what other threads run.
         with contextlib.closing(asyncio.new_event_loop()) as loop:
-            loop.run_until_complete(_orbax.finalize(handler, directory, context))
+            loop.run_until_complete(on_disk.finalize(handler, directory, context))
 
-    is_remote = object_store.scheme_of(place) and not _orbax.MISSING
+    is_remote = object_store.scheme_of(place) and not symbols.MISSING
     try:
         Deadline(place, timeout_s).run(remotely if is_remote else by_orbax, "lazy_orbax-merge")
     except Exception as error:  # Each storage client has errors of its own.

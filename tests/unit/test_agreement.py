@@ -10,7 +10,8 @@ import jax
 import pytest
 from orbax.checkpoint._src.futures.signaling_client import ThreadSafeKeyValueSignalingClient
 
-from lazy_orbax import _orbax, agreement
+from lazy_orbax import agreement
+from lazy_orbax._orbax import multihost
 from lazy_orbax.agreement import Agreement, agreement_on
 from lazy_orbax.errors import SaveError
 from lazy_orbax.save_error import save_error
@@ -138,8 +139,8 @@ def test_a_long_message_is_cut(store):
 )
 def test_who_takes_part(monkeypatch, processes, options, me, members, leader):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
-    monkeypatch.setattr(_orbax, "process_index", lambda: me)
-    monkeypatch.setattr(_orbax, "key_value_store", lambda: None)
+    monkeypatch.setattr(multihost, "process_index", lambda: me)
+    monkeypatch.setattr(multihost, "key_value_store", lambda: None)
     given = None if options is None else SimpleNamespace(**({"primary_host": 0} | options))
     found = agreement_on(frozenset(processes), given, operation="7", item="state")
     if members is None:

@@ -9,7 +9,8 @@ import textwrap
 
 import pytest
 
-from lazy_orbax import _orbax, errors
+from lazy_orbax import errors
+from lazy_orbax._orbax import standard_handler, symbols
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -26,18 +27,19 @@ SCRIPT = """
     delattr(module, symbol)
     warnings.simplefilter("error")
     import lazy_orbax
-    from lazy_orbax import _orbax, errors
+    from lazy_orbax import errors
+    from lazy_orbax._orbax import symbols
     # Orbax itself still needs it: in a release without it nothing of Orbax would ask for it.
     setattr(module, symbol, taken)
     warnings.simplefilter("default")
 
-    assert _orbax.MISSING == [f"orbax.checkpoint._src.{module_name}.{symbol}"], _orbax.MISSING
+    assert symbols.MISSING == [f"orbax.checkpoint._src.{module_name}.{symbol}"], symbols.MISSING
 
     def warned(make):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             handler = make()
-        caught = [w for w in caught if w.category is _orbax.StockFallbackWarning]
+        caught = [w for w in caught if w.category is symbols.StockFallbackWarning]
         assert caught, f"{make} did not warn"
         for warning in caught:
             assert symbol in str(warning.message)
@@ -109,7 +111,7 @@ SCRIPT = """
 )
 def test_without_a_symbol_saves_are_stock_saves(key):
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SCRIPT), *_orbax._NEEDED[key]],
+        [sys.executable, "-c", textwrap.dedent(SCRIPT), *symbols._NEEDED[key]],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -120,24 +122,24 @@ def test_without_a_symbol_saves_are_stock_saves(key):
     assert done.stdout == "restored"
 
 
-@pytest.mark.parametrize("key", _orbax._NEEDED)
+@pytest.mark.parametrize("key", symbols._NEEDED)
 def test_every_symbol_is_probed(key, monkeypatch):
-    module, symbol = _orbax._NEEDED[key]
+    module, symbol = symbols._NEEDED[key]
     name = f"orbax.checkpoint._src.{module}"
     monkeypatch.delattr(importlib.import_module(name), symbol)
-    found, missing = _orbax._probe()
+    found, missing = symbols._probe()
     assert missing == [f"{name}.{symbol}"]
-    assert set(found) == set(_orbax._NEEDED) - {key}
+    assert set(found) == set(symbols._NEEDED) - {key}
 
 
 def test_a_module_that_is_gone_is_missing_too(monkeypatch):
-    monkeypatch.setitem(_orbax._NEEDED, "gone", ("no.such.module", "Symbol"))
-    assert _orbax._probe()[1] == ["orbax.checkpoint._src.no.such.module.Symbol"]
+    monkeypatch.setitem(symbols._NEEDED, "gone", ("no.such.module", "Symbol"))
+    assert symbols._probe()[1] == ["orbax.checkpoint._src.no.such.module.Symbol"]
 
 
 def test_with_the_orbax_that_is_installed_nothing_is_missing():
-    assert _orbax.MISSING == []
-    assert not _orbax.warn_if_stock()  # A warning would be an error here.
+    assert symbols.MISSING == []
+    assert not symbols.warn_if_stock()  # A warning would be an error here.
 
 
 def test_a_standard_handler_that_cannot_be_filled_says_so():
@@ -145,4 +147,4 @@ def test_a_standard_handler_that_cannot_be_filled_says_so():
         pass
 
     with pytest.warns(errors.StockFallbackWarning, match="StandardCheckpointHandler._impl"):
-        _orbax.put_inside_standard_handler(WithoutImpl(), None)
+        standard_handler.put_inside_standard_handler(WithoutImpl(), None)

@@ -13,7 +13,8 @@ from etils import epath
 from trees import on_mesh
 
 import lazy_orbax
-from lazy_orbax import _orbax, sync
+from lazy_orbax import sync
+from lazy_orbax._orbax import multihost
 
 WAIT_S = 30
 
@@ -152,7 +153,7 @@ def test_what_a_save_wrote_is_all_synced(tmp_path, mesh, synced, separate):
     }
     arrays = ocp.type_handlers.ArrayHandler(
         enable_replica_parallel_separate_folder=separate,
-        array_metadata_store=_orbax.array_metadata_store(),
+        array_metadata_store=multihost.array_metadata_store(),
     )
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     directory = tmp_path / "item"

@@ -1,0 +1,76 @@
+"""What Orbax says of a tree: names, type handlers, who writes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from etils import epath
+
+from lazy_orbax._orbax.symbols import SRC, ocp
+from lazy_orbax.layout import ReplicaPolicy
+from lazy_orbax.tree import Destination, LeafInfo, TreeInfo
+
+
+def describe_tree(handler: Any, item: Any, save_args: Any, destination: Destination) -> TreeInfo:
+    """Returns Orbax's view of every leaf, in the order of `jax.tree.leaves(item)`.
+
+    Everything in it is for `destination`.
+
+    Raises:
+        LookupError: Orbax has no type handler for some leaf; the message is a list of key paths.
+    """
+    filled = SRC["fill_args"](item, save_args, mode="save")
+    infos = handler._get_param_infos(
+        item,
+        epath.Path(destination.directory),
+        use_ocdbt=handler._use_ocdbt,
+        use_compression=handler._use_compression,
+        use_zarr3=handler._use_zarr3,
+        ocdbt_target_data_file_size=destination.target_file_bytes,
+    )
+    is_leaf = SRC["is_empty_or_leaf"]
+    flat = [jax.tree.leaves(tree, is_leaf=is_leaf) for tree in (item, infos, filled)]
+    leaves = []
+    for value, info, arg in zip(*flat, strict=True):
+        if not SRC["is_empty_node"](value):
+            type_handler = handler._type_handler_registry.get(type(value))
+            route = _route(value, type_handler)
+            leaves.append(LeafInfo(info.name, route, type_handler, info, arg))
+    return TreeInfo(tuple(leaves), infos, filled, destination.directory)
+
+
+def type_handler_for(handler: Any, type_: type) -> Any | None:
+    """Returns Orbax's type handler for values of `type_`, or `None`."""
+    registry = handler._type_handler_registry
+    return registry.get(type_) if registry.has(type_) else None
+
+
+def _route(value: Any, type_handler: Any) -> str:
+    """Whether a leaf's type handler does what the stock one does, so that we may do it."""
+    kind = type(type_handler)
+    if isinstance(value, jax.Array):
+        stock = ocp.type_handlers.ArrayHandler
+        lazy = issubclass(kind, stock) and kind.serialize is stock.serialize
+        return "array" if lazy and getattr(type_handler, "_dispatcher", None) is None else "other"
+    for stock in (ocp.type_handlers.NumpyHandler, ocp.type_handlers.ScalarHandler):
+        if kind is stock:
+            return "host"
+    return "other"
+
+
+def replica_policy(array_handler: Any) -> ReplicaPolicy:
+    """Returns which replicas write, as the type handler for `jax.Array`, if any, has it."""
+    if array_handler is None:
+        return ReplicaPolicy()
+    return ReplicaPolicy(
+        replica_id=array_handler._replica_id,
+        parallel=array_handler._use_replica_parallel,
+        min_slice_bytes=array_handler._min_slice_bytes_for_replica_parallel or 0,
+        max_replicas=array_handler._max_replicas_for_replica_parallel,
+    )
+
+
+def primary_host(handler: Any) -> int | None:
+    """Returns the process that writes what is written once."""
+    return handler._primary_host
