@@ -8,8 +8,7 @@ from typing import Any
 
 import tensorstore as ts
 
-from lazy_orbax.digest import Box
-from lazy_orbax.layout import Shape
+from lazy_orbax.boxes import Box, Shape
 
 _OTHER_DTYPES = ("int2", "int4", "uint2", "uint4", "bool", "string", "json")
 # Of a Zarr v3 shard with one chunk: its offset and size, and a checksum of these.

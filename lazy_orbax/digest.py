@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 import xxhash
 
-from lazy_orbax.layout import Shape, index_of
+from lazy_orbax.boxes import parts
 
 # A piece that is not contiguous is made so in parts of this size.
 _PART_BYTES = 2**24
 # They have less than a byte each, of which only the low bits are stored.
 _CARRIERS = {ts.dtype(name).numpy_dtype: np.int8 for name in ("int2", "int4") if hasattr(ts, name)}
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Box:
-    """A rectangle of a leaf.
-
-    Attributes:
-        start: where it starts in the global array.
-        shape: its shape.
-    """
-
-    start: Shape
-    shape: Shape
-
-    @property
-    def index(self) -> tuple[slice, ...]:
-        """The rectangle as an index into the global array."""
-        return index_of(self.start, self.shape)
-
-    def __str__(self) -> str:
-        return f"[{', '.join(f'{part.start}:{part.stop}' for part in self.index)}]"
 
 
 def digest_of(array: np.ndarray) -> int:
@@ -81,38 +57,6 @@ def bytes_of(array: np.ndarray) -> np.ndarray:
     if array.dtype in _CARRIERS:
         array = array.astype(_CARRIERS[array.dtype])
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-
-
-def parts(
-    shape: Shape, itemsize: int, limit_bytes: int, chunk: Shape | None = None
-) -> Iterator[Box]:
-    """Cuts an array into boxes of at most `limit_bytes` that follow each other in C order.
-
-    Args:
-        shape: the array's shape.
-        itemsize: bytes of one element.
-        limit_bytes: most bytes of a box, unless one element has more.
-        chunk: shape of the chunks in which it is stored. Boxes are cut between chunks, where rows
-            of whole chunks do not take more than four times the limit.
-    """
-    axis = 0
-    while axis < len(shape) and math.prod(shape[axis + 1 :]) * itemsize > limit_bytes:
-        axis += 1
-    if axis == len(shape):
-        if not shape:
-            yield Box((), ())
-            return
-        axis -= 1
-    row_bytes = max(1, math.prod(shape[axis + 1 :]) * itemsize)
-    rows = max(1, limit_bytes // row_bytes)
-    if chunk and math.prod(shape[1:]) * itemsize * chunk[0] <= 4 * limit_bytes:
-        axis, row_bytes = 0, math.prod(shape[1:]) * itemsize
-        rows = max(1, limit_bytes // row_bytes // chunk[0]) * chunk[0]
-    for outer in np.ndindex(*shape[:axis]):
-        for row in range(0, shape[axis], rows):
-            start = (*outer, row, *(0 for _ in shape[axis + 1 :]))
-            n_rows = min(rows, shape[axis] - row)
-            yield Box(start, (*(1 for _ in outer), n_rows, *shape[axis + 1 :]))
 
 
 def cast(array: np.ndarray, dtype: str) -> np.ndarray:

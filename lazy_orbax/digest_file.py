@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from lazy_orbax.digest import Box, digest_of_bytes, digest_of_text
+from lazy_orbax.boxes import Box, Shape
+from lazy_orbax.digest import digest_of_bytes, digest_of_text
 from lazy_orbax.events import final_directory, step_of
-from lazy_orbax.layout import Shape
 from lazy_orbax.plan import Piece, Plan
 
 DIRECTORY = "lazy_orbax_digests"

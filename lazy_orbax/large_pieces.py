@@ -7,8 +7,8 @@ import math
 import tensorstore as ts
 
 from lazy_orbax import digest
+from lazy_orbax.boxes import Box, parts
 from lazy_orbax.chunk_files import chunk_keys, chunk_shape, plain_bytes
-from lazy_orbax.digest import Box
 
 PART_BYTES = 2**26
 
@@ -29,7 +29,7 @@ def digest_in_parts(store: ts.TensorStore, box: Box) -> int:
         return found
     hasher, itemsize = digest.hasher(), store.dtype.numpy_dtype.itemsize
     # Rows of whole chunks, where that is not too much.
-    for part in digest.parts(box.shape, itemsize, PART_BYTES, chunk):
+    for part in parts(box.shape, itemsize, PART_BYTES, chunk):
         start = tuple(a + b for a, b in zip(box.start, part.start, strict=True))
         hasher.update(digest.bytes_of(store[Box(start, part.shape).index].read().result()))
     return hasher.intdigest()

@@ -12,24 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Shape = tuple[int, ...]
+from lazy_orbax.boxes import Shape
+
 Device = Any
 """A `jax.Device`, which type checkers take for a variable."""
 PINNED_HOST = "pinned_host"
 """JAX's name of host memory that devices copy to by themselves."""
-
-
-def index_of(start: Shape, shape: Shape, origin: Shape | None = None) -> tuple[slice, ...]:
-    """Returns a rectangle as an index.
-
-    Args:
-        start: where it starts in the global array.
-        shape: its shape.
-        origin: where that starts which is indexed; `None` is the global array itself.
-    """
-    if origin is not None:
-        start = tuple(a - b for a, b in zip(start, origin, strict=True))
-    return tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

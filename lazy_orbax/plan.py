@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lazy_orbax.layout import Device, Layout, Leaf, ReplicaPolicy, Shape, index_of, layout_of
+from lazy_orbax.boxes import Shape, index_of
+from lazy_orbax.layout import Device, Layout, Leaf, ReplicaPolicy, layout_of
 
 Kind = Literal["mesh", "shards", "host", "given"]
 _T = TypeVar("_T")

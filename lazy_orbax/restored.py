@@ -14,9 +14,9 @@ import jax
 import numpy as np
 
 from lazy_orbax import digest, file_names, host_copies
-from lazy_orbax.digest import Box
+from lazy_orbax.boxes import Box
 from lazy_orbax.errors import Problem
-from lazy_orbax.layout import index_of, is_key
+from lazy_orbax.layout import is_key
 from lazy_orbax.plan import runs
 from lazy_orbax.stored import Piece, StoredItem
 
@@ -63,10 +63,10 @@ def check_restored(stored: StoredItem, leaves: Mapping[str, Any]) -> list[Proble
             again += mine
     for part, host in _on_host(parts):
         for piece in _touching(stored, part):
-            if not _is_within(piece.box, part.box):
+            if not piece.box.is_within(part.box):
                 again.append(part)  # Another process has the rest.
                 break
-            if digest.digest_of(host[_relative(piece.box, part.box)]) != piece.digest:
+            if digest.digest_of(host[piece.box.relative_to(part.box)]) != piece.digest:
                 problems.append(_explain(stored, piece))
     return problems + list(_compare(stored, again))
 
@@ -115,25 +115,6 @@ def _touching(stored: StoredItem, part: _Part) -> Iterator[Piece]:
         yield Piece(part.leaf, box, found)
 
 
-def _overlap(a: Box, b: Box) -> Box | None:
-    if len(a.start) != len(b.start):
-        return None
-    start = tuple(map(max, a.start, b.start))
-    ends = [
-        min(i + n, j + m) for i, n, j, m in zip(a.start, a.shape, b.start, b.shape, strict=True)
-    ]
-    shape = tuple(end - first for end, first in zip(ends, start, strict=True))
-    return Box(start, shape) if all(n > 0 for n in shape) else None
-
-
-def _is_within(box: Box, whole: Box) -> bool:
-    return box == whole or _overlap(box, whole) == box
-
-
-def _relative(box: Box, whole: Box) -> tuple[slice, ...]:
-    return index_of(box.start, box.shape, whole.start)
-
-
 def _explain(stored: StoredItem, piece: Piece) -> Problem:
     """Finds out whether the storage is wrong, or only what was read from it."""
     for problem in stored.check_pieces([piece]):
@@ -156,15 +137,15 @@ def _compare(stored: StoredItem, parts: Iterable[_Part]) -> Iterator[Problem]:
                     "on the way here",
                     stored.file_of(piece),
                     piece.leaf,
-                    str(_overlap(piece.box, part.box)),
+                    str(piece.box.overlap(part.box)),
                 )
 
 
 def _is_same(data: np.ndarray, box: Box, host: np.ndarray, part: Box) -> bool:
     """Whether two arrays hold the same where their boxes overlap, but for the dtype."""
-    common = _overlap(box, part)
+    common = box.overlap(part)
     assert common is not None
-    wanted, found = data[_relative(common, box)], host[_relative(common, part)]
+    wanted, found = data[common.relative_to(box)], host[common.relative_to(part)]
     if wanted.dtype != found.dtype:
         try:
             wanted = digest.cast(np.ascontiguousarray(wanted), found.dtype.name)

@@ -1,18 +1,11 @@
-"""The small files beside the arrays, against their digests. What is too large is not read."""
+"""Small files in a local directory or a bucket. What is too large is not read."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
-from typing import Any
 
-import tensorstore as ts
 from etils import epath
 
-from lazy_orbax import file_names
-from lazy_orbax.digest import digest_of_bytes, digest_of_text
-from lazy_orbax.errors import Problem
 from lazy_orbax.object_store import open_store, scheme_of
 
 # Of a file of digests: about 60 bytes for each piece.
@@ -40,65 +33,3 @@ def read(directory: str, name: str) -> bytes:
     if scheme_of(directory):  # What epath knows of its size may be of what was there before.
         return open_store(directory).read(name).result().value
     return (epath.Path(directory) / name).read_bytes()
-
-
-def changed_files(
-    directory: str, store: ts.KvStore, wanted: Mapping[str, tuple[int, int]]
-) -> list[Problem]:
-    """Returns which files are not those that were written.
-
-    Args:
-        directory: the item's directory.
-        store: the same, to read from.
-        wanted: size in bytes and digest of each, by name.
-    """
-    problems = []
-    sizes = {name: size_of(directory, name) for name in wanted}
-    reads = {name: store.read(name) for name, (size, _) in wanted.items() if sizes[name] == size}
-    for name, (size, digest) in wanted.items():
-        if sizes[name] is None:
-            problems.append(Problem("is missing", name))
-        elif name not in reads:
-            what = f"has {sizes[name]} bytes, but {size} were written"
-            problems.append(Problem(what, name))
-        elif isinstance(content := _content(reads[name]), Exception):
-            problems.append(Problem(f"cannot be read: {content}", name))
-        elif digest_of_bytes(content) != digest:
-            problems.append(Problem(f"its {size} bytes are not those that were written", name))
-    return problems
-
-
-def changed_strings(directory: str, store: ts.KvStore, wanted: Mapping[str, int]) -> list[Problem]:
-    """Returns which leaves are not the strings that were saved.
-
-    Args:
-        directory: the item's directory.
-        store: the same, to read from.
-        wanted: the digest of each, by the name of the leaf.
-    """
-    size = size_of(directory, file_names.STRINGS) if wanted else 0
-    if size is None or size > MOST_BYTES:
-        return [Problem("is missing" if size is None else f"has {size} bytes", file_names.STRINGS)]
-    try:
-        found = json.loads(store.read(file_names.STRINGS).result().value) if wanted else {}
-    except (ValueError, OSError, RecursionError) as error:
-        return [Problem(f"cannot be read: {error}", file_names.STRINGS)]
-    return [
-        Problem("is not the string that was saved", file_names.STRINGS, name)
-        for name, digest in wanted.items()
-        if not isinstance(text := _at(found, name), str) or digest_of_text(text) != digest
-    ]
-
-
-def _content(read: Any) -> bytes | Exception:
-    try:
-        return read.result().value
-    except (ValueError, OSError) as error:
-        return error
-
-
-def _at(found: Any, name: str) -> Any:
-    """Returns the value at a leaf's name, which Orbax takes for a JSON pointer."""
-    for key in name.split("/"):
-        found = found.get(key) if isinstance(found, dict) else None
-    return found

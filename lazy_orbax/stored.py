@@ -11,8 +11,8 @@ import numpy as np
 import tensorstore as ts
 
 from lazy_orbax import digest, digest_file, file_names, object_store, small_files
+from lazy_orbax.boxes import Box
 from lazy_orbax.chunk_files import chunk_keys, file_of
-from lazy_orbax.digest import Box
 from lazy_orbax.digest_file import DigestError, LeafDigests
 from lazy_orbax.errors import Problem
 from lazy_orbax.large_pieces import PART_BYTES, digest_in_parts
