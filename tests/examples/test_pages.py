@@ -5,8 +5,14 @@ import pytest
 
 NOT_RUN = [block for page in pages.PAGES for block in pages.blocks(page) if block.not_run]
 
-# What a page shows to fail leaves coroutines of Orbax behind.
-pytestmark = pytest.mark.usefixtures("restores_that_fail")
+# A restore that a page shows to fail leaves coroutines of Orbax behind, and reads that TensorStore
+# ends when Orbax has closed its event loop.
+pytestmark = [
+    pytest.mark.usefixtures("restores_that_fail"),
+    pytest.mark.filterwarnings(
+        r"ignore:[\s\S]*Event loop is closed:pytest.PytestUnraisableExceptionWarning"
+    ),
+]
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=pages.name_of)
