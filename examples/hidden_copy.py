@@ -5,7 +5,8 @@
 Four emulated devices, data in parallel and the weights split over them. The same training, three
 times: with one donating step, with the step in two halves (`split_step`), and with a step that
 returns a copy of its input (`SnapshotStep`). Each saves through a `CheckpointManager`; each
-restores the same numbers, and all three lose alike. When to use which: `examples/modes.md`.
+restores the same numbers, and all three lose alike. When to use which:
+`examples/guides/modes.md`.
 """
 
 from __future__ import annotations

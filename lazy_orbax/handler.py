@@ -67,7 +67,8 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
                 `options.host_bytes`; the smaller counts.
             restore_concurrent_gb: as in stock Orbax, most GB being restored at once.
             save_device_host_concurrent_gb: as `save_concurrent_gb`.
-            use_compression: compress with zstd. Stock Orbax does by default; see the README.
+            use_compression: compress with zstd, as stock Orbax does by default. Why not here:
+                `examples/guides/differences.md`.
             **keywords: every other keyword of `ocp.PyTreeCheckpointHandler`.
 
         Raises:

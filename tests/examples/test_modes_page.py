@@ -1,15 +1,13 @@
-"""The snippets of `examples/modes.md` are one program, and it does what the page says."""
-
-import pathlib
-import re
+"""The snippets of `examples/guides/modes.md` are one program, and it does what the page says."""
 
 import numpy as np
 import orbax.checkpoint as ocp
+import pages
 import pytest
 
 import lazy_orbax
 
-PAGE = pathlib.Path(__file__).parents[2] / "examples" / "modes.md"
+PAGE = pages.GUIDES / "modes.md"
 
 
 @pytest.fixture
@@ -22,12 +20,9 @@ def after(tmp_path, monkeypatch):
         return options(on_timeline=timelines.append, **keywords)
 
     monkeypatch.setattr(lazy_orbax, "LazyOptions", recorded)
-    snippets = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    assert len(snippets) == 4
-    names = {"path": tmp_path}
-    for snippet in snippets:
-        exec(compile(snippet, PAGE.name, "exec"), names)
-    return names, timelines
+    monkeypatch.chdir(tmp_path)
+    assert len(pages.blocks(PAGE)) == 4
+    return pages.run(PAGE), timelines
 
 
 def test_the_snippets_save_what_the_page_says(after, tmp_path):
