@@ -14,7 +14,7 @@ _USABLE_FRACTION = 0.95
 _ONLY_WAY = {
     "host": ("host", "not on a device"),
     "given": ("in_step", "the step had copied it to pinned host memory"),
-    "shards": ("direct", "its layout or memory is not one that is packed"),
+    "shards": ("direct", "its size, layout or memory is not one that is packed"),
 }
 
 

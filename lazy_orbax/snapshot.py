@@ -148,7 +148,10 @@ def _sources(
                 array = next(s.data for s in array.addressable_shards if s.device == device)
                 if cut and not layout.holds_whole_shards:
                     with jax.set_mesh(mesh_of_one(device)):  # Other processes write the rest.
-                        array = array[piece.index_in_shard]
+                        # With bounds that are part of the program: they have 64 bits. An index
+                        # into an array may become one that is computed, which has 32.
+                        bounds = [(part.start, part.stop) for part in piece.index_in_shard]
+                        array = jax.lax.slice(array, *zip(*bounds, strict=True))
             arrays.append(array)
         sources.append(copied[key])
     return arrays, sources

@@ -1,0 +1,90 @@
+"""Leaves and slabs of more than 2**31 elements, really saved, and restored by stock Orbax.
+
+They take minutes, 3 GB of disk and up to 12 GB of memory, so they run on request:
+`LAZY_ORBAX_LARGE=1 python -m pytest -n 0 tests/interop/test_large_leaves.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+import lazy_orbax
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        os.environ.get("LAZY_ORBAX_LARGE") != "1",
+        reason="takes 12 GB of memory; runs with LAZY_ORBAX_LARGE=1",
+    ),
+]
+BLOCK = 2**20
+GIB = 2**30
+
+
+def numbers(n: int, seed: int) -> np.ndarray:
+    """Returns int8 of which no two blocks are alike, so that nothing can be elsewhere unnoticed."""
+    # Aligned as XLA wants it: devices of CPU that have the same numbers share this memory.
+    memory = np.empty(n + 64, np.int8)
+    found = memory[-memory.ctypes.data % 64 :][:n]
+    block = np.random.default_rng(seed).integers(-128, 128, BLOCK, dtype=np.int8)
+    for i, start in enumerate(range(0, n, BLOCK)):
+        part = found[start : start + BLOCK]
+        part[:] = block[: len(part)]
+        part[:8] = np.frombuffer(i.to_bytes(8, "little"), np.int8)[: len(part)]
+        block = np.roll(block, 1)
+    return found
+
+
+def wrong_blocks(found: np.ndarray, wanted: np.ndarray) -> Iterator[int]:
+    """Yields where blocks start that differ: pytest would print the arrays themselves."""
+    assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+    for start in range(0, len(wanted), BLOCK):
+        if not np.array_equal(found[start : start + BLOCK], wanted[start : start + BLOCK]):
+            yield start
+
+
+FOUR = Mesh(np.array(jax.devices()[:4]), ("d",))
+CASES = {
+    "a leaf on four devices, default options": (
+        [2_870_000_000],
+        NamedSharding(FOUR, P()),
+        lazy_orbax.LazyOptions(),
+    ),
+    "three leaves of 1 GiB, slabs of 4 GiB": (
+        [GIB] * 3,
+        SingleDeviceSharding(jax.devices()[0]),
+        lazy_orbax.LazyOptions(slab_bytes=4 * GIB, host_bytes=16 * GIB),
+    ),
+    "the same, straight to the host": (
+        [GIB] * 3,
+        SingleDeviceSharding(jax.devices()[0]),
+        lazy_orbax.LazyOptions(mode="direct", slab_bytes=4 * GIB, host_bytes=16 * GIB),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stock_orbax_restores_every_bit(tmp_path, case):
+    sizes, sharding, options = CASES[case]
+    hosts = [numbers(n, seed) for seed, n in enumerate(sizes)]
+    handler = lazy_orbax.pytree_handler(options=options)
+    state = [jax.device_put(host, sharding) for host in hosts]
+    with ocp.CheckpointManager(tmp_path, item_handlers=handler) as manager:
+        manager.save(0, args=ocp.args.PyTreeSave(state))
+        manager.wait_until_finished()
+    del state
+    as_numpy = [ocp.RestoreArgs(restore_type=np.ndarray)] * len(sizes)
+    with ocp.CheckpointManager(tmp_path, item_handlers=ocp.PyTreeCheckpointHandler()) as manager:
+        found = manager.restore(0, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    for one, wanted in zip(found, hosts, strict=True):
+        assert list(wrong_blocks(one, wanted)) == []
+    del found
+    assert lazy_orbax.verify(tmp_path).is_whole
