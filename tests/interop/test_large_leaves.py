@@ -6,6 +6,7 @@ They take minutes, 3 GB of disk and up to 12 GB of memory, so they run on reques
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 
@@ -17,6 +18,9 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import lazy_orbax
+from lazy_orbax import snapshot
+from lazy_orbax.layout import Leaf, ReplicaPolicy
+from lazy_orbax.plan import make_plan
 
 pytestmark = [
     pytest.mark.slow,
@@ -52,31 +56,28 @@ def wrong_blocks(found: np.ndarray, wanted: np.ndarray) -> Iterator[int]:
 
 
 FOUR = Mesh(np.array(jax.devices()[:4]), ("d",))
-CASES = {
-    "a leaf on four devices, default options": (
-        [2_870_000_000],
-        NamedSharding(FOUR, P()),
-        lazy_orbax.LazyOptions(),
-    ),
-    "three leaves of 1 GiB, slabs of 4 GiB": (
-        [GIB] * 3,
-        SingleDeviceSharding(jax.devices()[0]),
-        lazy_orbax.LazyOptions(slab_bytes=4 * GIB, host_bytes=16 * GIB),
-    ),
-    "the same, straight to the host": (
-        [GIB] * 3,
-        SingleDeviceSharding(jax.devices()[0]),
-        lazy_orbax.LazyOptions(mode="direct", slab_bytes=4 * GIB, host_bytes=16 * GIB),
-    ),
+REPLICATED, DIVIDED = NamedSharding(FOUR, P()), NamedSharding(FOUR, P("d"))
+ONE = SingleDeviceSharding(jax.devices()[0])
+SLABS = {"slab_bytes": 4 * GIB, "host_bytes": 16 * GIB}
+CASES = {  # How many bytes, as what, where, and the options.
+    "on four devices, default options": ([2_870_000_000], np.int8, REPLICATED, {}),
+    "on one device": ([2_300_000_000], np.int8, ONE, {}),
+    "in host memory": ([2_300_000_000], np.int8, None, {}),
+    "divided among devices": ([600_000_000 * 4], np.int8, DIVIDED, SLABS),
+    "slabs of 4 GiB": ([GIB] * 3, np.int8, ONE, SLABS),
+    "slabs of 4 GiB, straight to the host": ([GIB] * 3, np.int8, ONE, SLABS | {"mode": "direct"}),
+    "slabs of 4 GiB, four bytes an element": ([GIB] * 3, np.float32, ONE, SLABS),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_stock_orbax_restores_every_bit(tmp_path, case):
-    sizes, sharding, options = CASES[case]
+    sizes, dtype, sharding, knobs = CASES[case]
     hosts = [numbers(n, seed) for seed, n in enumerate(sizes)]
-    handler = lazy_orbax.pytree_handler(options=options)
-    state = [jax.device_put(host, sharding) for host in hosts]
+    handler = lazy_orbax.pytree_handler(options=lazy_orbax.LazyOptions(**knobs))
+    state = [host.view(dtype) for host in hosts]
+    if sharding is not None:
+        state = jax.device_put(state, [sharding] * len(state))
     with ocp.CheckpointManager(tmp_path, item_handlers=handler) as manager:
         manager.save(0, args=ocp.args.PyTreeSave(state))
         manager.wait_until_finished()
@@ -85,6 +86,23 @@ def test_stock_orbax_restores_every_bit(tmp_path, case):
     with ocp.CheckpointManager(tmp_path, item_handlers=ocp.PyTreeCheckpointHandler()) as manager:
         found = manager.restore(0, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     for one, wanted in zip(found, hosts, strict=True):
-        assert list(wrong_blocks(one, wanted)) == []
+        assert one.dtype == dtype
+        assert next(wrong_blocks(one.view(np.int8), wanted), None) is None
     del found
     assert lazy_orbax.verify(tmp_path).is_whole
+
+
+def test_the_share_of_one_process_is_cut_out_right():
+    """As with four processes of one device, each of which sends its share to the host."""
+    host = numbers(2_400_000_000, seed=0)
+    array = jax.device_put(host, REPLICATED)
+    leaf = Leaf(0, "x", "['x']", array.shape, array.dtype, REPLICATED)
+    plan = make_plan([leaf], ReplicaPolicy(), process_index=0, slab_bytes=GIB)
+    (slab,) = plan.slabs
+    slab = dataclasses.replace(slab, pieces=slab.pieces[-1:])
+    share = dataclasses.replace(plan.layouts[0], holds_whole_shards=False)
+    plan = dataclasses.replace(plan, layouts=(share,), slabs=(slab,))
+    ((piece, found),) = snapshot.views(plan, snapshot.to_host(snapshot.direct(plan, slab, [array])))
+    assert piece.shape == found.shape == (600_000_000,)
+    assert piece.start == (1_800_000_000,)
+    assert next(wrong_blocks(found, host[piece.index]), None) is None
