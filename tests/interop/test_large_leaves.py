@@ -94,7 +94,7 @@ def test_stock_orbax_restores_every_bit(tmp_path, case):
 
 def test_the_share_of_one_process_is_cut_out_right():
     """As with four processes of one device, each of which sends its share to the host."""
-    host = numbers(2_400_000_000, seed=0)
+    host = numbers(2_870_000_000, seed=0)
     array = jax.device_put(host, REPLICATED)
     leaf = Leaf(0, "x", "['x']", array.shape, array.dtype, REPLICATED)
     plan = make_plan([leaf], ReplicaPolicy(), process_index=0, slab_bytes=GIB)
@@ -103,6 +103,6 @@ def test_the_share_of_one_process_is_cut_out_right():
     share = dataclasses.replace(plan.layouts[0], holds_whole_shards=False)
     plan = dataclasses.replace(plan, layouts=(share,), slabs=(slab,))
     ((piece, found),) = snapshot.views(plan, snapshot.to_host(snapshot.direct(plan, slab, [array])))
-    assert piece.shape == found.shape == (600_000_000,)
-    assert piece.start == (1_800_000_000,)
+    assert piece.shape == found.shape == (717_500_000,)
+    assert piece.start == (2_152_500_000,)
     assert next(wrong_blocks(found, host[piece.index]), None) is None
