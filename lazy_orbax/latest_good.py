@@ -140,10 +140,11 @@ def _steps(manager: ocp.CheckpointManager) -> tuple[list[tuple[int, str]], list[
     manager.reload()
     listed = sorted(manager.all_steps(), reverse=True)
     if jax.process_count() > 1:
-        padded = np.full(_MOST_STEPS, -1, np.int32)
+        padded = np.full(_MOST_STEPS, -1, np.int64)
         padded[: len(listed)] = listed[:_MOST_STEPS]
-        found = np.asarray(multihost_utils.broadcast_one_to_all(padded))
-        listed = [int(step) for step in found if step >= 0]
+        # In halves: of an integer of 64 bits JAX would send only 32.
+        halves = np.asarray(multihost_utils.broadcast_one_to_all(padded.view(np.uint32)))
+        listed = [int(step) for step in halves.view(np.int64) if step >= 0]
     root = epath.Path(manager.directory)
     directories, skipped = {}, []
     for child in sorted(root.iterdir(), reverse=True) if root.exists() else []:

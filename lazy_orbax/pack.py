@@ -132,8 +132,12 @@ def _packer(
         for shard, cut in zip(shards[into:], cuts, strict=True):
             if cut is not None:
                 axis, size, column = cut
+                # It fits, for no shard has more than `MOST_INDEXED` elements. Their sum might not,
+                # which JAX would compute to allow for a negative start.
                 start = table[0, column] * size
-                shard = jax.lax.dynamic_slice_in_dim(shard, start, size, axis)
+                shard = jax.lax.dynamic_slice_in_dim(
+                    shard, start, size, axis, allow_negative_indices=False
+                )
             parts.append(shard)
         return _joined_in(shards[0], parts) if into else _joined(parts)
 

@@ -28,6 +28,9 @@ _MOST_LEAVES = 256
 # In a packed slab every device carries a part of every leaf. A replicated leaf that does not
 # divide by its replicas is carried whole by each of them, which is only bearable when small.
 _LARGEST_REPEATED_BYTES = 64 * 2**10
+# An index that a program computes has 32 bits, unless the caller lets JAX have integers of 64. So
+# no program has an operand or, on one device, a result of more elements: every index fits.
+MOST_INDEXED = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -122,7 +125,8 @@ def make_plan(
         leaves: what to save; no leaf may have zero elements.
         policy: which replicas write.
         process_index: the process to plan for. Process 0 writes the leaves in host memory.
-        slab_bytes: most bytes of a slab over this process's devices, unless one leaf has more.
+        slab_bytes: most bytes of a slab over this process's devices, unless one leaf has more. A
+            packed slab has at most `MOST_INDEXED` elements on each device, whatever this is.
     """
     layouts = tuple(layout_of(leaf, policy, process_index) for leaf in leaves)
     groups: dict[tuple[Kind, jax.sharding.Mesh | None, np.dtype | None], list[int]] = {}
@@ -133,13 +137,16 @@ def make_plan(
     slabs = []
     # What is given fills the host budget without asking: after the others, which would wait for it.
     in_order = sorted(groups.items(), key=lambda group: group[0][0] == "given")
-    for (kind, mesh, _), members in in_order:
+    for (kind, mesh, carrier), members in in_order:
         devices = [] if mesh is None else mesh.devices.flat
         n_local = sum(device.process_index == process_index for device in devices)
         if mesh is not None and n_local == 0:
             continue
         carried = {i: _carried_bytes(leaves[i], layouts[i], kind, n_local) for i in members}
-        for run in runs(members, carried.__getitem__, slab_bytes, _MOST_LEAVES):
+        most_bytes = slab_bytes
+        if carrier is not None:
+            most_bytes = min(slab_bytes, MOST_INDEXED * carrier.itemsize * n_local)
+        for run in runs(members, carried.__getitem__, most_bytes, _MOST_LEAVES):
             slabs.append(_make_slab(kind, mesh, run, leaves, layouts, n_local))
     return Plan(tuple(leaves), layouts, tuple(slabs))
 
@@ -171,6 +178,8 @@ def _route(leaf: Leaf, layout: Layout) -> tuple[Kind, jax.sharding.Mesh | None]:
         return "given", None
     device = next(iter(sharding.device_set))
     if sharding.memory_kind not in (None, device.default_memory().kind):
+        return "shards", None
+    if math.prod(sharding.shard_shape(leaf.shape)) > MOST_INDEXED:
         return "shards", None
     repeated = layout.replicated and layout.share_axis is None
     shard_bytes = math.prod(layout.write_shape) * leaf.dtype.itemsize

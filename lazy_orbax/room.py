@@ -13,7 +13,7 @@ from lazy_orbax.snapshot import is_in_host_memory
 _ONLY_WAY = {
     "host": ("host", "not on a device"),
     "given": ("in_step", "the step had copied it to pinned host memory"),
-    "shards": ("direct", "its layout or memory is not one that is packed"),
+    "shards": ("direct", "its size, layout or memory is not one that is packed"),
 }
 
 

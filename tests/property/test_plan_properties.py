@@ -150,3 +150,36 @@ def test_replicas_are_cut_alike_by_every_process(tree, policy, slab_bytes):
         assert (
             len({(plan.layouts[i].write_shape, plan.layouts[i].share_axis) for plan in plans}) == 1
         )
+
+
+@st.composite
+def large_trees(draw):
+    """Leaves whose shards have up to 2**34 elements, most of them about 2**31."""
+    devices = [FakeDevice(i, p) for i, p in enumerate(draw(process_assignments))]
+    mesh, leaves = draw(meshes(devices)), []
+    for i in range(draw(st.integers(1, 6))):
+        shape, sharding = draw(divided(mesh, most_per_shard=3))
+        times = [draw(st.sampled_from([1, 2**10, 2**16, 2**29, 2**31 - 1, 2**31])) for _ in shape]
+        shape = tuple(n * m for n, m in zip(shape, times, strict=True))
+        if math.prod(sharding.shard_shape(shape)) > 2**34:
+            shape, sharding = (2**31 - draw(st.integers(0, 2)),), SingleDeviceSharding(devices[0])
+        leaves.append(Leaf(i, f"x{i}", f"['x{i}']", shape, draw(st.sampled_from(DTYPES)), sharding))
+    return leaves, range(1 + max(device.process_index for device in devices))
+
+
+@given(large_trees(), policies, st.sampled_from([2**20, 2**26, 2**32, 2**40]))
+def test_what_a_program_packs_can_be_indexed_with_32_bits(tree, policy, slab_bytes):
+    written = collections.Counter()
+    for plan in plans_of(tree, policy, slab_bytes).values():
+        for slab in plan.slabs:
+            for piece in slab.pieces:
+                written[piece.leaf] += math.prod(piece.shape)
+            if slab.kind == "mesh":
+                most = np.iinfo(np.int32).max
+                leaves = [plan.leaves[i] for i in slab.leaves]
+                assert all(math.prod(x.sharding.shard_shape(x.shape)) <= most for x in leaves)
+                itemsize = leaves[0].dtype.itemsize
+                assert slab.device_bytes // itemsize <= most
+                for piece in slab.pieces:
+                    assert piece.offset + math.prod(piece.shape) <= most
+    assert written == {leaf.position: math.prod(leaf.shape) for leaf in tree[0]}
