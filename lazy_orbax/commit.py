@@ -12,7 +12,7 @@ from typing import Any
 
 from orbax.checkpoint import future
 
-from lazy_orbax import _orbax, deadline, stock
+from lazy_orbax import _orbax, _paths, deadline, stock
 from lazy_orbax.agreement import Agreement
 from lazy_orbax.errors import SaveError
 from lazy_orbax.leftovers import (
@@ -210,7 +210,7 @@ class Commit:
         """
         recorder = self.save.recorder
         passed_over = self._operation != _orbax.operation_id() and bool(
-            _parents(recorder.timeline.directory) & _parents(place)
+            _paths.places_of_run(recorder.timeline.directory) & _paths.places_of_run(place)
         )
         if passed_over:
             self._forgo_directory()
@@ -290,9 +290,3 @@ class Commit:
         # Where Orbax's thread will not run it any more, Python would complain of that.
         if inspect.getcoroutinestate(self._coroutine) == inspect.CORO_CREATED:
             self._coroutine.close()
-
-
-def _parents(place: str) -> set[str]:
-    """Returns the directories that a manager of `place` may own: its own and the step's."""
-    parent = place.rpartition("/")[0]
-    return {parent, parent.rpartition("/")[0]} - {""}

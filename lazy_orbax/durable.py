@@ -16,9 +16,9 @@ from typing import Any
 
 from orbax.checkpoint import path as ocp_path
 
+from lazy_orbax import _paths
 from lazy_orbax.errors import NotDurableError, OptionError
-from lazy_orbax.events import final_directory, publication_failed, step_of
-from lazy_orbax.file_names import PROCESS_DIRECTORY, ROOT_METADATA, STEP_METADATA, TEMPORARY
+from lazy_orbax.events import publication_failed
 from lazy_orbax.object_store import scheme_of
 from lazy_orbax.sync import Inode, inode_of, sync_all
 from lazy_orbax.write import save_error
@@ -61,7 +61,8 @@ def before_publication(item_directory: str, synced: Set[Inode], *, timeout_s: fl
     if scheme_of(item_directory):
         return
     parent = os.path.dirname(item_directory)
-    is_item = TEMPORARY in parent or os.path.exists(os.path.join(parent, STEP_METADATA))
+    has_metadata = os.path.exists(os.path.join(parent, _paths.STEP_METADATA))
+    is_item = _paths.is_temporary(parent) or has_metadata
     directory = parent if is_item else item_directory
     step = _step_at(directory)
     step.synced |= synced
@@ -82,7 +83,7 @@ def after_publication() -> None:
     step, _publishing.step = getattr(_publishing, "step", None), None
     if step is None:
         return
-    directory = final_directory(step.directory)
+    directory = _paths.final(step.directory)
 
     def changed() -> Iterator[str]:
         yield from _not_synced(step, directory)
@@ -109,7 +110,7 @@ def _not_synced(step: _Step, directory: str) -> Iterator[str]:
         directories[:] = [
             name
             for name in directories
-            if not name.startswith(PROCESS_DIRECTORY)
+            if not name.startswith(_paths.PROCESS_DIRECTORY)
             and inode_of(os.path.join(path, name)) not in step.synced
         ]
         for name in names:
@@ -132,7 +133,7 @@ def _above(directory: str) -> Iterator[str]:
     All the way up: syncing what did not change costs little, and says that it did not.
     """
     path = os.path.dirname(os.path.realpath(directory))
-    root_metadata = os.path.join(path, ROOT_METADATA)
+    root_metadata = os.path.join(path, _paths.ROOT_METADATA)
     if os.path.exists(root_metadata):
         yield root_metadata
         yield os.path.dirname(root_metadata)
@@ -144,8 +145,8 @@ def _above(directory: str) -> Iterator[str]:
 
 
 def _not_durable(directory: str, error: OSError) -> NotDurableError:
-    directory, file = final_directory(directory), error.filename
-    return NotDurableError(str(error), step=step_of(directory), directory=directory, file=file)
+    directory, step = _paths.final(directory), _paths.step_of_item(directory)
+    return NotDurableError(str(error), step=step, directory=directory, file=error.filename)
 
 
 class DurablePath(ocp_path.atomicity.AtomicRenameTemporaryPath):
@@ -184,7 +185,7 @@ class DurablePath(ocp_path.atomicity.AtomicRenameTemporaryPath):
             SaveError: the storage refused, or did nothing for too long.
         """
         directory, final = str(self.get()), str(self.get_final())
-        if TEMPORARY in os.path.dirname(directory):  # An item: its step comes after it.
+        if _paths.is_temporary(os.path.dirname(directory)):  # An item: its step comes after it.
             await super().finalize()
             return
         failure, step = save_error, _step_at(directory)

@@ -13,13 +13,13 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from lazy_orbax import _orbax, step_metadata, stock
+from lazy_orbax import _orbax, _paths, step_metadata, stock
 from lazy_orbax.agreement import agreement_on
 from lazy_orbax.commit import Commit
 from lazy_orbax.drain import Pace
 from lazy_orbax.durable import after_publication, before_publication
 from lazy_orbax.errors import OptionError
-from lazy_orbax.events import await_publication, final_directory, publication_failed
+from lazy_orbax.events import await_publication, publication_failed
 from lazy_orbax.forgotten import remember
 from lazy_orbax.host_budget import HOST_BUDGET
 from lazy_orbax.leftovers import attempt_at
@@ -130,7 +130,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             return await super().async_save(directory, args=stock_args)
         custom_metadata = _own_json(args.custom_metadata)
         path = stock.path_of(directory)
-        place = final_directory(path)
+        place = _paths.final(path)
         # Before what is left of earlier saves is looked at: this one may have the same directory.
         removes_all = _orbax.is_primary_host(_orbax.primary_host(self))
         attempt = attempt_at(path, _orbax.operation_id(), removes_all=removes_all)
@@ -241,7 +241,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         Raises:
             SaveError: the storage refused it, or did nothing for too long.
         """
-        place = final_directory(str(directory))
+        place = _paths.final(str(directory))
         here = [c for c in self._commits if c.save.recorder.timeline.directory == place]
         await_publication([c.save.recorder for c in here], after_publication)
         try:

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from lazy_orbax import _orbax, file_names
+from lazy_orbax import _orbax, _paths
 from lazy_orbax.errors import SaveError
 
 # Orbax writes the metadata of a step from a thread of its own.
@@ -108,7 +108,7 @@ def attempt_at(directory: str, operation: str, *, removes_all: bool) -> Attempt:
         operation: Orbax's name of the attempt.
         removes_all: whether this process removes what others wrote as well.
     """
-    root = temporary_root(directory)
+    root = _paths.temporary_root(directory)
     with _LOCK:
         attempt = _ATTEMPTS.get(root) if root else None
         if attempt is None or not attempt.is_of(operation):
@@ -158,20 +158,10 @@ def release_waiting(operation: str) -> bool:
     return True
 
 
-def temporary_root(directory: str) -> str:
-    """Returns the temporary directory of the step that an item belongs to, or an empty string."""
-    if not os.path.isabs(directory):
-        return ""
-    parent, name = os.path.split(directory.rstrip("/"))
-    if file_names.TEMPORARY in os.path.basename(parent):
-        return parent
-    return directory.rstrip("/") if file_names.TEMPORARY in name else ""
-
-
 def _holds_a_step(root: str) -> bool:
     """Whether Orbax made the directory for a step. It may take it a moment to say so."""
     deadline_s = time.monotonic() + _STEP_METADATA_S
-    file = os.path.join(root, file_names.STEP_METADATA)
+    file = os.path.join(root, _paths.STEP_METADATA)
     while os.path.isdir(root) and not os.path.lexists(file):
         if time.monotonic() > deadline_s:
             return False

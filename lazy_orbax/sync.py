@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
-from lazy_orbax import file_names
+from lazy_orbax import _paths
 
 _THREADS = 8
 # A directory of more files than this is not looked through again and again while it is written.
@@ -146,7 +146,7 @@ class Syncer:
             directories[:] = [
                 name
                 for name in directories
-                if name in self._own or not name.startswith(file_names.PROCESS_DIRECTORY)
+                if name in self._own or not name.startswith(_paths.PROCESS_DIRECTORY)
             ]
             yield path, names
 

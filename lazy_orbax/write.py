@@ -13,10 +13,9 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-from lazy_orbax import _orbax, digest, file_names, object_store
+from lazy_orbax import _orbax, _paths, digest, object_store
 from lazy_orbax.deadline import Deadline
 from lazy_orbax.errors import SaveError
-from lazy_orbax.events import final_directory, step_of
 from lazy_orbax.format import Format
 from lazy_orbax.plan import Piece, Plan, Slab
 from lazy_orbax.sync import Inode, Syncer
@@ -98,11 +97,11 @@ class Writer:
         everything = ts.KvStore.KeyRange()
         removals = [(store.base, everything) for store in self._kvstores if store.base is not None]
         if removals and self._files is not None:
-            merged = [("d/", "d0"), (file_names.MANIFEST, f"{file_names.MANIFEST}0")]
+            merged = [("d/", "d0"), (_paths.MANIFEST, f"{_paths.MANIFEST}0")]
             removals += [(self._files, ts.KvStore.KeyRange(*keys)) for keys in merged]
         requests = self._new_requests()
         for store, keys in removals:
-            requests.append(Request(store.delete_range(keys), file_names.MANIFEST))
+            requests.append(Request(store.delete_range(keys), _paths.MANIFEST))
         self.wait(requests)
 
     def write(self, pieces: Iterable[tuple[Piece, np.ndarray]]) -> list[Request]:
@@ -216,7 +215,7 @@ class Writer:
 
 def own_directories(format_: Format) -> list[str]:
     """Returns the names of the directories in an item's that only this process writes to."""
-    pattern = rf"{re.escape(file_names.PROCESS_DIRECTORY)}[^/\"]*"
+    pattern = rf"{re.escape(_paths.PROCESS_DIRECTORY)}[^/\"]*"
     return re.findall(pattern, " ".join(format_.kvstores))
 
 
@@ -244,7 +243,7 @@ def merge(handler: Any, directory: Any, by_orbax: Callable[[], None], *, timeout
     try:
         Deadline(place, timeout_s).run(remotely if is_remote else by_orbax, "lazy_orbax-merge")
     except Exception as error:  # Each storage client has errors of its own.
-        raise save_error(place, error, file=f"{place}/{file_names.MANIFEST}") from error
+        raise save_error(place, error, file=f"{place}/{_paths.MANIFEST}") from error
 
 
 def save_error(
@@ -265,7 +264,7 @@ def save_error(
         file = getattr(error, "filename", None) or file
     return SaveError(
         text or type(error).__name__,
-        step=step_of(final_directory(directory)),
+        step=_paths.step_of_item(_paths.final(directory)),
         directory=directory,
         leaf=leaf,
         file=file,

@@ -175,23 +175,6 @@ def test_a_directory_without_the_mark_is_left_alone(tmp_path, tree):
     handler.close()
 
 
-@pytest.mark.parametrize(
-    ("directory", "root"),
-    [
-        (f"/run/5{MARK}/state{MARK}", f"/run/5{MARK}"),
-        (f"/run/5{MARK}/state", f"/run/5{MARK}"),
-        (f"/run/5{MARK}", f"/run/5{MARK}"),
-        (f"/run{MARK}/5/state", ""),
-        ("/run/5/state", ""),
-        (f"gs://bucket/5{MARK}/state{MARK}", ""),
-        (f"5{MARK}/state", ""),
-        ("", ""),
-    ],
-)
-def test_what_is_the_directory_of_a_step(directory, root):
-    assert leftovers.temporary_root(directory) == root
-
-
 def test_a_directory_that_is_not_of_a_step_is_removed_only_when_it_is_empty(tmp_path):
     """Whoever names a directory of his own as Orbax names its temporary ones keeps it."""
     root = tmp_path / f"mine{MARK}"

@@ -16,7 +16,7 @@ MOST_LINES = 300
 # A module imports modules of lower rank only. A new module gets its rank here.
 RANKS = {
     "errors": 0,
-    "file_names": 0,
+    "_paths": 0,
     "events": 1,
     "options": 2,
     "host_budget": 2,
@@ -82,6 +82,7 @@ LEAST_IMPORTS = {
     # Pure planning: neither Orbax nor storage.
     "layout": {"jax", "numpy"},
     "plan": {"jax", "numpy"},
+    "_paths": set(),
     "errors": set(),
     "host_budget": set(),
     "sync": set(),
@@ -171,7 +172,7 @@ def foreign_privates(source):
         elif isinstance(node, ast.Import | ast.ImportFrom):
             whole = [getattr(node, "module", None) or "", *[alias.name for alias in node.names]]
             for part in ".".join(whole).split("."):
-                if private(part) and part != "_orbax":
+                if private(part) and part not in RANKS:
                     used.setdefault(part, node.lineno)
         elif isinstance(node, ast.Constant) and "._src" in str(node.value):
             used.setdefault("_src", node.lineno)
