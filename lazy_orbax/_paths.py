@@ -59,6 +59,14 @@ def final(path: str) -> str:
     return re.sub(rf"{re.escape(TEMPORARY)}[^/]*", "", path)
 
 
+def without_dots(path: str) -> str:
+    """Returns a local path without `..`, which TensorStore refuses and Orbax takes as text.
+
+    It is the directory that the file system finds: a link before the dots is followed.
+    """
+    return os.path.realpath(path) if "/../" in f"{path}/" and "://" not in path else path
+
+
 def step_of(name: str) -> int | None:
     """Returns the step that a directory's name tells, such as 12 for `12` or `step_12`."""
     match = re.fullmatch(r"(?:.*[_-])?(\d+)", name.partition(TEMPORARY)[0])

@@ -27,13 +27,14 @@ from lazy_orbax.object_store import stand_in
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.plan import Plan
 from lazy_orbax.prepare import prepare
+from lazy_orbax.refuse import refuse_relative
 from lazy_orbax.restore import examined, restore
 from lazy_orbax.save import Save
 from lazy_orbax.stale import Fingerprints
 from lazy_orbax.sync import Inode
 from lazy_orbax.tree import Destination
 from lazy_orbax.untrusted import checked
-from lazy_orbax.write import merge
+from lazy_orbax.write import merge, own_directories
 
 _GB = 10**9
 _STOCK_CONCURRENT_GB = 96
@@ -144,6 +145,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             slab_bytes=self._slab_bytes,
             abstract=False,
         )
+        refuse_relative(path, uses_ocdbt=bool(own_directories(prepared.format)))
         if failures := [error for commit in earlier if (error := commit.error)]:
             remember(failures, prepared.plan.n_bytes)
         save = Save(
@@ -221,6 +223,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             CorruptCheckpointError: what is stored, or was restored, is not what was saved.
             MalformedCheckpointError: it is not a checkpoint that Orbax wrote.
         """
+        directory = stock.without_dots(directory)
         stock_args = stock.restore_args(args) if args and _orbax.MISSING else args
         by_orbax = functools.partial(super().restore, directory, args=stock_args)
         with examined(directory, args, verifies=self.options.verify_restore):
@@ -232,6 +235,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         Raises:
             MalformedCheckpointError: it is not a checkpoint that Orbax wrote.
         """
+        directory = stock.without_dots(directory)
         with checked(directory, None):
             return super().metadata(directory)
 
@@ -258,7 +262,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             raise
 
     def _merge(self, directory: Any) -> None:
-        by_orbax = functools.partial(super().finalize, directory)
+        by_orbax = functools.partial(super().finalize, stock.without_dots(directory))
         merge(self, directory, by_orbax, timeout_s=self.options.storage_timeout_s)
 
     def close(self) -> None:

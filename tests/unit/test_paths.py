@@ -116,3 +116,18 @@ def test_the_steps_of_a_run_are_in_order_and_nothing_else_is_among_them(tmp_path
         ("9", 9, False),
         ("10", 10, False),
     ]
+
+
+def test_two_dots_are_what_the_file_system_makes_of_them(tmp_path):
+    (tmp_path / "real" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "deep")
+    for path, found in [
+        (f"{tmp_path}/link/../run", f"{tmp_path}/real/run"),
+        (f"{tmp_path}/real/../run/5", f"{tmp_path}/run/5"),
+        (f"{tmp_path}/link/..", f"{tmp_path}/real"),
+        (f"{tmp_path}/link/run", f"{tmp_path}/link/run"),
+        (f"{tmp_path}/a..b/..c", f"{tmp_path}/a..b/..c"),
+        ("gs://bucket/a/../b", "gs://bucket/a/../b"),
+        ("", ""),
+    ]:
+        assert _paths.without_dots(path) == found
