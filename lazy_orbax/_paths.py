@@ -54,9 +54,21 @@ def is_temporary(path: str) -> bool:
     return TEMPORARY in _last_name(path)
 
 
-def final(path: str) -> str:
-    """Returns the path that a temporary directory of Orbax has once it is published."""
-    return re.sub(rf"{re.escape(TEMPORARY)}[^/]*", "", path)
+def published(directory: str) -> str:
+    """Returns what a temporary directory is called once it is published, whatever is above it."""
+    above, slash, name = directory.rpartition("/")
+    return f"{above}{slash}{name.partition(TEMPORARY)[0]}"
+
+
+def final(item_directory: str) -> str:
+    """Returns the path of an item once its step is published.
+
+    A directory above the step may have any name, and keeps it.
+    """
+    item = item_directory.rstrip("/")
+    above, slash, name = item.rpartition("/")
+    above = published(above) if _is_around(above, name) else above
+    return published(f"{above}{slash}{name}") + item_directory[len(item) :]
 
 
 def without_dots(path: str) -> str:
@@ -75,18 +87,32 @@ def step_of(name: str) -> int | None:
 
 def step_of_item(directory: str) -> int | None:
     """Returns the step in an item's path such as `run/12/state`, if there is one."""
-    names = [_last_name(place) for place in places_of_step(directory)]
-    in_order = sorted(names, key=lambda name: not final(name).isdecimal())
-    return next((step for name in in_order if (step := step_of(name)) is not None), None)
+    return step_of(_last_name(step_directory(directory)))
+
+
+def step_directory(item_directory: str) -> str:
+    """Returns the directory of an item's step, by its name; empty where no name tells one.
+
+    While a step is saved, Orbax's marks tell its directory from an item's. Then only names do: a
+    bare number is a step before `step_12` is, and of `step_12/params_2` the first.
+    """
+    item, above = places_of_step(item_directory)
+    if _is_around(above, _last_name(item)):
+        return above
+    if is_temporary(item):
+        return item
+    numbers = [place for place in (item, above) if _last_name(place).isdecimal()]
+    names = [place for place in (above, item) if step_of(_last_name(place)) is not None]
+    return next(iter(numbers + names), "")
 
 
 def item_of(directory: str) -> str:
     """Returns what the directories of one item have in common over the steps of a run."""
-    for place in places_of_step(directory):
-        if step_of(_last_name(place)) is not None:
-            parent = place.rpartition("/")[0]
-            return f"{parent}/*{directory.rstrip('/')[len(place) :]}"
-    return directory
+    step = step_directory(directory)
+    if step_of(_last_name(step)) is None:
+        return final(directory)
+    name = final(directory.rstrip("/")[len(step) :])
+    return f"{step.rpartition('/')[0]}/*{name}"
 
 
 def places_of_step(item_directory: str) -> tuple[str, str]:
@@ -104,7 +130,10 @@ def temporary_root(directory: str) -> str:
     """Returns the temporary directory of the step that an item belongs to, or an empty string."""
     if not os.path.isabs(directory):
         return ""
-    return next(filter(is_temporary, reversed(places_of_step(directory))), "")
+    item, above = places_of_step(directory)
+    if _is_around(above, _last_name(item)):
+        return above
+    return item if is_temporary(item) else ""
 
 
 def steps_in(run: Any) -> list[StepDirectory]:
@@ -116,6 +145,12 @@ def steps_in(run: Any) -> list[StepDirectory]:
     children = [(child, step_of(child.name), is_temporary(child.name)) for child in run.iterdir()]
     found = [StepDirectory(*each) for each in children if each[1] is not None or each[2]]
     return sorted(found, key=lambda each: (each.step or 0, each.path.name))
+
+
+def _is_around(above: str, name: str) -> bool:
+    """Whether a directory is the temporary one of a step that has an item of this name."""
+    above = _last_name(above)
+    return is_temporary(above) and (is_temporary(name) or step_of(above) is not None)
 
 
 def _last_name(path: str) -> str:

@@ -106,7 +106,7 @@ class DigestTemplate:
         so_far = digest_of_bytes(found, seed=self._fixed_digest)
         fingerprint = f"{digest_of_bytes(json.dumps(strings).encode(), seed=so_far):016x}"
         changing = {
-            "step": _paths.step_of_item(_paths.final(directory)),
+            "step": _paths.step_of_item(directory),
             "fingerprint": fingerprint,
             "files": {
                 name: [len(content), f"{digest_of_bytes(content):016x}"]

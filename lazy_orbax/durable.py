@@ -60,10 +60,7 @@ def before_publication(item_directory: str, synced: Set[Inode], *, timeout_s: fl
     """
     if scheme_of(item_directory):
         return
-    parent = os.path.dirname(item_directory)
-    has_metadata = os.path.exists(os.path.join(parent, _paths.STEP_METADATA))
-    is_item = _paths.is_temporary(parent) or has_metadata
-    directory = parent if is_item else item_directory
+    directory = _published_with(item_directory)
     step = _step_at(directory)
     step.synced |= synced
     step.timeout_s = timeout_s
@@ -83,7 +80,7 @@ def after_publication() -> None:
     step, _publishing.step = getattr(_publishing, "step", None), None
     if step is None:
         return
-    directory = _paths.final(step.directory)
+    directory = _paths.published(step.directory)
 
     def changed() -> Iterator[str]:
         yield from _not_synced(step, directory)
@@ -93,6 +90,16 @@ def after_publication() -> None:
         sync_all(changed, directory, timeout_s=step.timeout_s)
     except OSError as error:
         raise _not_durable(directory, error) from error
+
+
+def _published_with(item_directory: str) -> str:
+    """Returns the directory that Orbax publishes with an item: its own, or that of its step."""
+    own, above = _paths.places_of_step(item_directory)
+    has_own, has_above = (
+        os.path.exists(os.path.join(place, _paths.STEP_METADATA)) for place in (own, above)
+    )
+    is_item = not has_own and (has_above or _paths.is_temporary(above))
+    return above if is_item else own
 
 
 def _step_at(directory: str) -> _Step:
@@ -145,7 +152,8 @@ def _above(directory: str) -> Iterator[str]:
 
 
 def _not_durable(directory: str, error: OSError) -> NotDurableError:
-    directory, step = _paths.final(directory), _paths.step_of_item(directory)
+    directory = _paths.published(directory)
+    step = _paths.step_of(os.path.basename(directory))
     return NotDurableError(str(error), step=step, directory=directory, file=error.filename)
 
 
@@ -185,7 +193,7 @@ class DurablePath(ocp_path.atomicity.AtomicRenameTemporaryPath):
             SaveError: the storage refused, or did nothing for too long.
         """
         directory, final = str(self.get()), str(self.get_final())
-        if _paths.is_temporary(os.path.dirname(directory)):  # An item: its step comes after it.
+        if _published_with(directory) != directory:  # An item: its step comes after it.
             await super().finalize()
             return
         failure, step = save_error, _step_at(directory)

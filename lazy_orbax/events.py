@@ -63,13 +63,16 @@ class Recorder:
 
     Invariant, under the lock: `on_timeline` was called if and only if `_reported` is true, and
     the timeline does not change after that.
+
+    Attributes:
+        item: what the directories of the saved item have in common over the steps of a run.
     """
 
     def __init__(self, path: str, on_timeline: Callable[[SaveTimeline], None] | None):
         self._lock = threading.Lock()
         self._start_s = time.perf_counter()
-        directory = _paths.final(path)
-        self._timeline = SaveTimeline(directory=directory, step=_paths.step_of_item(directory))
+        directory, self.item = _paths.final(path), _paths.item_of(path)
+        self._timeline = SaveTimeline(directory=directory, step=_paths.step_of_item(path))
         self._on_timeline = on_timeline
         self._reported = False
 

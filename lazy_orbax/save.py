@@ -71,7 +71,7 @@ class Save:
         """
         self.recorder = Recorder(path, options.on_timeline)
         self._prepared, self._options, self._limit_bytes = prepared, options, limit_bytes
-        self._path, self._pace, self._fingerprints = path, pace, fingerprints
+        self.path, self._pace, self._fingerprints = path, pace, fingerprints
         self.synced_directories: set[Inode] = set()
         self._texts: dict[str, str] = {}
         self._lock = threading.Lock()
@@ -107,7 +107,7 @@ class Save:
 
     def fail(self, error: BaseException) -> None:
         """Ends the save with `error` as its cause, unless it is over."""
-        failure = error if isinstance(error, SaveError) else save_error(self._path, error)
+        failure = error if isinstance(error, SaveError) else save_error(self.path, error)
         if failure is not error:
             failure.__cause__ = error
         if self._move(State.FAILED, failure):
@@ -161,7 +161,7 @@ class Save:
             TimeoutError: it is not staged yet.
         """
         if not self._past_staging.wait(timeout_s):
-            raise TimeoutError(f"{self._path} was not staged within {timeout_s} s.")
+            raise TimeoutError(f"{self.path} was not staged within {timeout_s} s.")
         self.forget()
         if self._error is not None:
             raise self._error

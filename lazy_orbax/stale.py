@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 
-from lazy_orbax import _paths
 from lazy_orbax.events import Recorder
 
 _LOG = logging.getLogger("lazy_orbax")
@@ -29,7 +28,7 @@ class Fingerprints:
             fingerprint: of what was saved.
         """
         directory = recorder.timeline.directory
-        place = _paths.item_of(directory)
+        place = recorder.item
         with self._lock:
             before, content, was_same = self._last.get(place, ("", "", False))
             is_same = content == fingerprint

@@ -117,7 +117,7 @@ def check_beside(item_directory: str) -> list[Problem]:
     Args:
         item_directory: the item's directory.
     """
-    place = _place_beside(item_directory)
+    place = place_beside(item_directory)
     return [] if place is None else check(item_directory, place)
 
 
@@ -142,11 +142,11 @@ def _digests_when_written(read: Callable[[], bytes | None], within_s: float) -> 
 
 
 def _content_beside(item_directory: str) -> bytes | None:
-    place = _place_beside(item_directory)
+    place = place_beside(item_directory)
     return None if place is None else small_files.read(place, STEP_METADATA)
 
 
-def _place_beside(item_directory: str) -> str | None:
+def place_beside(item_directory: str) -> str | None:
     """Returns the directory of the step's metadata: the item's own, or the one above it."""
     return next(filter(_has_metadata, _paths.places_of_step(item_directory)), None)
 

@@ -142,8 +142,8 @@ def newest_whole_step(directory: str) -> int | None:
     """
     until_s = time.monotonic() + _SEARCH_S
     place = epath.Path(directory)
-    step_is_parent = _paths.step_of(place.name) is None
-    step, inner = (place.parent, place.name) if step_is_parent else (place, "")
+    step = epath.Path(step_metadata.place_beside(directory) or _paths.step_directory(directory))
+    inner = "" if step == place else place.name
     if _paths.step_of(step.name) is None:
         return None
     for path, number, is_temporary in reversed(_paths.steps_in(step.parent)):

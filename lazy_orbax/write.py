@@ -264,7 +264,7 @@ def save_error(
         file = getattr(error, "filename", None) or file
     return SaveError(
         text or type(error).__name__,
-        step=_paths.step_of_item(_paths.final(directory)),
+        step=_paths.step_of_item(directory),
         directory=directory,
         leaf=leaf,
         file=file,

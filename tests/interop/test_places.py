@@ -13,6 +13,7 @@ from orbax.checkpoint import checkpoint_utils, handlers
 from trees import abstract, on_mesh
 
 import lazy_orbax
+from lazy_orbax import digest_file, verification
 from lazy_orbax.errors import OptionError
 
 pytestmark = STOCK_WARNS
@@ -339,3 +340,30 @@ def test_a_relative_path_is_refused_at_once_where_stock_refuses_it(
     with ocp.PyTreeCheckpointer() as stock:
         restore_args = jax.tree.map(arrays_restored_as, state)
         same(stock.restore(tmp_path / "run" / "3", restore_args=restore_args), state)
+
+
+@pytest.mark.parametrize("name", ["x.orbax-checkpoint-tmp", "x.orbax-checkpoint-tmp/run", "run_3"])
+@pytest.mark.parametrize("item", ["state", "params_2", "7"])
+@pytest.mark.parametrize("prefix", [None, "step", "my_step"])
+def test_what_a_run_and_an_item_are_called_hides_no_step(prefix, item, name, mesh, tmp_path):
+    timelines, run, state = [], tmp_path / name, state_of(mesh)
+    lazy_options = lazy_orbax.LazyOptions(on_timeline=timelines.append)
+    with ocp.CheckpointManager(
+        run,
+        item_handlers={item: lazy_orbax.standard_handler(options=lazy_options)},
+        options=ocp.CheckpointManagerOptions(step_prefix=prefix),
+    ) as manager:
+        for step in (12, 13):
+            args = ocp.args.Composite(**{item: ocp.args.StandardSave(state)})
+            assert manager.save(step, args=args)
+            manager.wait_until_finished()
+    names = [f"{prefix}_{step}" if prefix else str(step) for step in (12, 13)]
+    directories = [str(run / one / item) for one in names]
+    assert [each.step for each in timelines] == [12, 13]
+    assert [each.directory for each in timelines] == directories
+    assert [each.same_as for each in timelines] == [None, directories[0]]
+    assert lazy_orbax.verify(run).is_whole
+    assert len(lazy_orbax.verify(run).items) == 2
+    assert verification.newest_whole_step(directories[1]) == 12
+    parts = (run / names[1] / item / digest_file.DIRECTORY).glob("process_*")
+    assert [digest_file.parse(part.read_bytes()).step for part in parts] == [13]

@@ -36,6 +36,32 @@ MARK = ".orbax-checkpoint-tmp"
 def test_the_final_directory_and_the_step_in_it(path, directory, step):
     assert _paths.final(path) == directory
     assert _paths.step_of_item(directory) == step
+    assert _paths.step_of_item(path) == step
+
+
+@pytest.mark.parametrize(
+    ("path", "directory", "step"),
+    [
+        ("gs://bucket/run/step_12/params_2", "gs://bucket/run/step_12/params_2", 12),
+        ("gs://bucket/run/step_12/final", "gs://bucket/run/step_12/final", 12),
+        ("gs://bucket/run/final/params_2", "gs://bucket/run/final/params_2", 2),
+        (f"/run/step_12{MARK}/params_2{MARK}", "/run/step_12/params_2", 12),
+        (f"/run/step_12{MARK}/3{MARK}", "/run/step_12/3", 12),
+        (f"/run_3/step_12{MARK}", "/run_3/step_12", 12),
+        (f"/2024/step_12{MARK}", "/2024/step_12", 12),
+        (f"/run_3/final{MARK}", "/run_3/final", None),
+        (f"/run_3/final{MARK}/params_2{MARK}", "/run_3/final/params_2", None),
+        (f"/x{MARK}/run/12/state", f"/x{MARK}/run/12/state", 12),
+        (f"/x{MARK}/run/12{MARK}/state{MARK}", f"/x{MARK}/run/12/state", 12),
+        (f"/x{MARK}/12{MARK}/state{MARK}", f"/x{MARK}/12/state", 12),
+        (f"/x{MARK}/y/12{MARK}/", f"/x{MARK}/y/12/", 12),
+        (f"/x{MARK}/12", f"/x{MARK}/12", 12),
+        (f"/x{MARK}/state", f"/x{MARK}/state", None),
+    ],
+)
+def test_only_the_names_of_the_step_and_of_the_item_count(path, directory, step):
+    assert _paths.final(path) == directory
+    assert _paths.step_of_item(path) == step
 
 
 def test_an_item_with_a_number_in_its_name_does_not_hide_the_step():
@@ -49,6 +75,8 @@ def test_an_item_with_a_number_in_its_name_does_not_hide_the_step():
         (f"/run/5{MARK}/state", f"/run/5{MARK}"),
         (f"/run/5{MARK}", f"/run/5{MARK}"),
         (f"/run{MARK}/5/state", ""),
+        (f"/run{MARK}/state", ""),
+        (f"/run{MARK}/run/5{MARK}", f"/run{MARK}/run/5{MARK}"),
         ("/run/5/state", ""),
         (f"gs://bucket/5{MARK}/state{MARK}", ""),
         (f"5{MARK}/state", ""),
@@ -92,6 +120,11 @@ def test_what_the_name_of_a_directory_says(name, step, is_temporary):
         ("/run/12", "/run/*"),
         ("gs://bucket/run/12/state/", "gs://bucket/run/*/state"),
         ("/run/final", "/run/final"),
+        ("/run/step_12/params_2", "/run/*/params_2"),
+        (f"/run/step_12{MARK}/params_2{MARK}", "/run/*/params_2"),
+        (f"/run_3/step_12{MARK}", "/run_3/*"),
+        (f"/run_3/final{MARK}", "/run_3/final"),
+        (f"/x{MARK}/12{MARK}/state{MARK}", f"/x{MARK}/*/state"),
     ],
 )
 def test_the_directories_of_an_item_have_the_step_out_in_common(directory, item):
