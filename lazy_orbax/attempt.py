@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from lazy_orbax import leftovers
+from lazy_orbax import _paths, leftovers
 from lazy_orbax.errors import SaveError
 from lazy_orbax.events import Recorder
 
@@ -180,7 +180,7 @@ def attempt_at(directory: str, operation: str, *, removes_all: bool) -> Attempt:
         operation: Orbax's name of the attempt.
         removes_all: whether this process removes what others wrote as well.
     """
-    root = leftovers.temporary_root(directory)
+    root = _paths.temporary_root(directory)
     with _LOCK:
         attempt = _ATTEMPTS.get(root) if root else None
         if attempt is None or attempt.operation != operation:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 
-from lazy_orbax import deadline
+from lazy_orbax import _paths, deadline
 from lazy_orbax._orbax import lifecycle
 from lazy_orbax.attempt import Attempt, Fate, Part, attempts_below
 from lazy_orbax.errors import SaveError
@@ -38,8 +38,9 @@ def end_earlier(parts: Iterable[Part], place: str) -> None:
         place: where the next save goes.
     """
     for part in parts:
-        above = _parents(part.recorder.timeline.directory) & _parents(place)
-        if not above or part.attempt.operation == lifecycle.operation_id():
+        here = part.recorder.timeline.directory
+        same_run = _paths.places_of_run(here) & _paths.places_of_run(place)
+        if not same_run or part.attempt.operation == lifecycle.operation_id():
             continue
         forgo(part)
         if is_given_up(part, threading.current_thread()):
@@ -128,9 +129,3 @@ def clean_up(part: Part, failure: SaveError | None) -> None:
     # The others' part of it is what they or the next save remove.
     if gone and (everything or not attempt.removes_all):
         part.move(Fate.CLEAN)
-
-
-def _parents(place: str) -> set[str]:
-    """Returns the directories that a manager of `place` may own: its own and the step's."""
-    parent = place.rpartition("/")[0]
-    return {parent, parent.rpartition("/")[0]} - {""}

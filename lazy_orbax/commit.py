@@ -135,7 +135,7 @@ class Commit:
         return None
 
     def _failure(self, error: BaseException) -> SaveError:
-        failure = save_error(self.save.recorder.timeline.directory, error)
+        failure = save_error(self.save.path, error)
         failure.__cause__ = error
         return failure
 

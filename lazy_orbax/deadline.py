@@ -10,8 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from lazy_orbax import threads
-from lazy_orbax.events import final_directory
+from lazy_orbax import _paths, threads
 from lazy_orbax.object_store import scheme_of
 from lazy_orbax.threads import await_progress
 
@@ -75,7 +74,7 @@ _OUTSTANDING = Outstanding()
 
 def is_quiet(directory: str) -> bool:
     """Whether nothing that a save was given may still come to an item's (final) directory."""
-    return _OUTSTANDING.is_quiet(final_directory(directory))
+    return _OUTSTANDING.is_quiet(_paths.final(directory))
 
 
 class Deadline:
@@ -89,7 +88,7 @@ class Deadline:
         self._is_local = not scheme_of(directory)
         self._is_missed = False
         self._written: int | None = None
-        self._place = final_directory(directory)
+        self._place = _paths.final(directory)
         self._ended: concurrent.futures.Future[None] = concurrent.futures.Future()
 
     def begin(self) -> bool:

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from lazy_orbax import _paths
 from lazy_orbax.boxes import Box, Shape
 from lazy_orbax.digest import digest_of_bytes, digest_of_text
-from lazy_orbax.events import final_directory, step_of
 from lazy_orbax.plan import Piece, Plan
 
 DIRECTORY = "lazy_orbax_digests"
@@ -106,7 +106,7 @@ class DigestTemplate:
         so_far = digest_of_bytes(found, seed=self._fixed_digest)
         fingerprint = f"{digest_of_bytes(json.dumps(strings).encode(), seed=so_far):016x}"
         changing = {
-            "step": step_of(final_directory(directory)),
+            "step": _paths.step_of_item(directory),
             "fingerprint": fingerprint,
             "files": {
                 name: [len(content), f"{digest_of_bytes(content):016x}"]

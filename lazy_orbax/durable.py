@@ -14,10 +14,10 @@ import threading
 from collections.abc import Iterator, Set
 from typing import Any
 
+from lazy_orbax import _paths
 from lazy_orbax._orbax.symbols import ocp_path
 from lazy_orbax.errors import NotDurableError, OptionError
-from lazy_orbax.events import final_directory, publication_failed, step_of
-from lazy_orbax.file_names import PROCESS_DIRECTORY, ROOT_METADATA, STEP_METADATA, TEMPORARY
+from lazy_orbax.events import publication_failed
 from lazy_orbax.object_store import scheme_of
 from lazy_orbax.save_error import save_error
 from lazy_orbax.sync import Inode, inode_of, sync_all
@@ -59,9 +59,7 @@ def before_publication(item_directory: str, synced: Set[Inode], *, timeout_s: fl
     """
     if scheme_of(item_directory):
         return
-    parent = os.path.dirname(item_directory)
-    is_item = TEMPORARY in parent or os.path.exists(os.path.join(parent, STEP_METADATA))
-    directory = parent if is_item else item_directory
+    directory = _published_with(item_directory)
     step = _step_at(directory)
     step.synced |= synced
     step.timeout_s = timeout_s
@@ -81,7 +79,7 @@ def after_publication() -> None:
     step, _publishing.step = getattr(_publishing, "step", None), None
     if step is None:
         return
-    directory = final_directory(step.directory)
+    directory = _paths.published(step.directory)
 
     def changed() -> Iterator[str]:
         yield from _not_synced(step, directory)
@@ -91,6 +89,16 @@ def after_publication() -> None:
         sync_all(changed, directory, timeout_s=step.timeout_s)
     except OSError as error:
         raise _not_durable(directory, error) from error
+
+
+def _published_with(item_directory: str) -> str:
+    """Returns the directory that Orbax publishes with an item: its own, or that of its step."""
+    own, above = _paths.places_of_step(item_directory)
+    has_own, has_above = (
+        os.path.exists(os.path.join(place, _paths.STEP_METADATA)) for place in (own, above)
+    )
+    is_item = not has_own and (has_above or _paths.is_temporary(above))
+    return above if is_item else own
 
 
 def _step_at(directory: str) -> _Step:
@@ -108,7 +116,7 @@ def _not_synced(step: _Step, directory: str) -> Iterator[str]:
         directories[:] = [
             name
             for name in directories
-            if not name.startswith(PROCESS_DIRECTORY)
+            if not name.startswith(_paths.PROCESS_DIRECTORY)
             and inode_of(os.path.join(path, name)) not in step.synced
         ]
         for name in names:
@@ -131,7 +139,7 @@ def _above(directory: str) -> Iterator[str]:
     All the way up: syncing what did not change costs little, and says that it did not.
     """
     path = os.path.dirname(os.path.realpath(directory))
-    root_metadata = os.path.join(path, ROOT_METADATA)
+    root_metadata = os.path.join(path, _paths.ROOT_METADATA)
     if os.path.exists(root_metadata):
         yield root_metadata
         yield os.path.dirname(root_metadata)
@@ -143,8 +151,9 @@ def _above(directory: str) -> Iterator[str]:
 
 
 def _not_durable(directory: str, error: OSError) -> NotDurableError:
-    directory, file = final_directory(directory), error.filename
-    return NotDurableError(str(error), step=step_of(directory), directory=directory, file=file)
+    directory = _paths.published(directory)
+    step = _paths.step_of(os.path.basename(directory))
+    return NotDurableError(str(error), step=step, directory=directory, file=error.filename)
 
 
 class DurablePath(ocp_path.atomicity.AtomicRenameTemporaryPath):
@@ -183,7 +192,7 @@ class DurablePath(ocp_path.atomicity.AtomicRenameTemporaryPath):
             SaveError: the storage refused, or did nothing for too long.
         """
         directory, final = str(self.get()), str(self.get_final())
-        if TEMPORARY in os.path.dirname(directory):  # An item: its step comes after it.
+        if _published_with(directory) != directory:  # An item: its step comes after it.
             await super().finalize()
             return
         failure, step = save_error, _step_at(directory)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
 
 import jax
 
-from lazy_orbax import file_names
+from lazy_orbax import _paths
 
 # Orbax reports these durations through JAX's public monitoring, in the thread that published the
 # step, directly after it did: the only sign of that moment that reaches a handler.
@@ -64,13 +63,16 @@ class Recorder:
 
     Invariant, under the lock: `on_timeline` was called if and only if `_reported` is true, and
     the timeline does not change after that.
+
+    Attributes:
+        item: what the directories of the saved item have in common over the steps of a run.
     """
 
     def __init__(self, path: str, on_timeline: Callable[[SaveTimeline], None] | None):
         self._lock = threading.Lock()
         self._start_s = time.perf_counter()
-        directory = final_directory(path)
-        self._timeline = SaveTimeline(directory=directory, step=step_of(directory))
+        directory, self.item = _paths.final(path), _paths.item_of(path)
+        self._timeline = SaveTimeline(directory=directory, step=_paths.step_of_item(path))
         self._on_timeline = on_timeline
         self._reported = False
 
@@ -158,18 +160,3 @@ def publication_failed(error: BaseException) -> None:
     (recorders, _), _publishing.pending = getattr(_publishing, "pending", ([], [])), ([], [])
     for recorder in recorders:
         recorder.end(error=error)
-
-
-def final_directory(path: str) -> str:
-    """Returns the path that a temporary directory of Orbax has once it is published."""
-    return re.sub(rf"{re.escape(file_names.TEMPORARY)}[^/]*", "", path)
-
-
-def step_of(directory: str) -> int | None:
-    """Returns the step in an item path such as `run/12/state`, if there is one."""
-    last_two = directory.rstrip("/").split("/")[:-3:-1]
-    for pattern in (r"(\d+)", r".*[_-](\d+)"):
-        for part in last_two:
-            if match := re.fullmatch(pattern, part):
-                return int(match.group(1))
-    return None

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import tensorstore as ts
 
-from lazy_orbax import digest_file, file_names
+from lazy_orbax import _paths, digest_file
 from lazy_orbax._orbax import describe, multihost, on_disk
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.errors import TreeError, summarize
@@ -23,10 +23,10 @@ from lazy_orbax.plan import Plan
 from lazy_orbax.tree import TreeInfo
 
 _RESERVED = (
-    file_names.TREE,
-    file_names.SHARDINGS,
-    file_names.STRINGS,
-    file_names.ARRAY_METADATAS,
+    _paths.TREE,
+    _paths.SHARDINGS,
+    _paths.STRINGS,
+    _paths.ARRAY_METADATAS,
     digest_file.DIRECTORY,
 )
 # Orbax wants one B-tree node for a whole checkpoint, for fast reading. That holds for the tree that
@@ -82,7 +82,7 @@ class Format:
     @functools.cached_property
     def own_directories(self) -> tuple[str, ...]:
         """Names of the directories in the item's that only this process writes to."""
-        pattern = rf"{re.escape(file_names.PROCESS_DIRECTORY)}[^/\"]*"
+        pattern = rf"{re.escape(_paths.PROCESS_DIRECTORY)}[^/\"]*"
         return tuple(re.findall(pattern, " ".join(self.kvstores)))
 
     @functools.cached_property
@@ -97,7 +97,7 @@ class Format:
         if custom_metadata is not None:
             tree = {**self.tree_metadata, "custom_metadata": custom_metadata}
             content = json.dumps(tree).encode()
-        return {**self.files, file_names.TREE: content}
+        return {**self.files, _paths.TREE: content}
 
 
 def make_format(
@@ -264,7 +264,7 @@ def _small_files(
     type_handler = tree.leaves[arrays[0].position].type_handler
     shardings = [(leaf.name, leaf.sharding) for leaf in arrays if leaf.sharding is not None]
     if is_primary and (content := on_disk.sharding_file(type_handler, shardings)) is not None:
-        files[file_names.SHARDINGS] = content
+        files[_paths.SHARDINGS] = content
     if (content := on_disk.array_metadatas_file(type_handler, array_metadatas)) is not None:
-        files[f"{file_names.ARRAY_METADATAS}/process_{multihost.process_index()}"] = content
+        files[f"{_paths.ARRAY_METADATAS}/process_{multihost.process_index()}"] = content
     return files

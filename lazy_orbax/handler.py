@@ -11,7 +11,7 @@ import functools
 import json
 from typing import Any
 
-from lazy_orbax import step_metadata, stock
+from lazy_orbax import _paths, step_metadata, stock
 from lazy_orbax._orbax import describe, lifecycle, multihost, symbols
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.agreement import agreement_on
@@ -20,7 +20,7 @@ from lazy_orbax.cleaning import end_earlier
 from lazy_orbax.commit import Commit
 from lazy_orbax.durable import after_publication, before_publication
 from lazy_orbax.errors import OptionError
-from lazy_orbax.events import await_publication, final_directory, publication_failed
+from lazy_orbax.events import await_publication, publication_failed
 from lazy_orbax.forgotten import remember
 from lazy_orbax.host_budget import HOST_BUDGET
 from lazy_orbax.object_store import stand_in
@@ -28,6 +28,7 @@ from lazy_orbax.options import LazyOptions
 from lazy_orbax.pace import Pace
 from lazy_orbax.plan import Plan
 from lazy_orbax.prepare import prepare
+from lazy_orbax.refuse import refuse_relative
 from lazy_orbax.restore import examined, restore
 from lazy_orbax.save import Job, Save
 from lazy_orbax.stale import Fingerprints
@@ -132,7 +133,7 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
             return await super().async_save(directory, args=stock_args)
         custom_metadata = _own_json(args.custom_metadata)
         path = stock.path_of(directory)
-        place = final_directory(path)
+        place = _paths.final(path)
         # Before what is left of earlier saves is looked at: this one may have the same directory.
         removes_all = multihost.is_primary_host(describe.primary_host(self))
         attempt = attempt_at(path, lifecycle.operation_id(), removes_all=removes_all)
@@ -147,6 +148,7 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
             slab_bytes=self._slab_bytes,
             abstract=False,
         )
+        refuse_relative(path, uses_ocdbt=bool(prepared.format.own_directories))
         if failures := [error for commit in earlier if (error := commit.part.failure)]:
             remember(failures, prepared.plan.n_bytes)
         job = Job(
@@ -225,6 +227,7 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
             CorruptCheckpointError: what is stored, or was restored, is not what was saved.
             MalformedCheckpointError: it is not a checkpoint that Orbax wrote.
         """
+        directory = stock.without_dots(directory)
         stock_args = stock.restore_args(args) if args and symbols.MISSING else args
         by_orbax = functools.partial(super().restore, directory, args=stock_args)
         with examined(directory, args, verifies=self.options.verify_restore):
@@ -236,6 +239,7 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         Raises:
             MalformedCheckpointError: it is not a checkpoint that Orbax wrote.
         """
+        directory = stock.without_dots(directory)
         with checked(directory, None):
             return super().metadata(directory)
 
@@ -245,7 +249,7 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         Raises:
             SaveError: the storage refused it, or did nothing for too long.
         """
-        place = final_directory(str(directory))
+        place = _paths.final(str(directory))
         here = [c for c in self._commits if c.save.recorder.timeline.directory == place]
         await_publication([c.save.recorder for c in here], after_publication)
         try:
@@ -262,7 +266,7 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
             raise
 
     def _merge(self, directory: Any) -> None:
-        by_orbax = functools.partial(super().finalize, directory)
+        by_orbax = functools.partial(super().finalize, stock.without_dots(directory))
         merge(self, directory, by_orbax, timeout_s=self.options.storage_timeout_s)
 
     def close(self) -> None:

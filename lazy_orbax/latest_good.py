@@ -12,10 +12,9 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from lazy_orbax import file_names
+from lazy_orbax import _paths
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.errors import CorruptCheckpointError, OptionError, Problem, RestoreError
-from lazy_orbax.events import step_of
 from lazy_orbax.restore import deferred
 from lazy_orbax.verification import verify
 
@@ -147,12 +146,11 @@ def _steps(manager: ocp.CheckpointManager) -> tuple[list[tuple[int, str]], list[
         listed = [int(step) for step in halves.view(np.int64) if step >= 0]
     root = epath.Path(manager.directory)
     directories, skipped = {}, []
-    for child in sorted(root.iterdir(), reverse=True) if root.exists() else []:
-        step = step_of(f"/{child.name.partition(file_names.TEMPORARY)[0]}")
-        if file_names.TEMPORARY not in child.name and step in listed:
-            directories[step] = str(child)
-        elif file_names.TEMPORARY in child.name or (step is not None and child.is_dir()):
-            skipped.append(Skipped(step, str(child), "it was never committed"))
+    for path, step, is_temporary in reversed(_paths.steps_in(root)) if root.exists() else ():
+        if step in listed and not is_temporary:
+            directories[step] = str(path)
+        elif is_temporary or path.is_dir():
+            skipped.append(Skipped(step, str(path), "it was never committed"))
     return [(step, directories.get(step, str(root / str(step)))) for step in listed], skipped
 
 

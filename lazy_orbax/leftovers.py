@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Iterable
 
-from lazy_orbax import file_names
+from lazy_orbax import _paths
 
 # Orbax writes the metadata of a step from a thread of its own.
 _STEP_METADATA_S = 0.5
@@ -21,20 +21,10 @@ _TRIES = 3
 _log = logging.getLogger("lazy_orbax")
 
 
-def temporary_root(directory: str) -> str:
-    """Returns the temporary directory of the step that an item belongs to, or an empty string."""
-    if not os.path.isabs(directory):
-        return ""
-    parent, name = os.path.split(directory.rstrip("/"))
-    if file_names.TEMPORARY in os.path.basename(parent):
-        return parent
-    return directory.rstrip("/") if file_names.TEMPORARY in name else ""
-
-
 def holds_a_step(root: str) -> bool:
     """Whether Orbax made the directory for a step. It may take it a moment to say so."""
     deadline_s = time.monotonic() + _STEP_METADATA_S
-    file = os.path.join(root, file_names.STEP_METADATA)
+    file = os.path.join(root, _paths.STEP_METADATA)
     while os.path.isdir(root) and not os.path.lexists(file):
         if time.monotonic() > deadline_s:
             return False

@@ -11,6 +11,7 @@ from typing import Any
 
 import tensorstore as ts
 
+from lazy_orbax import _paths
 from lazy_orbax._orbax import on_disk
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.errors import OptionError
@@ -70,7 +71,8 @@ def kvstore_spec(template: str, directory: str) -> dict[str, Any]:
             "kind of storage. Give the checkpointer the address itself."
         )
     if not scheme:
-        return json.loads(template.replace(f"/{_DIRECTORY}", _as_json(directory)))
+        path = _paths.without_dots(directory)
+        return json.loads(template.replace(f"/{_DIRECTORY}", _as_json(path)))
     bucket, _, path = directory.removeprefix(f"{scheme}://").partition("/")
     return json.loads(
         template.replace(_BUCKET, _as_json(bucket)).replace(_DIRECTORY, _as_json(path))
@@ -81,7 +83,7 @@ def plain_kvstore_spec(directory: str) -> dict[str, Any]:
     """Returns the spec of a directory, or an address, as a plain key-value store."""
     scheme = scheme_of(directory)
     if not scheme:
-        return {"driver": "file", "path": directory.rstrip("/") + "/"}
+        return {"driver": "file", "path": _paths.without_dots(directory).rstrip("/") + "/"}
     bucket, _, path = directory.removeprefix(f"{scheme}://").partition("/")
     driver = {"gs": "gcs"}.get(scheme, scheme)
     return {"driver": driver, "bucket": bucket, "path": path.rstrip("/") + "/"}

@@ -14,7 +14,7 @@ from typing import Any
 import tensorstore as ts
 from etils import epath
 
-from lazy_orbax import file_names
+from lazy_orbax import _paths
 from lazy_orbax.errors import MalformedCheckpointError
 from lazy_orbax.file_checks import brief, read_small
 from lazy_orbax.zarr_checks import MOST_METADATA_BYTES
@@ -60,7 +60,7 @@ def contents(directory: epath.Path, base: ts.KvStore, suffixes: tuple[str, ...])
     Raises:
         MalformedCheckpointError: it is malformed, or it would take much memory to decode.
     """
-    manifest = read_small(directory, file_names.MANIFEST, _SMALL_NODE_BYTES)
+    manifest = read_small(directory, _paths.MANIFEST, _SMALL_NODE_BYTES)
     if manifest is None:
         return None
     return _Reader(directory, base, tuple(suffix.encode() for suffix in suffixes)).read(manifest)
@@ -74,7 +74,7 @@ class _Reader:
         self._elsewhere: dict[bytes, str] = {}
 
     def read(self, manifest: bytes) -> Database:
-        where = self._directory / file_names.MANIFEST
+        where = self._directory / _paths.MANIFEST
         _bound_node(manifest, where)
         versions = self._decoded(None, where).get("versions")
         if not versions:
@@ -163,7 +163,7 @@ def _place(location: str, directory: epath.Path) -> tuple[str, int, int]:
     path = urllib.parse.unquote(folder) + urllib.parse.unquote(name)
     if path.startswith("/") or "\0" in path or {"", ".", ".."} & set(path.split("/")):
         raise MalformedCheckpointError(
-            directory / file_names.MANIFEST, f"data file {brief(path)}", "a file of this directory"
+            directory / _paths.MANIFEST, f"data file {brief(path)}", "a file of this directory"
         )
     return path, int(offset), int(length)
 

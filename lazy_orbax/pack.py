@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -38,14 +39,35 @@ class Buffer:
         return _zeros(self)()
 
 
-@functools.lru_cache(maxsize=1024)
+# What is compiled for slabs that look alike, by how they look. A plan keeps what it uses: with the
+# last plan the program dies, which takes some megabytes.
+_PROGRAMS: weakref.WeakValueDictionary[Hashable, Any] = weakref.WeakValueDictionary()
+
+
+def _shared(look: Hashable, make: Callable[[], Any]) -> Any:
+    if (found := _PROGRAMS.get(look)) is None:
+        found = _PROGRAMS[look] = make()
+    return found
+
+
 def _zeros(buffer: Buffer) -> Any:
-    return jax.jit(lambda: jnp.zeros((buffer.size,), buffer.dtype), out_shardings=buffer.sharding)
+    def make() -> Any:
+        return jax.jit(
+            lambda: jnp.zeros((buffer.size,), buffer.dtype), out_shardings=buffer.sharding
+        )
+
+    return _shared(buffer, make)
 
 
-@functools.lru_cache(maxsize=4096)
 def buffer_of(plan: Plan, slab: Slab) -> Buffer:
     """Returns what the program of a slab writes into."""
+    if (found := plan.programs.get(slab)) is None:
+        buffer = _buffer_of(plan, slab)
+        found = plan.programs[slab] = (buffer, _zeros(buffer))
+    return found[0]
+
+
+def _buffer_of(plan: Plan, slab: Slab) -> Buffer:
     assert slab.mesh is not None
     dtype = carrier_of(plan.leaves[slab.leaves[0]].dtype)
     each = sum(math.prod(plan.layouts[i].write_shape) for i in slab.leaves)
@@ -55,7 +77,6 @@ def buffer_of(plan: Plan, slab: Slab) -> Buffer:
     )
 
 
-@functools.lru_cache(maxsize=4096)
 def program(plan: Plan, slab: Slab, *, into: bool) -> tuple[Any, jax.Array]:
     """Returns the program that packs a slab on `local_mesh`, and its first argument.
 
@@ -68,14 +89,22 @@ def program(plan: Plan, slab: Slab, *, into: bool) -> tuple[Any, jax.Array]:
         into: whether the program takes one more argument, after the table: memory to write into,
             which it donates.
     """
+    if (found := plan.programs.get((slab, into))) is None:
+        found = plan.programs[slab, into] = _program(plan, slab, into)
+    return found
+
+
+def _program(plan: Plan, slab: Slab, into: bool) -> tuple[Any, jax.Array]:
     assert slab.mesh is not None
-    shardings = [plan.leaves[i].sharding for i in slab.leaves]
+    leaves = [plan.leaves[i] for i in slab.leaves]
+    shardings = [leaf.sharding for leaf in leaves]
     specs = tuple(s.spec if isinstance(s, NamedSharding) else PartitionSpec() for s in shardings)
     cuts, table = _replica_table(plan, slab)
     mesh = local_mesh(slab.mesh)
     if mesh is not slab.mesh:
         specs = (PartitionSpec(),) * len(specs)
-    return _packer(mesh, specs, cuts, into), table
+    look = (mesh, specs, cuts, into, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+    return _shared(look, functools.partial(_packer, mesh, specs, cuts, into)), table
 
 
 @functools.lru_cache(maxsize=1024)
@@ -117,14 +146,13 @@ def _local(array: jax.Array, anyhow: NamedSharding) -> jax.Array:
     return jax.make_array_from_single_device_arrays(shards[0].shape, anyhow, shards)
 
 
-@functools.lru_cache(maxsize=1024)
 def _packer(
     mesh: jax.sharding.Mesh,
     specs: tuple[PartitionSpec, ...],
     cuts: tuple[tuple[int, int, int] | None, ...],
     into: bool,
 ) -> Any:
-    """Returns the program that packs leaves with these specs; slabs that look alike share it."""
+    """Returns the program that packs leaves with these specs."""
     every_axis = PartitionSpec(mesh.axis_names)
 
     def pack(table: jax.Array, *shards: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +97,11 @@ class Plan:
     leaves: tuple[Leaf, ...]
     layouts: tuple[Layout, ...]
     slabs: tuple[Slab, ...]
+
+    @functools.cached_property
+    def programs(self) -> dict[Any, Any]:
+        """What was compiled for the slabs. It is of no use without the plan, and dies with it."""
+        return {}
 
     @functools.cached_property
     def processes(self) -> frozenset[int]:

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from lazy_orbax._orbax import describe
-from lazy_orbax.errors import DeletedArrayError, TreeError, summarize
+from lazy_orbax._paths import final
+from lazy_orbax.errors import DeletedArrayError, OptionError, TreeError, summarize
 from lazy_orbax.tree import TreeInfo
 
 _is_deleted = operator.methodcaller("is_deleted")
@@ -77,6 +78,23 @@ def _unreachable(keypath: str, array: jax.Array) -> list[str]:
             f"{jax.process_index()} ({array.sharding}); reshard it over all processes first"
         ]
     return []
+
+
+def refuse_relative(directory: str, *, uses_ocdbt: bool) -> None:
+    """Checks that Orbax can write a tree to a directory: its OCDBT wants an absolute path.
+
+    Args:
+        directory: the item's directory; empty while Orbax does not tell it.
+        uses_ocdbt: whether arrays are written to OCDBT.
+
+    Raises:
+        OptionError: the directory is relative.
+    """
+    if uses_ocdbt and directory and "://" not in directory and not directory.startswith("/"):
+        raise OptionError(
+            f"{final(directory)}: the path of a checkpoint should be absolute. Nothing was "
+            "written; save to os.path.abspath(...) of it."
+        )
 
 
 def refuse_clashes(keypaths: Sequence[str], tree: TreeInfo) -> None:

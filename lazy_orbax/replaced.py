@@ -12,11 +12,10 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from lazy_orbax import file_names, stock
+from lazy_orbax import _paths, stock
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.args import LazyRestore
 from lazy_orbax.errors import OptionError, Problem
-from lazy_orbax.events import step_of
 from lazy_orbax.handler import LazyCheckpointHandler
 from lazy_orbax.stored import StoredItem
 from lazy_orbax.verification import raise_corrupt
@@ -188,9 +187,9 @@ def _by_ourselves(directory: str, partial: Any, args: Any) -> dict[str, Any]:
 
 def _item_directory(manager: ocp.CheckpointManager, step: int, item: str | None) -> str:
     root = epath.Path(manager.directory)
-    for child in root.iterdir():
-        if step_of(f"/{child.name}") == step and file_names.TEMPORARY not in child.name:
-            return str(child / (item or "default"))
+    for found in _paths.steps_in(root):
+        if found.step == step and not found.is_temporary:
+            return str(found.path / (item or "default"))
     raise FileNotFoundError(f"There is no step {step} in {root}.")
 
 

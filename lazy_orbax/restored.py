@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lazy_orbax import digest, file_names, host_copies
+from lazy_orbax import _paths, digest, host_copies
 from lazy_orbax.boxes import Box
 from lazy_orbax.errors import Problem
 from lazy_orbax.layout import is_key
@@ -51,7 +51,7 @@ def check_restored(stored: StoredItem, leaves: Mapping[str, Any]) -> list[Proble
     for name, value in leaves.items():
         wanted = stored.strings.get(name) if isinstance(value, str) else None
         if wanted is not None and digest.digest_of_text(value) != wanted:
-            problems.append(Problem("is not the string that was saved", file_names.STRINGS, name))
+            problems.append(Problem("is not the string that was saved", _paths.STRINGS, name))
         if name not in stored.leaves:
             continue
         saved = stored.leaves[name]

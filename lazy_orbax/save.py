@@ -104,12 +104,13 @@ class Save:
 
     Attributes:
         recorder: its timeline, with what it failed with.
+        path: the item's directory, as Orbax named it before it existed.
         synced_directories: where everything is synced when it is durable, below a local directory.
     """
 
     def __init__(self, job: Job):
         """Starts the clock; `snapshot` starts the work."""
-        self.recorder = Recorder(job.path, job.options.on_timeline)
+        self.path, self.recorder = job.path, Recorder(job.path, job.options.on_timeline)
         self.synced_directories: set[Inode] = set()
         self._job, self._holding = job, _Holding()
         self._lock = threading.Lock()
@@ -151,7 +152,7 @@ class Save:
 
     def fail(self, error: BaseException) -> None:
         """Ends the save with `error` as its cause, unless it is over."""
-        failure = error if isinstance(error, SaveError) else save_error(self._job.path, error)
+        failure = error if isinstance(error, SaveError) else save_error(self.path, error)
         if failure is not error:
             failure.__cause__ = error
         if self._move(State.FAILED, failure):
@@ -175,7 +176,7 @@ class Save:
             TimeoutError: it is not staged yet.
         """
         if not self._past_staging.wait(timeout_s):
-            raise TimeoutError(f"{self._job.path} was not staged within {timeout_s} s.")
+            raise TimeoutError(f"{self.path} was not staged within {timeout_s} s.")
         self.forget()
         if self.failure is not None:
             raise self.failure

@@ -6,8 +6,8 @@ import re
 
 import jax
 
+from lazy_orbax import _paths
 from lazy_orbax.errors import SaveError
-from lazy_orbax.events import final_directory, step_of
 
 
 def save_error(
@@ -28,7 +28,7 @@ def save_error(
         file = getattr(error, "filename", None) or file
     failure = SaveError(
         text or type(error).__name__,
-        step=step_of(final_directory(directory)),
+        step=_paths.step_of_item(directory),
         directory=directory,
         leaf=leaf,
         file=file,

@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorstore as ts
 
-from lazy_orbax import file_names
+from lazy_orbax import _paths
 from lazy_orbax.digest import digest_of_bytes, digest_of_text
 from lazy_orbax.errors import Problem
 from lazy_orbax.small_files import MOST_BYTES, size_of
@@ -48,15 +48,15 @@ def changed_strings(directory: str, store: ts.KvStore, wanted: Mapping[str, int]
         store: the same, to read from.
         wanted: the digest of each, by the name of the leaf.
     """
-    size = size_of(directory, file_names.STRINGS) if wanted else 0
+    size = size_of(directory, _paths.STRINGS) if wanted else 0
     if size is None or size > MOST_BYTES:
-        return [Problem("is missing" if size is None else f"has {size} bytes", file_names.STRINGS)]
+        return [Problem("is missing" if size is None else f"has {size} bytes", _paths.STRINGS)]
     try:
-        found = json.loads(store.read(file_names.STRINGS).result().value) if wanted else {}
+        found = json.loads(store.read(_paths.STRINGS).result().value) if wanted else {}
     except (ValueError, OSError, RecursionError) as error:
-        return [Problem(f"cannot be read: {error}", file_names.STRINGS)]
+        return [Problem(f"cannot be read: {error}", _paths.STRINGS)]
     return [
-        Problem("is not the string that was saved", file_names.STRINGS, name)
+        Problem("is not the string that was saved", _paths.STRINGS, name)
         for name, digest in wanted.items()
         if not isinstance(text := _at(found, name), str) or digest_of_text(text) != digest
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 
-from lazy_orbax.events import Recorder, step_of
+from lazy_orbax.events import Recorder
 
 _LOG = logging.getLogger("lazy_orbax")
 
@@ -28,7 +28,7 @@ class Fingerprints:
             fingerprint: of what was saved.
         """
         directory = recorder.timeline.directory
-        place = _without_step(directory)
+        place = recorder.item
         with self._lock:
             before, content, was_same = self._last.get(place, ("", "", False))
             is_same = content == fingerprint
@@ -37,12 +37,3 @@ class Fingerprints:
             recorder.note(same_as=before)
             if not was_same:
                 _LOG.warning("%s holds the very same bytes as %s.", directory, before)
-
-
-def _without_step(directory: str) -> str:
-    """Returns what the directories of one item have in common over the steps of a run."""
-    parts_ = directory.rstrip("/").split("/")
-    for i in (-1, -2):
-        if len(parts_) >= -i and step_of("/" + parts_[i]) is not None:
-            return "/".join([*parts_[:i], "*", *parts_[len(parts_) + i + 1 :]])
-    return directory

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from etils import epath
 
+from lazy_orbax import _paths
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.tree import LeafInfo
 
@@ -17,6 +19,12 @@ def path_of(directory: Any) -> str:
         return str(getattr(directory, "path", directory))
     except ValueError:  # A deferred path has no name before it exists.
         return ""
+
+
+def without_dots(directory: Any) -> Any:
+    """Returns a directory without `..` in its path, which Orbax takes as text: see `_paths`."""
+    path = _paths.without_dots(str(directory))
+    return directory if path == str(directory) else epath.Path(path)
 
 
 async def created(directory: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore as ts
 
-from lazy_orbax import digest, digest_file, file_names, object_store, small_files
+from lazy_orbax import _paths, digest, digest_file, object_store, sidecar_files, small_files
 from lazy_orbax.boxes import Box
 from lazy_orbax.chunk_files import chunk_keys, file_of
 from lazy_orbax.digest_file import DigestError, LeafDigests
@@ -121,8 +121,8 @@ class StoredItem:
 
     def check_files(self) -> list[Problem]:
         """Returns what is wrong with the small files beside the arrays."""
-        files = small_files.changed_files(self.directory, self._small, self._files)
-        return files + small_files.changed_strings(self.directory, self._small, self.strings)
+        files = sidecar_files.changed_files(self.directory, self._small, self._files)
+        return files + sidecar_files.changed_strings(self.directory, self._small, self.strings)
 
     def check_arrays(self, names: Iterable[str] | None = None) -> list[Problem]:
         """Returns which leaves are not there in the dtype and shape in which they were saved.
@@ -227,7 +227,7 @@ class StoredItem:
         return file
 
     def _metadata_file(self, name: str) -> str | None:
-        metadata = file_names.ZARR_V2 if self._driver == "zarr" else file_names.ZARR_V3
+        metadata = _paths.ZARR_V2 if self._driver == "zarr" else _paths.ZARR_V3
         key = f"{name}/{metadata}".lstrip("/")
         if not self._use_ocdbt:
             return key

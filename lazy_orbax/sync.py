@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
-from lazy_orbax import file_names
+from lazy_orbax import _paths
 from lazy_orbax.threads import Crew, await_progress
 
 _THREADS = 8
@@ -149,7 +149,7 @@ class Syncer:
             directories[:] = [
                 name
                 for name in directories
-                if name in self._own or not name.startswith(file_names.PROCESS_DIRECTORY)
+                if name in self._own or not name.startswith(_paths.PROCESS_DIRECTORY)
             ]
             yield path, names
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from typing import Any
 
 from lazy_orbax.json_checks import Complain, Complaints, is_shape, parse_json
 
-# JAX walks trees recursively.
-_MOST_LEVELS = 256
+# JAX and Python walk trees recursively. Without a limit of Python's a stack of 8 MiB would overflow
+# at some 30 000 levels.
+_MOST_LEVELS = 10_000
 _SEQUENCE, _DICT = 1, 2
 
 
@@ -65,9 +67,9 @@ def check_tree(content: bytes, file: Any) -> Tree:
 
 
 def _check_keys(keys: Any, keypath: str, complain: Complain) -> list[tuple[int, str]] | None:
-    if not isinstance(keys, list) or len(keys) > _MOST_LEVELS:
+    if not isinstance(keys, list) or len(keys) > _most_levels():
         found = f"{len(keys)} levels" if isinstance(keys, list) else keys
-        complain((keypath, "key_metadata"), found, f"a list of at most {_MOST_LEVELS} keys")
+        complain((keypath, "key_metadata"), found, f"a list of at most {_most_levels()} keys")
         return None
     path = []
     for key in keys:
@@ -85,6 +87,11 @@ def _check_keys(keys: Any, keypath: str, complain: Complain) -> list[tuple[int, 
             return None
         path.append((kind, name))
     return path
+
+
+def _most_levels() -> int:
+    """Returns the levels of a tree that can have been saved here, and can be walked safely."""
+    return min(sys.getrecursionlimit(), _MOST_LEVELS)
 
 
 def _check_value(value: Any, keypath: str, complain: Complain) -> str | None:
@@ -127,8 +134,8 @@ def _check_rich(tree: Any, complain: Complain) -> None:
     while pending:
         value, level = pending.pop()
         # Each level of the tree takes some of JSON.
-        if level > 3 * _MOST_LEVELS:
-            complain("value_metadata_tree", f"{level} levels", f"at most {3 * _MOST_LEVELS}")
+        if level > 3 * _most_levels():
+            complain("value_metadata_tree", f"{level} levels", f"at most {3 * _most_levels()}")
             return
         if isinstance(value, dict | list):
             if isinstance(value, dict) and value.get("category") == "namedtuple":

@@ -15,7 +15,7 @@ import jax
 import tensorstore as ts
 from etils import epath
 
-from lazy_orbax import file_names, metadata_checks, ocdbt_checks, tree_checks, zarr_checks
+from lazy_orbax import _paths, metadata_checks, ocdbt_checks, tree_checks, zarr_checks
 from lazy_orbax._machine import memory_bytes
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.errors import MalformedCheckpointError
@@ -31,7 +31,7 @@ _JSON_SHARE = 256
 _SHARDING_SHARE = 32
 # Small arrays are in the file of older checkpoints itself.
 _AGGREGATE_SHARE = 8
-_ZARR_NAMES = frozenset({file_names.ZARR_V2, file_names.ZARR_V3})
+_ZARR_NAMES = frozenset({_paths.ZARR_V2, _paths.ZARR_V3})
 _AGGREGATE_FILE = "checkpoint"
 
 # The directory that a face has checked already, while it restores through the handler inside.
@@ -115,20 +115,20 @@ def _check_json(directory: epath.Path, limit_bytes: int, args: Any) -> tree_chec
         return read_small(directory, name, most_bytes)
 
     tree = None
-    if (found := content(file_names.TREE)) is not None:
-        path = directory / file_names.TREE
+    if (found := content(_paths.TREE)) is not None:
+        path = directory / _paths.TREE
         tree = tree_checks.check_tree(found, path)
     if _needs_shardings(args):
         most_bytes = max(limit_bytes, memory_bytes() // _SHARDING_SHARE)
-        if (found := content(file_names.SHARDINGS, most_bytes)) is not None:
-            metadata_checks.check_shardings(found, directory / file_names.SHARDINGS)
-    for path in (directory / file_names.ARRAY_METADATAS).glob("process_*"):
-        name = f"{file_names.ARRAY_METADATAS}/{path.name}"
+        if (found := content(_paths.SHARDINGS, most_bytes)) is not None:
+            metadata_checks.check_shardings(found, directory / _paths.SHARDINGS)
+    for path in (directory / _paths.ARRAY_METADATAS).glob("process_*"):
+        name = f"{_paths.ARRAY_METADATAS}/{path.name}"
         if (found := content(name)) is not None:
             metadata_checks.check_array_metadatas(found, path)
     strings = [name for name, kind in (tree.leaves if tree else {}).items() if kind == "string"]
-    if strings and (found := content(file_names.STRINGS)) is not None:
-        path = directory / file_names.STRINGS
+    if strings and (found := content(_paths.STRINGS)) is not None:
+        path = directory / _paths.STRINGS
         metadata_checks.check_strings(found, path, strings)
     return tree
 
@@ -152,7 +152,7 @@ def _declared(directory: epath.Path, files: Files | None, tree: tree_checks.Tree
         suffixes = tuple(f"/{name}" for name in _ZARR_NAMES)
         database = ocdbt_checks.contents(directory, base, suffixes)
         if database is not None:
-            where = directory / file_names.MANIFEST
+            where = directory / _paths.MANIFEST
             found = zarr_checks.declared_by_all(
                 database.metadata.items(), lambda key: f"{where}, key {brief(key)}"
             )
@@ -195,4 +195,4 @@ def _refuse_paths(directory: epath.Path, tree: tree_checks.Tree) -> None:
         if name.startswith("/") or "\0" in name or ".." in name.split("/")
     ]
     if problems:
-        raise MalformedCheckpointError.of(directory / file_names.TREE, problems)
+        raise MalformedCheckpointError.of(directory / _paths.TREE, problems)

@@ -11,10 +11,9 @@ from typing import Any
 
 from etils import epath
 
-from lazy_orbax import digest_file, small_files, step_metadata
+from lazy_orbax import _paths, digest_file, small_files, step_metadata
+from lazy_orbax._paths import COMMITTED, MANIFEST, STEP_METADATA, TREE
 from lazy_orbax.errors import CorruptCheckpointError, MalformedCheckpointError, OptionError, Problem
-from lazy_orbax.events import step_of
-from lazy_orbax.file_names import COMMITTED, MANIFEST, STEP_METADATA, TEMPORARY, TREE
 from lazy_orbax.object_store import scheme_of
 from lazy_orbax.stored import Piece, StoredItem
 from lazy_orbax.untrusted import refuse_malformed
@@ -116,11 +115,10 @@ def verify(path: Any) -> VerifyReport:
         items, problems = _verify_step(place, children)
         return VerifyReport(str(place), tuple(items), tuple(problems))
     items, problems = [], []
-    for name in sorted(children, key=lambda name: (step_of(f"/{name}") or 0, name)):
-        child = place / name
-        if not child.is_dir() or (step_of(f"/{name}") is None and TEMPORARY not in name):
+    for child, _, is_temporary in _paths.steps_in(place):
+        if not child.is_dir():
             continue
-        if TEMPORARY in name:
+        if is_temporary:
             problems.append(Problem("was never committed", str(child)))
             continue
         found, wrong = _verify_step(child, sorted(part.name for part in child.iterdir()))
@@ -144,19 +142,14 @@ def newest_whole_step(directory: str) -> int | None:
     """
     until_s = time.monotonic() + _SEARCH_S
     place = epath.Path(directory)
-    step_is_parent = step_of(f"/{place.name}") is None
-    step, inner = (place.parent, place.name) if step_is_parent else (place, "")
-    if step_of(f"/{step.name}") is None:
+    step = epath.Path(step_metadata.place_beside(directory) or _paths.step_directory(directory))
+    inner = "" if step == place else place.name
+    if _paths.step_of(step.name) is None:
         return None
-    steps = {
-        number: child
-        for child in step.parent.iterdir()
-        if (number := step_of(f"/{child.name}")) is not None
-        and child.name != step.name
-        and TEMPORARY not in child.name
-    }
-    for number in sorted(steps, reverse=True):
-        candidate = steps[number] / inner if inner else steps[number]
+    for path, number, is_temporary in reversed(_paths.steps_in(step.parent)):
+        if is_temporary or path.name == step.name:
+            continue
+        candidate = path / inner if inner else path
         if candidate.is_dir():
             found = _verify_item(candidate, until_s)
             if found.is_covered and not found.problems:
@@ -194,7 +187,7 @@ def _is_item(children: list[str]) -> bool:
 
 
 def _has_items(place: epath.Path, children: list[str]) -> bool:
-    found = [place / name for name in children if step_of(f"/{name}") is None]
+    found = [place / name for name in children if _paths.step_of(name) is None]
     return any(
         child.is_dir() and _is_item([part.name for part in child.iterdir()]) for child in found
     )
@@ -217,7 +210,7 @@ def _verify_step(place: epath.Path, children: list[str]) -> tuple[list[ItemRepor
 def _step_problems(place: epath.Path, children: list[str], *, is_item: bool) -> list[Problem]:
     """Returns what is wrong with what Orbax keeps of a step beside its items."""
     problems = []
-    if TEMPORARY in str(place):
+    if _paths.is_temporary(str(place)):
         problems.append(Problem("was never committed"))
     if scheme_of(str(place)) and COMMITTED not in children:
         problems.append(Problem("is missing: the step was never committed", COMMITTED))

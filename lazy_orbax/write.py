@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore as ts
 
-from lazy_orbax import digest, file_names, object_store
+from lazy_orbax import _paths, digest, object_store
 from lazy_orbax._orbax import on_disk, symbols
 from lazy_orbax.deadline import Deadline
 from lazy_orbax.format import Format
@@ -99,11 +99,11 @@ class Writer:
         everything = ts.KvStore.KeyRange()
         removals = [(store.base, everything) for store in self._kvstores if store.base is not None]
         if removals and self._files is not None:
-            merged = [("d/", "d0"), (file_names.MANIFEST, f"{file_names.MANIFEST}0")]
+            merged = [("d/", "d0"), (_paths.MANIFEST, f"{_paths.MANIFEST}0")]
             removals += [(self._files, ts.KvStore.KeyRange(*keys)) for keys in merged]
         requests = self._new_requests()
         for store, keys in removals:
-            requests.append(Request(store.delete_range(keys), file_names.MANIFEST))
+            requests.append(Request(store.delete_range(keys), _paths.MANIFEST))
         self.wait(requests)
 
     def write(self, pieces: Iterable[tuple[Piece, np.ndarray]]) -> list[Request]:
@@ -239,4 +239,4 @@ def merge(handler: Any, directory: Any, by_orbax: Callable[[], None], *, timeout
     try:
         Deadline(place, timeout_s).run(remotely if is_remote else by_orbax, "lazy_orbax-merge")
     except Exception as error:  # Each storage client has errors of its own.
-        raise save_error(place, error, file=f"{place}/{file_names.MANIFEST}") from error
+        raise save_error(place, error, file=f"{place}/{_paths.MANIFEST}") from error

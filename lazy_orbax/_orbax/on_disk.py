@@ -89,7 +89,7 @@ def tree_metadata(
 def sharding_file(
     type_handler: Any, shardings: Sequence[tuple[str, jax.sharding.Sharding]]
 ) -> bytes | None:
-    """Returns the content of `_sharding`, or `None` where the type handler writes none."""
+    """Returns the content of `_sharding`, or `None` where Orbax writes none: it would be empty."""
     if not type_handler._enable_write_sharding_file:
         return None
     entries = {}
@@ -97,7 +97,7 @@ def sharding_file(
         metadata = SRC["sharding_metadata"](sharding)
         if metadata is not None and (text := metadata.to_serialized_string()) is not None:
             entries[base64.urlsafe_b64encode(name.encode()).decode()] = text
-    return json.dumps(entries).encode()
+    return json.dumps(entries).encode() if entries else None
 
 
 def stores_array_metadata(type_handler: Any) -> bool:

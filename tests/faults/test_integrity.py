@@ -19,9 +19,9 @@ from trees import abstract, assert_same, on_mesh, random_array
 
 import lazy_orbax
 from lazy_orbax import (
+    _paths,
     digest,
     digest_file,
-    file_names,
     host_copies,
     large_pieces,
     restored,
@@ -374,7 +374,7 @@ def test_a_flip_in_the_metadata_of_a_step_is_told_of(tmp_path, mesh, save, caplo
     state = state_of(0, mesh)
     step, item = save(tmp_path / "run", state)
     assert lazy_orbax.verify(step).is_whole
-    file, late = step / file_names.STEP_METADATA, "commit_timestamp_nsecs"
+    file, late = step / _paths.STEP_METADATA, "commit_timestamp_nsecs"
     whole = file.read_bytes()
     wanted, told = json.loads(whole), 0
     for at in range(len(whole)):
@@ -383,7 +383,7 @@ def test_a_flip_in_the_metadata_of_a_step_is_told_of(tmp_path, mesh, save, caplo
             told += bool(problems)
             if not problems:  # An escape sequence in capitals, or the time of the commit.
                 assert {**json.loads(file.read_bytes()), late: 0} == {**wanted, late: 0}
-            assert {problem.file for problem in problems} <= {file_names.STEP_METADATA}
+            assert {problem.file for problem in problems} <= {_paths.STEP_METADATA}
     assert told > 0.8 * len(whole)
     with flips.flipped(file, whole.index(b'"epoch": 12') + len('"epoch": 1'), 0):
         report = lazy_orbax.verify(tmp_path / "run" if save is by_manager else step)
@@ -392,7 +392,7 @@ def test_a_flip_in_the_metadata_of_a_step_is_told_of(tmp_path, mesh, save, caplo
         with ocp.Checkpointer(lazy_orbax.standard_handler()) as checkpointer, caplog.at_level(30):
             args = ocp.args.StandardRestore(abstract(state))
             assert_same(checkpointer.restore(item, args=args), state)
-        assert f"{file_names.STEP_METADATA}: custom_metadata is not what was saved" in caplog.text
+        assert f"{_paths.STEP_METADATA}: custom_metadata is not what was saved" in caplog.text
         assert step_metadata.DIGESTS in caplog.text
 
 
@@ -400,7 +400,7 @@ def test_metadata_that_were_changed_on_purpose_refuse_nothing(tmp_path, mesh, ca
     state = state_of(0, mesh)
     step, item = by_manager(tmp_path / "run", state)
     store = ocp.metadata.metadata_store(enable_write=True, blocking_write=True)
-    store.update(step / file_names.STEP_METADATA, custom_metadata={"epoch": 13})
+    store.update(step / _paths.STEP_METADATA, custom_metadata={"epoch": 13})
     with ocp.CheckpointManager(
         tmp_path / "run", item_handlers={"state": lazy_orbax.standard_handler()}
     ) as manager:
@@ -417,7 +417,7 @@ def test_metadata_that_were_changed_on_purpose_refuse_nothing(tmp_path, mesh, ca
         assert "purpose" not in caplog.text
     # An item that was copied alone.
     shutil.copytree(by_checkpointer(tmp_path / "other", state)[1], tmp_path / "alone" / "item")
-    (tmp_path / "alone" / "item" / file_names.STEP_METADATA).unlink()
+    (tmp_path / "alone" / "item" / _paths.STEP_METADATA).unlink()
     assert step_metadata.check_beside(str(tmp_path / "alone" / "item")) == []
 
 

@@ -15,7 +15,6 @@ from faults.gates import failing_at, held_at, join_threads, within
 from trees import assert_same, on_mesh
 
 import lazy_orbax
-from lazy_orbax import leftovers
 from lazy_orbax.attempt import attempt_at
 from lazy_orbax.errors import SaveError
 from lazy_orbax.host_budget import HOST_BUDGET
@@ -174,23 +173,6 @@ def test_a_directory_without_the_mark_is_left_alone(tmp_path, tree):
         within(handler.save, epath.Path(path), args=lazy_orbax.args.LazySave(tree))
     assert (path / "precious").exists()
     handler.close()
-
-
-@pytest.mark.parametrize(
-    ("directory", "root"),
-    [
-        (f"/run/5{MARK}/state{MARK}", f"/run/5{MARK}"),
-        (f"/run/5{MARK}/state", f"/run/5{MARK}"),
-        (f"/run/5{MARK}", f"/run/5{MARK}"),
-        (f"/run{MARK}/5/state", ""),
-        ("/run/5/state", ""),
-        (f"gs://bucket/5{MARK}/state{MARK}", ""),
-        (f"5{MARK}/state", ""),
-        ("", ""),
-    ],
-)
-def test_what_is_the_directory_of_a_step(directory, root):
-    assert leftovers.temporary_root(directory) == root
 
 
 def test_a_directory_that_is_not_of_a_step_is_removed_only_when_it_is_empty(tmp_path):

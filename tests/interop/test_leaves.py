@@ -32,6 +32,7 @@ from interop.oracle import (
     save,
     stored,
 )
+from jax._src.sharding_impls import GSPMDSharding
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from trees import abstract, on_mesh, random_array
@@ -109,6 +110,13 @@ def sharded(mesh, *spec, array=F32, memory_kind=None):
 
 def on_device(array, index):
     return jax.device_put(array, SingleDeviceSharding(jax.devices()[index]))
+
+
+def with_gspmd(*spec):
+    """An array whose sharding Orbax has no words for, as older compiled functions return it."""
+    named = NamedSharding(mesh_ab(), P(*spec))
+    hlo = named._to_xla_hlo_sharding(F32.ndim)
+    return jax.device_put(F32, GSPMDSharding(tuple(mesh_ab().devices.flat), hlo))
 
 
 SHARDINGS = {
@@ -191,6 +199,9 @@ SHARDINGS = {
         "host": on_mesh(F32, mesh_ab(), "b", memory_kind="pinned_host"),
         "numpy": F32,
     },
+    "GSPMD alone": lambda: {"x": with_gspmd("a")},
+    "GSPMD replicated, beside a number": lambda: {"x": with_gspmd(), "n": 3},
+    "GSPMD beside another": lambda: {"x": with_gspmd("a"), "y": on_mesh(F32, mesh_ab(), "a")},
 }
 
 NAMES_32 = [

@@ -13,6 +13,8 @@ from orbax.checkpoint import checkpoint_utils, handlers
 from trees import abstract, on_mesh
 
 import lazy_orbax
+from lazy_orbax import digest_file, verification
+from lazy_orbax.errors import OptionError
 
 pytestmark = STOCK_WARNS
 DIRECTORIES = (True, False)
@@ -295,3 +297,73 @@ def test_the_bare_handler_saves_at_once(mesh, tmp_path):
         same(handler.restore(directory, args=restoring(face_name, state)), state)
         handler.close()
         handler.close()
+
+
+@pytest.mark.parametrize("through_a_link", [False, True])
+@pytest.mark.parametrize("face_name", FACES)
+def test_a_path_with_two_dots(face_name, through_a_link, mesh, tmp_path):
+    """It is the directory that the file system finds there, links followed, for all of us."""
+    kind, state = face(face_name), state_of(mesh)
+    (tmp_path / "real" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "deep")
+    (tmp_path / "plain").mkdir()
+    run = f"{tmp_path}/{'link' if through_a_link else 'plain'}/../run"
+    with ocp.CheckpointManager(run, item_handlers=kind.lazy()) as manager:
+        assert manager.save(1, args=kind.save(state))
+        manager.wait_until_finished()
+        same(manager.restore(1, args=restoring(face_name, state)), state)
+        assert manager.item_metadata(1).tree["w"].shape == (16, 8)
+        found = lazy_orbax.restore_latest_good(manager, args=restoring(face_name, state))
+        assert (found.step, found.skipped) == (1, ())
+    assert lazy_orbax.verify(run).is_whole
+    at = tmp_path / ("real/run" if through_a_link else "run")
+    assert lazy_orbax.verify(at).is_whole
+    stock_face = "standard" if face_name == "standard" else "pytree"
+    with ocp.CheckpointManager(at, item_handlers=face(stock_face).stock()) as manager:
+        same(manager.restore(1, args=restoring(stock_face, state)), state)
+
+
+@pytest.mark.parametrize("checkpointer", [ocp.Checkpointer, ocp.AsyncCheckpointer])
+def test_a_relative_path_is_refused_at_once_where_stock_refuses_it(
+    checkpointer, mesh, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    state = state_of(mesh)
+    with checkpointer(lazy_orbax.standard_handler()) as ours:
+        with pytest.raises(OptionError, match=r"run/1.*absolute"):
+            ours.save("run/1", args=ocp.args.StandardSave(state))
+        ours.save(tmp_path / "run" / "2", args=ocp.args.StandardSave(state))
+    with ocp.StandardCheckpointer() as stock:
+        same(stock.restore(tmp_path / "run" / "2", abstract(state)), state)
+    with checkpointer(lazy_orbax.pytree_handler(use_ocdbt=False)) as ours:
+        ours.save("run/3", args=ocp.args.PyTreeSave(state))
+    with ocp.PyTreeCheckpointer() as stock:
+        restore_args = jax.tree.map(arrays_restored_as, state)
+        same(stock.restore(tmp_path / "run" / "3", restore_args=restore_args), state)
+
+
+@pytest.mark.parametrize("name", ["x.orbax-checkpoint-tmp", "x.orbax-checkpoint-tmp/run", "run_3"])
+@pytest.mark.parametrize("item", ["state", "params_2", "7"])
+@pytest.mark.parametrize("prefix", [None, "step", "my_step"])
+def test_what_a_run_and_an_item_are_called_hides_no_step(prefix, item, name, mesh, tmp_path):
+    timelines, run, state = [], tmp_path / name, state_of(mesh)
+    lazy_options = lazy_orbax.LazyOptions(on_timeline=timelines.append)
+    with ocp.CheckpointManager(
+        run,
+        item_handlers={item: lazy_orbax.standard_handler(options=lazy_options)},
+        options=ocp.CheckpointManagerOptions(step_prefix=prefix),
+    ) as manager:
+        for step in (12, 13):
+            args = ocp.args.Composite(**{item: ocp.args.StandardSave(state)})
+            assert manager.save(step, args=args)
+            manager.wait_until_finished()
+    names = [f"{prefix}_{step}" if prefix else str(step) for step in (12, 13)]
+    directories = [str(run / one / item) for one in names]
+    assert [each.step for each in timelines] == [12, 13]
+    assert [each.directory for each in timelines] == directories
+    assert [each.same_as for each in timelines] == [None, directories[0]]
+    assert lazy_orbax.verify(run).is_whole
+    assert len(lazy_orbax.verify(run).items) == 2
+    assert verification.newest_whole_step(directories[1]) == 12
+    parts = (run / names[1] / item / digest_file.DIRECTORY).glob("process_*")
+    assert [digest_file.parse(part.read_bytes()).step for part in parts] == [13]

@@ -107,6 +107,21 @@ def test_what_is_finished_is_synced_from_the_chunks_to_the_root(tmp_path, state,
         assert any(root.rglob("commit_success.txt"))
 
 
+@pytest.mark.parametrize("save", [by_manager, by_manager_with_durable_path, by_async_checkpointer])
+def test_it_is_synced_below_a_directory_that_is_called_temporary(tmp_path, state, synced, save):
+    test_what_is_finished_is_synced_from_the_chunks_to_the_root(
+        tmp_path / "x.orbax-checkpoint-tmp", state, synced, save
+    )
+
+
+@pytest.mark.parametrize("durable_path", [{}, {"temporary_path_class": lazy_orbax.DurablePath}])
+def test_it_is_synced_in_a_run_that_is_called_temporary(tmp_path, state, synced, durable_path):
+    root = tmp_path / "run.orbax-checkpoint-tmp"
+    for _ in by_manager(root, state, **durable_path):
+        own = {str(path) for path in root.glob("descriptor*")}
+        assert synced.missing(root) - own == set()
+
+
 def test_stock_orbax_leaves_much_of_it_unsynced(tmp_path, state, synced):
     # The test above can fail: what it looks for is there to be missed.
     with ocp.CheckpointManager(tmp_path / "run") as manager:

@@ -5,7 +5,7 @@ import jax
 import pytest
 
 from lazy_orbax import events
-from lazy_orbax.events import Recorder, SaveTimeline, await_publication, final_directory, step_of
+from lazy_orbax.events import Recorder, SaveTimeline, await_publication
 
 PUBLISHED = "/jax/orbax/write/background_finalize_secs"
 
@@ -23,39 +23,6 @@ def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(events, "time", clock)
     return clock
-
-
-@pytest.mark.parametrize(
-    ("path", "directory", "step"),
-    [
-        ("/run/12/state", "/run/12/state", 12),
-        ("/run/12", "/run/12", 12),
-        ("/run/12/", "/run/12/", 12),
-        ("/run/0/state", "/run/0/state", 0),
-        ("/run/000012/state", "/run/000012/state", 12),
-        ("/run/step_12/state", "/run/step_12/state", 12),
-        ("/run/my-step-12/state", "/run/my-step-12/state", 12),
-        ("/run/12.orbax-checkpoint-tmp/state", "/run/12/state", 12),
-        ("/run/12.orbax-checkpoint-tmp-1699999999/state", "/run/12/state", 12),
-        (
-            "/run/12.orbax-checkpoint-tmp/state.orbax-checkpoint-tmp",
-            "/run/12/state",
-            12,
-        ),
-        ("gs://bucket/run/12/state", "gs://bucket/run/12/state", 12),
-        ("/run/final", "/run/final", None),
-        ("/run/v2b/state", "/run/v2b/state", None),
-        ("/3/run/state", "/3/run/state", None),
-        ("", "", None),
-    ],
-)
-def test_the_final_directory_and_the_step_in_it(path, directory, step):
-    assert final_directory(path) == directory
-    assert step_of(directory) == step
-
-
-def test_an_item_with_a_number_in_its_name_does_not_hide_the_step():
-    assert step_of("/run/12/layer_3") == 12
 
 
 def test_moments_are_seconds_since_save_was_entered(clock):

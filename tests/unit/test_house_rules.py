@@ -16,8 +16,8 @@ MOST_LINES = 300
 # A module imports modules of lower rank only. A new module gets its rank here.
 RANKS = {
     "errors": 0,
-    "file_names": 0,
     "_machine": 0,
+    "_paths": 0,
     "threads": 1,
     "pace": 1,
     "events": 1,
@@ -90,6 +90,7 @@ LEAST_IMPORTS = {
     # Pure planning: neither Orbax nor storage.
     "layout": {"jax", "numpy"},
     "plan": {"jax", "numpy"},
+    "_paths": set(),
     "errors": set(),
     "host_budget": set(),
     "sync": set(),
@@ -179,7 +180,7 @@ def foreign_privates(source):
         elif isinstance(node, ast.Import | ast.ImportFrom):
             whole = [getattr(node, "module", None) or "", *[alias.name for alias in node.names]]
             for part in ".".join(whole).split("."):
-                if private(part) and part != "_orbax":
+                if private(part) and part not in RANKS:
                     used.setdefault(part, node.lineno)
         elif isinstance(node, ast.Constant) and "._src" in str(node.value):
             used.setdefault("_src", node.lineno)

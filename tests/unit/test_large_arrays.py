@@ -18,9 +18,9 @@ import tensorstore as ts
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from lazy_orbax import digest, latest_good, pack, snapshot
+from lazy_orbax import latest_good, pack, snapshot
+from lazy_orbax.boxes import Box, parts
 from lazy_orbax.chunk_files import chunk_keys
-from lazy_orbax.digest import Box
 from lazy_orbax.digest_file import LeafDigests
 from lazy_orbax.layout import Leaf, ReplicaPolicy
 from lazy_orbax.plan import make_plan
@@ -147,7 +147,7 @@ def test_what_touches_a_box_is_found_beyond_32_bits():
 
 def test_parts_of_a_large_array_follow_each_other():
     shape, end = (3, 2**33 + 5), 0
-    for part in digest.parts(shape, 2, 2**26):
+    for part in parts(shape, 2, 2**26):
         assert part.start[0] * shape[1] + part.start[1] == end
         assert math.prod(part.shape) * 2 <= 2**26
         end += math.prod(part.shape)

@@ -22,8 +22,8 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 @pytest.fixture(autouse=True)
 def forget():
     PLAN_CACHE.clear()
-    for cached in (pack._packer, pack._zeros, pack._cached_table, pack.program):
-        cached.cache_clear()
+    pack._PROGRAMS.clear()
+    pack._cached_table.cache_clear()
     HOST_BUDGET.drop_idle()
     yield
     HOST_BUDGET.drop_idle()

@@ -384,13 +384,34 @@ def _held_bytes(held):
 
 
 def test_slabs_that_look_alike_share_a_program():
-    pack._packer.cache_clear()
+    pack._PROGRAMS.clear()
     leaves = [on_mesh(np.ones((8, 6), np.float32), MESH, "a") for _ in range(8)]
-    plan = plan_of(leaves, slab_bytes=2 * leaves[0].nbytes)
-    assert len(plan.slabs) == 4
-    for slab in plan.slabs:
-        snapshot.stage(plan, slab, leaves)
-    assert pack._packer.cache_info().misses == 1
+    plans = [plan_of(leaves, slab_bytes=2 * leaves[0].nbytes) for _ in range(2)]
+    programs = set()
+    for plan in plans:
+        assert len(plan.slabs) == 4
+        for slab in plan.slabs:
+            snapshot.stage(plan, slab, leaves)
+            programs.add(pack.program(plan, slab, into=True)[0])
+    (program,) = programs
+    assert program._cache_size() == 1
+
+
+@pytest.mark.parametrize("into", [True, False])
+def test_a_program_dies_with_the_last_plan_that_uses_it(into, monkeypatch):
+    monkeypatch.setattr(snapshot, "is_in_host_memory", lambda slab: into)
+    leaves = [on_mesh(np.ones((8, 6), np.float32), MESH, "a")]
+    plans = [plan_of(leaves) for _ in range(2)]
+    for plan in plans:
+        snapshot.to_host(snapshot.stage(plan, plan.slabs[0], leaves))
+    program = weakref.ref(pack.program(plan, plan.slabs[0], into=into)[0])
+    del plan
+    plans.pop()
+    gc.collect()
+    assert program() is not None
+    plans.pop()
+    gc.collect()
+    assert program() is None
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 
+import jax
 import jax.numpy as jnp
 import numcodecs
 import numpy as np
@@ -452,3 +454,34 @@ def test_nothing_in_the_library_runs_what_it_reads():
     found = {word for file in files for word in imported_or_called(file)}
     assert {"json", "open"} <= found
     assert not dangerous & found
+
+
+LEVELS = sys.getrecursionlimit()
+KINDS = {"dict": lambda inner: {"k": inner}, "tuple": lambda inner: (inner,)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("levels", [257, LEVELS // 2, LEVELS * 3 // 4])
+def test_a_deep_tree_that_stock_restores_is_restored(levels, kind, tmp_path):
+    tree = np.arange(3.0)
+    for _ in range(levels):
+        tree = KINDS[kind](tree)
+    place = tmp_path / "item"
+    with ocp.Checkpointer(lazy_orbax.standard_handler()) as ours:
+        ours.save(place, args=ocp.args.StandardSave(tree))
+        restored = ours.restore(place)
+    with ocp.StandardCheckpointer() as stock:
+        assert jax.tree.structure(stock.restore(place)) == jax.tree.structure(restored)
+    np.testing.assert_array_equal(jax.tree.leaves(restored)[0], np.arange(3.0))
+    assert lazy_orbax.verify(place).is_whole
+
+
+def test_no_limit_on_recursion_lets_a_tree_pass_that_would_end_the_process(copy):
+    directory, limit = copy("ocdbt"), sys.getrecursionlimit()
+    keys = [{"key": "x", "key_type": 2}] * 200_000
+    change(directory / "_METADATA", lambda m: entries(m)["('s',)"].update(key_metadata=keys))
+    try:
+        sys.setrecursionlimit(10**6)
+        refused(directory, "_METADATA", "200000 levels")
+    finally:
+        sys.setrecursionlimit(limit)
