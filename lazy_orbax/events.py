@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
-
-import jax
+from collections.abc import Callable
 
 from lazy_orbax import file_names
 
-# Orbax reports these durations through JAX's public monitoring, in the thread that published the
-# step, directly after it did: the only sign of that moment that reaches a handler.
-_PUBLISHED_EVENTS = frozenset(
-    {"/jax/orbax/write/background_finalize_secs", "/jax/orbax/write/finalize_duration_secs"}
-)
-_publishing = threading.local()
 _log = logging.getLogger("lazy_orbax")
 
 
@@ -114,50 +105,6 @@ class Recorder:
             self._on_timeline(self._timeline)
         except Exception:  # noqa: BLE001 - A callback must not undo a save that succeeded.
             _log.exception("on_timeline raised for %s", self._timeline.directory)
-
-
-def await_publication(
-    recorders: Sequence[Recorder], then: Callable[[], None] = lambda: None
-) -> None:
-    """Ends `recorders` when Orbax, in this thread, reports that it published the step.
-
-    Args:
-        recorders: what to end.
-        then: called before that, once for each function. What it raises goes up through Orbax to
-            who waits for the save.
-    """
-    _listen()
-    pending, calls = getattr(_publishing, "pending", ([], []))
-    calls = calls if then in calls else [*calls, then]
-    _publishing.pending = ([*pending, *recorders], calls)
-
-
-@functools.cache
-def _listen() -> None:
-    jax.monitoring.register_event_duration_secs_listener(_on_duration)
-
-
-def _on_duration(event: str, duration_secs: float, **_: str | int) -> None:
-    del duration_secs
-    if event not in _PUBLISHED_EVENTS:
-        return
-    recorders, calls = getattr(_publishing, "pending", ([], []))
-    try:
-        for call in calls:
-            call()
-    except BaseException as error:
-        publication_failed(error)
-        raise
-    _publishing.pending = ([], [])
-    for recorder in recorders:
-        recorder.end(committed=True)
-
-
-def publication_failed(error: BaseException) -> None:
-    """Ends with `error` what waits in this thread for a publication."""
-    (recorders, _), _publishing.pending = getattr(_publishing, "pending", ([], [])), ([], [])
-    for recorder in recorders:
-        recorder.end(error=error)
 
 
 def final_directory(path: str) -> str:

@@ -11,15 +11,16 @@ import functools
 import json
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from lazy_orbax import _orbax, step_metadata, stock
 from lazy_orbax.agreement import agreement_on
 from lazy_orbax.commit import Commit
 from lazy_orbax.drain import Pace
-from lazy_orbax.durable import after_publication, before_publication
+from lazy_orbax.durable import before_publication
 from lazy_orbax.errors import OptionError
-from lazy_orbax.events import await_publication, final_directory, publication_failed
+from lazy_orbax.events import final_directory
 from lazy_orbax.forgotten import remember
 from lazy_orbax.host_budget import HOST_BUDGET
 from lazy_orbax.leftovers import attempt_at
@@ -27,6 +28,7 @@ from lazy_orbax.object_store import stand_in
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.plan import Plan
 from lazy_orbax.prepare import prepare
+from lazy_orbax.publication import Publications, await_publication, publication_failed
 from lazy_orbax.restore import examined, restore
 from lazy_orbax.save import Save
 from lazy_orbax.stale import Fingerprints
@@ -96,6 +98,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         )
         self._pace = Pace(self.options.write_bytes_per_s)
         self._commits: list[Commit] = []
+        self._publications = Publications()
         self._fingerprints = Fingerprints()
         self._multiprocessing_options = keywords.get("multiprocessing_options")
         restore_gb = restore_concurrent_gb or _STOCK_CONCURRENT_GB
@@ -124,6 +127,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             OptionError: Orbax cannot write to such a directory.
             TreeError: the tree cannot be saved. Nothing was written.
             SaveError: the save failed while it waited for host memory.
+            NotDurableError: an earlier step was published unheard, and cannot be synced any more.
         """
         if _orbax.MISSING or getattr(args, "partial_save_mode", False):
             stock_args = stock.save_args(args) if _orbax.MISSING else args
@@ -134,6 +138,8 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         # Before what is left of earlier saves is looked at: this one may have the same directory.
         removes_all = _orbax.is_primary_host(_orbax.primary_host(self))
         attempt = attempt_at(path, _orbax.operation_id(), removes_all=removes_all)
+        # Where several processes go through `save()` together, `close` raises what failed.
+        self._publications.catch_up(raises=jax.process_count() == 1)
         earlier = self._commits
         self._commits = [commit for commit in earlier if not commit.is_past(place)]
         prepared, leaves = prepare(
@@ -243,7 +249,8 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         """
         place = final_directory(str(directory))
         here = [c for c in self._commits if c.save.recorder.timeline.directory == place]
-        await_publication([c.save.recorder for c in here], after_publication)
+        publication = await_publication([c.save.recorder for c in here])
+        self._publications.add(publication)
         try:
             if not (here and here[-1].is_merged):
                 self._merge(directory)
@@ -252,7 +259,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             timeout_s = self.options.storage_timeout_s
             changed = step_metadata.record(str(directory), timeout_s=timeout_s)
             unchanged = set[Inode]().union(*synced) - changed
-            before_publication(str(directory), unchanged, timeout_s=timeout_s)
+            before_publication(publication, str(directory), unchanged, timeout_s=timeout_s)
         except BaseException as error:
             publication_failed(error)
             raise
@@ -268,7 +275,8 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             SaveError: a save failed, and nobody was told yet.
         """
         commits, self._commits = self._commits, []
-        errors = [error for commit in commits if (error := commit.outcome())]
+        errors: list[BaseException] = [*self._publications.end()]
+        errors += [error for commit in commits if (error := commit.outcome())]
         HOST_BUDGET.drop_idle()
         super().close()
         if errors:

@@ -1,11 +1,13 @@
 import logging
+import queue
 import threading
 
 import jax
 import pytest
 
 from lazy_orbax import events
-from lazy_orbax.events import Recorder, SaveTimeline, await_publication, final_directory, step_of
+from lazy_orbax.events import Recorder, SaveTimeline, final_directory, step_of
+from lazy_orbax.publication import Publications, await_publication
 
 PUBLISHED = "/jax/orbax/write/background_finalize_secs"
 
@@ -170,3 +172,41 @@ def test_what_orbax_publishes_in_this_thread_ends_what_waits_for_it():
 def test_a_timeline_is_frozen():
     with pytest.raises(AttributeError):
         SaveTimeline(directory="/run/5", step=5).mode = "stage"  # type: ignore[misc]
+
+
+def test_a_listener_of_others_that_raises_does_not_keep_us_from_listening():
+    def raises(event, duration_secs, **_):
+        raise ValueError("a broken listener")
+
+    reported = []
+    jax.monitoring.clear_event_listeners()
+    jax.monitoring.register_event_duration_secs_listener(raises)
+    try:
+        await_publication([Recorder("/run/5/a", reported.append)])
+    finally:
+        jax.monitoring.unregister_event_duration_listener(raises)
+    jax.monitoring.record_event_duration_secs(PUBLISHED, 1.0)
+    assert [timeline.directory for timeline in reported] == ["/run/5/a"]
+
+
+def test_a_publication_of_another_thread_that_is_at_work_is_left_to_it():
+    gate, made, reported = threading.Event(), queue.SimpleQueue(), []
+
+    def publish():
+        publication = await_publication([Recorder("/run/5/a", reported.append)])
+        publication.is_there = lambda: True
+        made.put(publication)
+        gate.wait(30)
+
+    thread = threading.Thread(target=publish, daemon=True)
+    thread.start()
+    publications = Publications()
+    publications.add(made.get(timeout=30))
+    publications.catch_up(raises=True)
+    assert reported == []
+    gate.set()
+    thread.join(30)
+    publications.catch_up(raises=True)
+    assert [timeline.committed_s is not None for timeline in reported] == [True]
+    publications.catch_up(raises=True)
+    assert len(reported) == 1
