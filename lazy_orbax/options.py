@@ -50,8 +50,10 @@ class LazyOptions:
             An object store (`gs://`) acknowledges a write in that time, retries included. A local
             directory grows, or the sync of one file ends: a slow disk may take as long as it
             wants, one that hangs may not.
-        on_timeline: called once per saved item, from a background thread, when it was committed
-            or has failed. It must not raise, save or wait.
+        on_timeline: called once per saved item, in a thread of its own, when it was committed or
+            has failed. The save waits up to 5 seconds for it to return, and ends without it then.
+            What it raises is logged, `SystemExit` included, and changes nothing. It must not save
+            or wait for saves: Orbax's `save` and `wait_until_finished` raise `OptionError` in it.
 
     Raises:
         OptionError: a value is out of range.

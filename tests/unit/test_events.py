@@ -147,6 +147,16 @@ def test_an_exception_in_on_timeline_is_logged_and_goes_no_further(caplog):
     assert "a broken callback" in str(record.exc_info[1])
 
 
+def test_where_no_thread_can_be_started_on_timeline_is_called_in_this_one(monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    seen = []
+    Recorder("/run/5", lambda timeline: seen.append(threading.current_thread())).end()
+    assert seen == [threading.current_thread()]
+
+
 def test_what_orbax_publishes_in_this_thread_ends_what_waits_for_it():
     reported = []
     recorders = [Recorder(f"/run/5/{item}", reported.append) for item in "ab"]
