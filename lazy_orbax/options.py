@@ -45,7 +45,10 @@ class LazyOptions:
             scheduling priority (Linux only). For training steps that use every core.
         verify_restore: compare what was restored with the digests that were saved with it, and
             raise `CorruptCheckpointError` where it differs. Costs about a copy to the host of what
-            was restored. Checkpoints without digests are restored as they are.
+            was restored. Checkpoints without digests are restored as they are. A directory whose
+            name is that of a step, and which holds the files of another step, is corrupt as well;
+            a copy to another run, or to a name that is no step's, is not. Who has copied one
+            step to the name of another on purpose restores it with `False`.
         storage_timeout_s: most seconds in which the storage may do nothing; the save then fails.
             An object store (`gs://`) acknowledges a write in that time, retries included. A local
             directory grows, or the sync of one file ends: a slow disk may take as long as it

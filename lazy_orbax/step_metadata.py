@@ -22,6 +22,7 @@ from lazy_orbax.digest_file import DigestError
 from lazy_orbax.errors import Problem
 from lazy_orbax.file_names import STEP_METADATA
 from lazy_orbax.object_store import open_store, scheme_of
+from lazy_orbax.step_place import metadata_beside, places_of
 from lazy_orbax.sync import Inode, inode_of
 from lazy_orbax.write import save_error
 
@@ -60,7 +61,7 @@ def record(item_directory: str, *, timeout_s: float) -> set[Inode]:
             changed.add(inode_of(os.path.dirname(file)))
 
     def remotely() -> None:
-        stores = [open_store(place, timeout_s) for place in _places(item_directory)]
+        stores = [open_store(place, timeout_s) for place in places_of(item_directory)]
         item = stores[0]
         if not (item / f"{digest_file.DIRECTORY}/").list().result():
             return
@@ -117,7 +118,7 @@ def check_beside(item_directory: str) -> list[Problem]:
     Args:
         item_directory: the item's directory.
     """
-    place = _place_beside(item_directory)
+    place = metadata_beside(item_directory)
     return [] if place is None else check(item_directory, place)
 
 
@@ -142,23 +143,8 @@ def _digests_when_written(read: Callable[[], bytes | None], within_s: float) -> 
 
 
 def _content_beside(item_directory: str) -> bytes | None:
-    place = _place_beside(item_directory)
+    place = metadata_beside(item_directory)
     return None if place is None else small_files.read(place, STEP_METADATA)
-
-
-def _place_beside(item_directory: str) -> str | None:
-    """Returns the directory of the step's metadata: the item's own, or the one above it."""
-    return next(filter(_has_metadata, _places(item_directory)), None)
-
-
-def _places(item_directory: str) -> tuple[str, str]:
-    return item_directory, os.path.dirname(item_directory.rstrip("/"))
-
-
-def _has_metadata(place: str) -> bool:
-    if scheme_of(place):
-        return small_files.size_of(place, STEP_METADATA) is not None
-    return os.path.lexists(os.path.join(place, STEP_METADATA))
 
 
 def _digests_of(metadata: Any) -> dict[str, str]:

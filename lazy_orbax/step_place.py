@@ -1,0 +1,89 @@
+"""Which step an item is of: the names under which it was saved, against those where it lies.
+
+Orbax names a step by its number, behind a prefix that is the same for all steps of a run. An item
+that lies in another step of such a name than it was saved in holds another state than who asks for
+that step expects: a backup that went wrong, say. What else is copied or renamed, is as good as
+before: to another run, to a name that is no step's or has another prefix, or an item alone, to a
+directory that has no metadata of a step.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+from lazy_orbax import digest_file, small_files
+from lazy_orbax.digest_file import ProcessDigests
+from lazy_orbax.errors import Problem
+from lazy_orbax.file_names import STEP_METADATA
+from lazy_orbax.object_store import scheme_of
+
+_STEP = re.compile(r"(?:(.*)[_-])?(\d+)")
+
+
+def places_of(item_directory: str) -> tuple[str, str]:
+    """Returns the directories that may be the step of an item: its own, and the one above it."""
+    return item_directory, os.path.dirname(item_directory.rstrip("/"))
+
+
+def metadata_beside(item_directory: str) -> str | None:
+    """Returns which of them has the metadata of the step, if one has."""
+    return next(filter(_has_metadata, places_of(item_directory)), None)
+
+
+def _has_metadata(place: str) -> bool:
+    if scheme_of(place):
+        return small_files.size_of(place, STEP_METADATA) is not None
+    return os.path.lexists(os.path.join(place, STEP_METADATA))
+
+
+def wrong_step(saved: ProcessDigests, item_directory: str) -> Problem | None:
+    """Returns what is wrong if an item lies in another step than it was saved in.
+
+    Args:
+        saved: the digests of one process.
+        item_directory: where they lie.
+    """
+    local = not scheme_of(item_directory)
+    directory = os.path.abspath(item_directory) if local else item_directory
+    names = digest_file.names_of(directory)
+    for level in range(-1, -1 - len(names), -1):
+        found = _differing(saved, names, level)
+        if found is not None and _is_step(directory, names, level):
+            what = (
+                f"says that this item was saved at step {found[0]}, and it lies in step "
+                f"{found[1]}: the files of another step are in place of its own. If they were "
+                "copied on purpose, restore with LazyOptions(verify_restore=False)"
+            )
+            return Problem(what, f"{digest_file.DIRECTORY}/process_{saved.process}")
+    return None
+
+
+def _differing(saved: ProcessDigests, names: tuple[str, ...], level: int) -> tuple[int, int] | None:
+    """Returns the step under which an item was saved and the one where it lies, if they differ.
+
+    Args:
+        saved: its digests.
+        names: of its directory and the one above it, the latter first.
+        level: which of the names is looked at.
+    """
+    here = _STEP.fullmatch(names[level])
+    if here is None:
+        return None
+    if not saved.place:
+        # An older lazy_orbax noted a number of one of the two names, and not of which.
+        numbers = [int(found[2]) for name in names if (found := _STEP.fullmatch(name))]
+        is_other = saved.step is not None and here[1] is None and saved.step not in numbers
+        return (saved.step, int(here[2])) if saved.step is not None and is_other else None
+    there = _STEP.fullmatch(saved.place[level]) if len(saved.place) >= -level else None
+    if there is None or there[1] != here[1] or int(there[2]) == int(here[2]):
+        return None
+    return int(there[2]), int(here[2])
+
+
+def _is_step(directory: str, names: tuple[str, ...], level: int) -> bool:
+    """Whether it is this name that is the step's."""
+    place = metadata_beside(directory)
+    if place is None:
+        return level == -2 and names[level].isdigit()
+    return place == places_of(directory)[-1 - level]
