@@ -1,8 +1,8 @@
-"""Which step an item is of: the names under which it was saved, against those where it lies.
+"""What is an item, a step or a run, and which step an item is of.
 
 Orbax names a step by its number, behind a prefix that is the same for all steps of a run. An item
 that lies in another step of such a name than it was saved in holds another state than who asks for
-that step expects: a backup that went wrong, say. What else is copied or renamed, is as good as
+that step expects: a backup that went wrong, say. What else is copied or renamed is as good as
 before: to another run, to a name that is no step's or has another prefix, or an item alone, to a
 directory that has no metadata of a step.
 """
@@ -12,12 +12,16 @@ from __future__ import annotations
 import os
 import re
 
+from etils import epath
+
 from lazy_orbax import digest_file, small_files
 from lazy_orbax.digest_file import ProcessDigests
 from lazy_orbax.errors import Problem
-from lazy_orbax.file_names import STEP_METADATA
+from lazy_orbax.events import step_of
+from lazy_orbax.file_names import MANIFEST, STEP_METADATA, TREE
 from lazy_orbax.object_store import scheme_of
 
+_ITEM_FILES = (TREE, MANIFEST, digest_file.DIRECTORY)
 _STEP = re.compile(r"(?:(.*)[_-])?(\d+)")
 
 
@@ -37,6 +41,34 @@ def _has_metadata(place: str) -> bool:
     return os.path.lexists(os.path.join(place, STEP_METADATA))
 
 
+def is_item(children: list[str]) -> bool:
+    """Whether a directory in which these lie is an item's."""
+    return any(name in children for name in _ITEM_FILES)
+
+
+def is_step(place: epath.Path, children: list[str]) -> bool:
+    """Whether a directory in which these lie is a step's, perhaps of one item that is the step."""
+    return is_item(children) or STEP_METADATA in children or _has_items(place, children)
+
+
+def is_run(place: epath.Path, children: list[str]) -> bool:
+    """Whether steps lie in a directory that is none itself."""
+    if is_step(place, children):
+        return False
+    for child in (place / name for name in children if step_of(f"/{name}") is not None):
+        parts = [part.name for part in child.iterdir()] if child.is_dir() else []
+        if STEP_METADATA in parts or _has_items(child, parts):  # Not an item with such a name.
+            return True
+    return False
+
+
+def _has_items(place: epath.Path, children: list[str]) -> bool:
+    found = [place / name for name in children if step_of(f"/{name}") is None]
+    return any(
+        child.is_dir() and is_item([part.name for part in child.iterdir()]) for child in found
+    )
+
+
 def wrong_step(saved: ProcessDigests, item_directory: str) -> Problem | None:
     """Returns what is wrong if an item lies in another step than it was saved in.
 
@@ -49,7 +81,7 @@ def wrong_step(saved: ProcessDigests, item_directory: str) -> Problem | None:
     names = digest_file.names_of(directory)
     for level in range(-1, -1 - len(names), -1):
         found = _differing(saved, names, level)
-        if found is not None and _is_step(directory, names, level):
+        if found is not None and _is_named(directory, names, level):
             what = (
                 f"says that this item was saved at step {found[0]}, and it lies in step "
                 f"{found[1]}: the files of another step are in place of its own. If they were "
@@ -81,7 +113,7 @@ def _differing(saved: ProcessDigests, names: tuple[str, ...], level: int) -> tup
     return int(there[2]), int(here[2])
 
 
-def _is_step(directory: str, names: tuple[str, ...], level: int) -> bool:
+def _is_named(directory: str, names: tuple[str, ...], level: int) -> bool:
     """Whether it is this name that is the step's."""
     place = metadata_beside(directory)
     if place is None:
