@@ -139,3 +139,19 @@ def test_whatever_on_timeline_raises_a_committed_save_stays_committed(
     (logged,) = [r for r in caplog.records if r.name == "lazy_orbax"]
     assert "on_timeline" in logged.getMessage()
     assert logged.exc_info[1] is error
+
+
+@pytest.mark.usefixtures("no_patience")
+def test_on_timeline_that_goes_on_after_it_was_refused_hangs_nobody(tmp_path, state):
+    def do():
+        with pytest.raises(OptionError):
+            save(manager, 2, state)
+        manager.wait_until_finished()
+        return manager.all_steps()
+
+    told = Told(do)
+    with ocp.CheckpointManager(tmp_path, item_handlers=handler_of(told)) as manager:
+        save(manager, 1, state)
+        within(manager.wait_until_finished)
+        assert told.ended.wait(30)
+    assert told.results == [[1]]

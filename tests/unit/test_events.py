@@ -220,3 +220,32 @@ def test_a_publication_of_another_thread_that_is_at_work_is_left_to_it():
     assert [timeline.committed_s is not None for timeline in reported] == [True]
     publications.catch_up(raises=True)
     assert len(reported) == 1
+
+
+def test_what_could_not_be_synced_is_told_once():
+    """Where several processes save together, not before the last of them is past it."""
+
+    def refuses():
+        raise OSError("the disk is gone")
+
+    reported, publications = [], Publications()
+    publication = await_publication([Recorder("/run/5/a", reported.append)])
+    publication.sync, publication.is_there = refuses, lambda: True
+    publications.add(publication)
+    publications.catch_up(raises=False)
+    (failure,) = publications.end()
+    assert str(failure) == "the disk is gone"
+    assert publications.end() == []
+    assert [timeline.error for timeline in reported] == [failure]
+
+
+def test_a_step_that_orbax_gave_up_is_not_reported_as_published():
+    reported, publications = [], Publications()
+    recorder = Recorder("/run/5/a", reported.append)
+    publications.add(await_publication([recorder]))
+    publications.catch_up(raises=True)
+    assert reported == []
+    after = Recorder("/run/6/a", reported.append)
+    await_publication([after])
+    jax.monitoring.record_event_duration_secs(PUBLISHED, 1.0)
+    assert [timeline.directory for timeline in reported] == ["/run/6/a"]
