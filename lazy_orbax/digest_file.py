@@ -107,6 +107,7 @@ class DigestTemplate:
         fingerprint = f"{digest_of_bytes(json.dumps(strings).encode(), seed=so_far):016x}"
         changing = {
             "step": _paths.step_of_item(directory),
+            "place": names_of(directory),
             "fingerprint": fingerprint,
             "files": {
                 name: [len(content), f"{digest_of_bytes(content):016x}"]
@@ -169,7 +170,10 @@ class LeafDigests:
 
 @dataclasses.dataclass(frozen=True)
 class ProcessDigests:
-    """A file of digests as it was read. The attributes are those of `DigestTemplate.fill`."""
+    """A file of digests as it was read. The attributes are those of `DigestTemplate.fill`.
+
+    `place` is `names_of` the item's directory; an older lazy_orbax did not note it.
+    """
 
     process: int
     processes: tuple[int, ...]
@@ -177,10 +181,16 @@ class ProcessDigests:
     driver: str
     others: tuple[str, ...]
     step: int | None
+    place: tuple[str, ...]
     fingerprint: str
     files: dict[str, tuple[int, int]]
     strings: dict[str, int]
     leaves: tuple[LeafDigests, ...]
+
+
+def names_of(directory: str) -> tuple[str, ...]:
+    """Returns the last names of an item's path once it is published: its step's and its own."""
+    return tuple(name for name in _paths.final(directory).split("/") if name)[-2:]
 
 
 def seal(fields: bytes) -> bytes:
@@ -241,7 +251,8 @@ def _parsed(found: dict[str, Any]) -> ProcessDigests:
         use_ocdbt=bool(found["use_ocdbt"]),
         driver=found["driver"],
         others=tuple(map(str, found["others"])),
-        step=found["step"],
+        step=None if found["step"] is None else int(found["step"]),
+        place=tuple(map(str, found.get("place", ()))),
         fingerprint=str(found["fingerprint"]),
         files={
             str(name): (int(size), int(digest, 16))

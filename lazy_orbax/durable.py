@@ -1,7 +1,7 @@
 """What Orbax leaves unsynced of a local step: the merge, its small files, and every rename.
 
 Orbax finalizes each item (`before_publication`), renames the step's directory, and reports it
-(`after_publication`), all in one thread. `DurablePath` also syncs between the last two.
+(`Publication.sync`), all in one thread. `DurablePath` also syncs between the last two.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 from lazy_orbax import _paths
 from lazy_orbax._orbax.symbols import ocp_path
 from lazy_orbax.errors import NotDurableError, OptionError
-from lazy_orbax.events import publication_failed
 from lazy_orbax.object_store import scheme_of
+from lazy_orbax.publication import Publication, publication_failed
 from lazy_orbax.save_error import save_error
 from lazy_orbax.sync import Inode, inode_of, sync_all
 
@@ -46,10 +46,13 @@ class _Step:
 _publishing = threading.local()
 
 
-def before_publication(item_directory: str, synced: Set[Inode], *, timeout_s: float) -> None:
+def before_publication(
+    publication: Publication, item_directory: str, synced: Set[Inode], *, timeout_s: float
+) -> None:
     """Syncs what is in the step of an item, which was merged, before Orbax publishes it.
 
     Args:
+        publication: what awaits that. It learns what is to be synced afterwards.
         item_directory: the item's directory. Nothing is done for an object store.
         synced: directories below it in which everything is synced already.
         timeout_s: most seconds in which nothing may become durable, here and afterwards.
@@ -64,21 +67,22 @@ def before_publication(item_directory: str, synced: Set[Inode], *, timeout_s: fl
     step.synced |= synced
     step.timeout_s = timeout_s
     _publishing.step = step
+    publication.sync = functools.partial(_after_publication, step)
+    publication.is_there = functools.partial(_is_published, directory)
     try:
         sync_all(lambda: _not_synced(step, directory), directory, timeout_s=timeout_s)
     except OSError as error:
         raise save_error(item_directory, error) from error
 
 
-def after_publication() -> None:
-    """Syncs what came with the publication of the step that this thread has just published.
+def _after_publication(step: _Step) -> None:
+    """Syncs what came with the publication of a step.
 
     Raises:
         NotDurableError: the storage refused, or did nothing for too long. The step is listed.
     """
-    step, _publishing.step = getattr(_publishing, "step", None), None
-    if step is None:
-        return
+    if getattr(_publishing, "step", None) is step:
+        _publishing.step = None
     directory = _paths.published(step.directory)
 
     def changed() -> Iterator[str]:
@@ -99,6 +103,14 @@ def _published_with(item_directory: str) -> str:
     )
     is_item = not has_own and (has_above or _paths.is_temporary(above))
     return above if is_item else own
+
+
+def _is_published(directory: str) -> bool:
+    """Whether what was at `directory` is where everybody sees it."""
+    final = _paths.published(directory)
+    if directory == final:  # Orbax renames nothing.
+        return os.path.exists(os.path.join(final, _paths.COMMITTED))
+    return os.path.lexists(final) and not os.path.lexists(directory)
 
 
 def _step_at(directory: str) -> _Step:

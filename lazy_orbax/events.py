@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-
-import jax
+import types
+from collections.abc import Callable
 
 from lazy_orbax import _paths
+from lazy_orbax.errors import OptionError
 
-# Orbax reports these durations through JAX's public monitoring, in the thread that published the
-# step, directly after it did: the only sign of that moment that reaches a handler.
-_PUBLISHED_EVENTS = frozenset(
-    {"/jax/orbax/write/background_finalize_secs", "/jax/orbax/write/finalize_duration_secs"}
-)
-_publishing = threading.local()
+# How long a save waits for `on_timeline` to return.
+_PATIENCE_S = 5.0
+# What of Orbax `on_timeline` must not call: of managers, checkpointers and the functions of v1.
+_REFUSED = frozenset(
+    f"{name}{ending}"
+    for name in ("save", "save_pytree", "save_checkpointables")
+    for ending in ("", "_async")
+) | {"wait_until_finished"}
 _log = logging.getLogger("lazy_orbax")
 
 
@@ -110,53 +112,51 @@ class Recorder:
             self._timeline = dataclasses.replace(
                 self._timeline, committed_s=committed_s, error=error
             )
-        if self._on_timeline is None:
-            return
-        try:
-            self._on_timeline(self._timeline)
-        except Exception:  # noqa: BLE001 - A callback must not undo a save that succeeded.
-            _log.exception("on_timeline raised for %s", self._timeline.directory)
+        if self._on_timeline is not None:
+            _report(self._on_timeline, self._timeline)
 
 
-def await_publication(
-    recorders: Sequence[Recorder], then: Callable[[], None] = lambda: None
-) -> None:
-    """Ends `recorders` when Orbax, in this thread, reports that it published the step.
+def _report(on_timeline: Callable[[SaveTimeline], None], timeline: SaveTimeline) -> None:
+    """Calls `on_timeline` in a thread of its own, and waits for it, but not for ever.
 
-    Args:
-        recorders: what to end.
-        then: called before that, once for each function. What it raises goes up through Orbax to
-            who waits for the save.
+    This may be the thread of Orbax that everybody waits for who saves: a call of it that waits in
+    turn, or raises, would hang or undo a save that succeeded.
     """
-    _listen()
-    pending, calls = getattr(_publishing, "pending", ([], []))
-    calls = calls if then in calls else [*calls, then]
-    _publishing.pending = ([*pending, *recorders], calls)
 
+    def call() -> None:
+        sys.setprofile(_refuse_to_save)  # It sees the calls of this thread alone.
+        try:
+            on_timeline(timeline)
+        except BaseException:  # noqa: BLE001 - Nobody else could tell of it.
+            _log.exception("on_timeline raised for %s", timeline.directory)
+        finally:
+            sys.setprofile(None)
 
-@functools.cache
-def _listen() -> None:
-    jax.monitoring.register_event_duration_secs_listener(_on_duration)
-
-
-def _on_duration(event: str, duration_secs: float, **_: str | int) -> None:
-    del duration_secs
-    if event not in _PUBLISHED_EVENTS:
-        return
-    recorders, calls = getattr(_publishing, "pending", ([], []))
+    thread = threading.Thread(target=call, name="lazy_orbax-timeline", daemon=True)
     try:
-        for call in calls:
-            call()
-    except BaseException as error:
-        publication_failed(error)
-        raise
-    _publishing.pending = ([], [])
-    for recorder in recorders:
-        recorder.end(committed=True)
+        thread.start()
+    except RuntimeError:  # There are too many threads, or the interpreter is shutting down.
+        call()
+        return
+    thread.join(_PATIENCE_S)
+    if thread.is_alive():
+        _log.warning(
+            "on_timeline has not returned within %s s for %s. The save goes on without it.",
+            _PATIENCE_S,
+            timeline.directory,
+        )
 
 
-def publication_failed(error: BaseException) -> None:
-    """Ends with `error` what waits in this thread for a publication."""
-    (recorders, _), _publishing.pending = getattr(_publishing, "pending", ([], [])), ([], [])
-    for recorder in recorders:
-        recorder.end(error=error)
+def _refuse_to_save(frame: types.FrameType, event: str, _: object) -> None:
+    """Raises as soon as Orbax is called to save, before it has begun to, or to wait for a save."""
+    name, module = frame.f_code.co_name, str(frame.f_globals.get("__name__"))
+    if event != "call" or name not in _REFUSED or not module.startswith("orbax."):
+        return
+    caller = frame.f_back.f_globals.get("__name__") if frame.f_back else None
+    if name == "wait_until_finished" and str(caller).startswith("orbax."):
+        return  # It is restoring, say: that only takes its time.
+    raise OptionError(
+        f"on_timeline called {name}() of Orbax. The save that it is told of waits for it to "
+        "return, and Orbax saves from one thread at a time. Note there, in a threading.Event say, "
+        "what is to be done, and do it in the training loop."
+    )

@@ -11,6 +11,8 @@ import functools
 import json
 from typing import Any
 
+import jax
+
 from lazy_orbax import _paths, step_metadata, stock
 from lazy_orbax._orbax import describe, lifecycle, multihost, symbols
 from lazy_orbax._orbax.symbols import ocp
@@ -18,9 +20,8 @@ from lazy_orbax.agreement import agreement_on
 from lazy_orbax.attempt import Fate, attempt_at
 from lazy_orbax.cleaning import end_earlier
 from lazy_orbax.commit import Commit
-from lazy_orbax.durable import after_publication, before_publication
+from lazy_orbax.durable import before_publication
 from lazy_orbax.errors import OptionError
-from lazy_orbax.events import await_publication, publication_failed
 from lazy_orbax.forgotten import remember
 from lazy_orbax.host_budget import HOST_BUDGET
 from lazy_orbax.object_store import stand_in
@@ -28,6 +29,7 @@ from lazy_orbax.options import LazyOptions
 from lazy_orbax.pace import Pace
 from lazy_orbax.plan import Plan
 from lazy_orbax.prepare import prepare
+from lazy_orbax.publication import Publications, await_publication, publication_failed
 from lazy_orbax.refuse import refuse_relative
 from lazy_orbax.restore import examined, restore
 from lazy_orbax.save import Job, Save
@@ -99,6 +101,7 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         )
         self._pace = Pace(self.options.write_bytes_per_s)
         self._commits: list[Commit] = []
+        self._publications = Publications()
         self._fingerprints = Fingerprints()
         self._multiprocessing_options = keywords.get("multiprocessing_options")
         restore_gb = restore_concurrent_gb or _STOCK_CONCURRENT_GB
@@ -127,6 +130,7 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
             OptionError: Orbax cannot write to such a directory.
             TreeError: the tree cannot be saved. Nothing was written.
             SaveError: the save failed while it waited for host memory.
+            NotDurableError: an earlier step was published unheard, and cannot be synced any more.
         """
         if symbols.MISSING or getattr(args, "partial_save_mode", False):
             stock_args = stock.save_args(args) if symbols.MISSING else args
@@ -137,6 +141,8 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         # Before what is left of earlier saves is looked at: this one may have the same directory.
         removes_all = multihost.is_primary_host(describe.primary_host(self))
         attempt = attempt_at(path, lifecycle.operation_id(), removes_all=removes_all)
+        # Where several processes go through `save()` together, `close` raises what failed.
+        self._publications.catch_up(raises=jax.process_count() == 1)
         earlier = self._commits
         end_earlier([commit.part for commit in earlier], place)
         self._commits = [commit for commit in earlier if not commit.part.is_over]
@@ -251,7 +257,8 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         """
         place = _paths.final(str(directory))
         here = [c for c in self._commits if c.save.recorder.timeline.directory == place]
-        await_publication([c.save.recorder for c in here], after_publication)
+        publication = await_publication([c.save.recorder for c in here])
+        self._publications.add(publication)
         try:
             if not (here and here[-1].part.fate is Fate.MERGED):
                 self._merge(directory)
@@ -260,7 +267,7 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
             timeout_s = self.options.storage_timeout_s
             changed = step_metadata.record(str(directory), timeout_s=timeout_s)
             unchanged = set[Inode]().union(*synced) - changed
-            before_publication(str(directory), unchanged, timeout_s=timeout_s)
+            before_publication(publication, str(directory), unchanged, timeout_s=timeout_s)
         except BaseException as error:
             publication_failed(error)
             raise
@@ -276,7 +283,8 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
             SaveError: a save failed, and nobody was told yet.
         """
         commits, self._commits = self._commits, []
-        errors = [error for commit in commits if (error := commit.outcome())]
+        errors: list[BaseException] = [*self._publications.end()]
+        errors += [error for commit in commits if (error := commit.outcome())]
         HOST_BUDGET.drop_idle()
         super().close()
         if errors:

@@ -75,10 +75,12 @@ def restore_latest_good(manager: ocp.CheckpointManager, *, args: Any = None) -> 
         The step, what was restored, and what was skipped and why.
 
     Raises:
+        OptionError: it is no manager.
         RestoreError: the target does not fit a step that is whole.
         CorruptCheckpointError: no step can be restored; each is named with the reason.
         FileNotFoundError: there is no step at all.
     """
+    refuse_no_manager("restore_latest_good", manager)
     steps, skipped = _steps(manager)
     for step, directory in steps:
         with deferred() as errors:
@@ -106,6 +108,19 @@ def restore_latest_good(manager: ocp.CheckpointManager, *, args: Any = None) -> 
         raise FileNotFoundError(f"There is no step in {manager.directory}.")
     problems = [Problem(s.why, s.directory) for s in skipped]
     raise CorruptCheckpointError(str(manager.directory), problems, looked=True)
+
+
+def refuse_no_manager(function: str, manager: Any) -> None:
+    """Raises where a function that wants a checkpoint manager got something else.
+
+    Raises:
+        OptionError: it is no manager.
+    """
+    if not all(hasattr(manager, name) for name in ("all_steps", "directory", "reload", "restore")):
+        raise OptionError(
+            f"{function} takes an ocp.CheckpointManager, and found {manager!r}. Give the manager "
+            "of the run: lazy_orbax.standard_handler() or pytree_handler() as its item_handlers."
+        )
 
 
 def _why(error: Exception | None) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from lazy_orbax._orbax import multihost
 from lazy_orbax._orbax.symbols import ocp
+from lazy_orbax.errors import OptionError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +44,12 @@ def node_local_options(
         options: other options for the manager. They are not changed; a copy is.
 
     Raises:
+        OptionError: they are no options of a manager.
         ValueError: Orbax refuses the combination of options.
     """
-    given = options or ocp.CheckpointManagerOptions()
+    given = ocp.CheckpointManagerOptions() if options is None else options
+    if not isinstance(given, ocp.CheckpointManagerOptions):
+        raise OptionError(f"options={options!r} is not an ocp.CheckpointManagerOptions.")
     processes = dataclasses.replace(given.multiprocessing_options, primary_host=None)
     # Made in the background, a directory is announced to all processes by the first that has one.
     asynchronous = dataclasses.replace(

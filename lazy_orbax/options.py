@@ -41,13 +41,18 @@ class LazyOptions:
             scheduling priority (Linux only). For training steps that use every core.
         verify_restore: compare what was restored with the digests that were saved with it, and
             raise `CorruptCheckpointError` where it differs. Costs about a copy to the host of what
-            was restored. Checkpoints without digests are restored as they are.
+            was restored. Checkpoints without digests are restored as they are. A directory whose
+            name is that of a step, and which holds the files of another step, is corrupt as well;
+            a copy to another run, or to a name that is no step's, is not. Who has copied one
+            step to the name of another on purpose restores it with `False`.
         storage_timeout_s: most seconds in which the storage may do nothing; the save then fails.
             An object store (`gs://`) acknowledges a write in that time, retries included. A local
             directory grows, or the sync of one file ends: a slow disk may take as long as it
             wants, one that hangs may not.
-        on_timeline: called once per saved item, from a background thread, when it was committed
-            or has failed. It must not raise, save or wait.
+        on_timeline: called once per saved item, in a thread of its own, when it was committed or
+            has failed. The save waits up to 5 seconds for it to return, and ends without it then.
+            What it raises is logged, `SystemExit` included, and changes nothing. It must not save
+            or wait for saves: Orbax's `save` and `wait_until_finished` raise `OptionError` in it.
 
     Raises:
         OptionError: a value is out of range.

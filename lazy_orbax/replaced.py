@@ -17,6 +17,7 @@ from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.args import LazyRestore
 from lazy_orbax.errors import OptionError, Problem
 from lazy_orbax.handler import LazyCheckpointHandler
+from lazy_orbax.latest_good import refuse_no_manager
 from lazy_orbax.stored import StoredItem
 from lazy_orbax.verification import raise_corrupt
 
@@ -29,9 +30,17 @@ class FromStep:
 
     Attributes:
         step: that step.
+
+    Raises:
+        OptionError: it is no step.
     """
 
     step: int
+
+    def __post_init__(self) -> None:
+        is_number = isinstance(self.step, int | np.integer) and not isinstance(self.step, bool)
+        if not is_number or self.step < 0:
+            raise OptionError(f"FromStep({self.step!r}): a step is a whole number, at least 0.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +100,18 @@ def restore_replacing(
     Raises:
         CorruptCheckpointError: something else is wrong: a leaf that is not named, a file that is
             not one leaf's, or the leaf of the older step as well.
-        OptionError: a replacement does not fit, or the step has no digests.
+        OptionError: a replacement does not fit, the step it is from does not exist or is the one
+            to restore, or the step to restore has no digests.
+        FileNotFoundError: there is no such step.
     """
+    refuse_no_manager("restore_replacing", manager)
     target = getattr(args, "item", None)
     if target is None:
         raise OptionError("restore_replacing needs the whole target in args.item.")
     leaves = stock.named_leaves(target)
     _refuse_misfits(leaves, replacements)
     directory = _item_directory(manager, step, item)
+    _refuse_absent(manager, step, replacements, item)
     stored = StoredItem(directory)
     if not stored.is_covered:
         raise OptionError(f"{directory} has no digests, so no leaf of it is known to be wrong.")
@@ -157,7 +170,30 @@ def _needed(stored: StoredItem, replacements: Mapping[str, Any]) -> dict[str, st
     return {name: str(wrong.get(name, "another process could not read it")) for name in needed}
 
 
-def _refuse_misfits(leaves: Mapping[str, Any], replacements: Mapping[str, Any]) -> None:
+def _refuse_absent(
+    manager: ocp.CheckpointManager, step: int, replacements: Mapping[str, Any], item: str | None
+) -> None:
+    """Refuses steps that no leaf can be from, whether or not it will be needed."""
+    others = _steps_in(manager)
+    del others[step]
+    for name, replacement in replacements.items():
+        if not isinstance(replacement, FromStep):
+            continue
+        place = others.get(replacement.step)
+        if place is None or not (place / (item or "default")).is_dir():
+            raise OptionError(
+                f"The replacement of {name} is FromStep({replacement.step}). It must be another "
+                f"step than {step} in {manager.directory}: {', '.join(map(str, sorted(others)))}."
+            )
+
+
+def _refuse_misfits(leaves: Mapping[str, Any], replacements: Any) -> None:
+    is_mapping = isinstance(replacements, Mapping)
+    if not is_mapping or not all(isinstance(name, str) for name in replacements):
+        raise OptionError(
+            f"replacements={replacements!r} does not name leaves. Give a mapping, such as "
+            '{"params.head": FromStep(11)}, or with an array in place of FromStep.'
+        )
     for name, replacement in replacements.items():
         if name not in leaves:
             raise OptionError(f"The target has no leaf {name!r}; it has {', '.join(leaves)}.")
@@ -186,11 +222,18 @@ def _by_ourselves(directory: str, partial: Any, args: Any) -> dict[str, Any]:
 
 
 def _item_directory(manager: ocp.CheckpointManager, step: int, item: str | None) -> str:
-    root = epath.Path(manager.directory)
-    for found in _paths.steps_in(root):
-        if found.step == step and not found.is_temporary:
-            return str(found.path / (item or "default"))
-    raise FileNotFoundError(f"There is no step {step} in {root}.")
+    place = _steps_in(manager).get(step)
+    if place is None:
+        raise FileNotFoundError(f"There is no step {step} in {manager.directory}.")
+    return str(place / (item or "default"))
+
+
+def _steps_in(manager: ocp.CheckpointManager) -> dict[int, epath.Path]:
+    """Returns the directory of each step."""
+    found = [
+        each for each in _paths.steps_in(epath.Path(manager.directory)) if not each.is_temporary
+    ]
+    return {each.step: each.path for each in found if each.step is not None}
 
 
 def _agreed(needed: list[str], names: list[str]) -> list[str]:

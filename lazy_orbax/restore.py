@@ -120,7 +120,7 @@ def _restore(
             return by_orbax()
     raise_corrupt(place, [*stored.problems, *stored.check_files()], look=look)
     for problem in step_metadata.check_beside(place) if jax.process_index() == 0 else ():
-        _LOG.warning("Of the step of %s, %s. What is restored is right.", place, problem)
+        _LOG.warning("Of the step of %s, %s. The item itself is whole.", place, problem)
     try:
         with explained(handler, directory, args):
             value = by_orbax()

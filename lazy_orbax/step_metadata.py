@@ -23,6 +23,7 @@ from lazy_orbax.digest_file import DigestError
 from lazy_orbax.errors import Problem
 from lazy_orbax.object_store import open_store, scheme_of
 from lazy_orbax.save_error import save_error
+from lazy_orbax.step_place import metadata_beside
 from lazy_orbax.sync import Inode, inode_of
 
 DIGESTS = f"{digest_file.DIRECTORY}/step"
@@ -117,7 +118,7 @@ def check_beside(item_directory: str) -> list[Problem]:
     Args:
         item_directory: the item's directory.
     """
-    place = place_beside(item_directory)
+    place = metadata_beside(item_directory)
     return [] if place is None else check(item_directory, place)
 
 
@@ -142,19 +143,8 @@ def _digests_when_written(read: Callable[[], bytes | None], within_s: float) -> 
 
 
 def _content_beside(item_directory: str) -> bytes | None:
-    place = place_beside(item_directory)
+    place = metadata_beside(item_directory)
     return None if place is None else small_files.read(place, STEP_METADATA)
-
-
-def place_beside(item_directory: str) -> str | None:
-    """Returns the directory of the step's metadata: the item's own, or the one above it."""
-    return next(filter(_has_metadata, _paths.places_of_step(item_directory)), None)
-
-
-def _has_metadata(place: str) -> bool:
-    if scheme_of(place):
-        return small_files.size_of(place, STEP_METADATA) is not None
-    return os.path.lexists(os.path.join(place, STEP_METADATA))
 
 
 def _digests_of(metadata: Any) -> dict[str, str]:

@@ -18,6 +18,7 @@ from lazy_orbax.errors import Problem
 from lazy_orbax.large_pieces import PART_BYTES, digest_in_parts
 from lazy_orbax.plan import runs
 from lazy_orbax.small_files import MOST_BYTES
+from lazy_orbax.step_place import wrong_step
 
 # Pieces that are read at once, and how much of a large one.
 _BATCH_BYTES = PART_BYTES
@@ -103,6 +104,7 @@ class StoredItem:
             self.problems.append(Problem("is missing; that process took part in the save", file))
         for part in found:
             self._add(part)
+        self.problems += filter(None, (wrong_step(part, self.directory) for part in found))
 
     def _add(self, part: digest_file.ProcessDigests) -> None:
         self._files |= part.files

@@ -5,22 +5,31 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 
-from lazy_orbax import _paths, digest_file, small_files, step_metadata
-from lazy_orbax._paths import COMMITTED, MANIFEST, STEP_METADATA, TREE
-from lazy_orbax.errors import CorruptCheckpointError, MalformedCheckpointError, OptionError, Problem
+from lazy_orbax import _paths, small_files, step_metadata
+from lazy_orbax._paths import COMMITTED, STEP_METADATA
+from lazy_orbax.errors import (
+    CorruptCheckpointError,
+    MalformedCheckpointError,
+    OptionError,
+    Problem,
+    summarize,
+)
 from lazy_orbax.object_store import scheme_of
+from lazy_orbax.step_place import is_item, is_run, is_step, metadata_beside
 from lazy_orbax.stored import Piece, StoredItem
 from lazy_orbax.untrusted import refuse_malformed
 
-_ITEM_FILES = (TREE, MANIFEST, digest_file.DIRECTORY)
 # How long an error that names the newest whole step may take to find it.
 _SEARCH_S = 60.0
+_GIVE = "Give the directory of an item, a step or a run."
+_OWN_RUN = "it is a run of its own: verify that"
 _NO_DIGESTS = (
     "it has no digests: saved by stock Orbax, by another handler or by an older lazy_orbax"
 )
@@ -102,33 +111,32 @@ def verify(path: Any) -> VerifyReport:
         What was found, the problems included: nothing is raised for those.
 
     Raises:
-        OptionError: there is no checkpoint.
+        OptionError: there is no checkpoint, or it is no path. Where the directory holds runs, they
+            are named.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise OptionError(f"verify takes a path, and found {path!r}. {_GIVE}")
     place = epath.Path(path)
     if not place.is_dir():
-        raise OptionError(f"{place} is not a directory. Give an item, a step or a run.")
+        raise OptionError(f"{place} is not a directory. {_GIVE}")
     children = sorted(child.name for child in place.iterdir())
-    if _is_item(children):
+    if is_item(children):
         step = _step_problems(place, children, is_item=True) if STEP_METADATA in children else []
         return VerifyReport(str(place), (_verify_item(place),), tuple(step))
-    if STEP_METADATA in children or _has_items(place, children):
+    if is_step(place, children):
         items, problems = _verify_step(place, children)
         return VerifyReport(str(place), tuple(items), tuple(problems))
-    items, problems = [], []
-    for child, _, is_temporary in _paths.steps_in(place):
-        if not child.is_dir():
-            continue
-        if is_temporary:
-            problems.append(Problem("was never committed", str(child)))
-            continue
-        found, wrong = _verify_step(child, sorted(part.name for part in child.iterdir()))
-        items += found
-        problems += [
-            dataclasses.replace(p, file="/".join(filter(None, (str(child), p.file)))) for p in wrong
-        ]
-    if not items and not problems:
-        raise OptionError(f"{place} holds no checkpoint. Give an item, a step or a run.")
+    items, problems = _verify_run(place, children)
+    if not problems and all(item.not_covered == (_OWN_RUN,) for item in items):
+        runs = summarize(_runs_in(place, children))
+        found = f"is not a run, but holds runs. Give one:{runs}" if runs else "holds no checkpoint."
+        raise OptionError(f"{place} {found}" + ("" if runs else f" {_GIVE}"))
     return VerifyReport(str(place), tuple(items), tuple(problems))
+
+
+def _runs_in(place: epath.Path, children: list[str]) -> list[str]:
+    inside = [place / name for name in children if (place / name).is_dir()]
+    return [str(d) for d in inside if is_run(d, [part.name for part in d.iterdir()])]
 
 
 def newest_whole_step(directory: str) -> int | None:
@@ -142,7 +150,7 @@ def newest_whole_step(directory: str) -> int | None:
     """
     until_s = time.monotonic() + _SEARCH_S
     place = epath.Path(directory)
-    step = epath.Path(step_metadata.place_beside(directory) or _paths.step_directory(directory))
+    step = epath.Path(metadata_beside(directory) or _paths.step_directory(directory))
     inner = "" if step == place else place.name
     if _paths.step_of(step.name) is None:
         return None
@@ -182,19 +190,8 @@ def raise_corrupt(
         ) from cause
 
 
-def _is_item(children: list[str]) -> bool:
-    return any(name in children for name in _ITEM_FILES)
-
-
-def _has_items(place: epath.Path, children: list[str]) -> bool:
-    found = [place / name for name in children if _paths.step_of(name) is None]
-    return any(
-        child.is_dir() and _is_item([part.name for part in child.iterdir()]) for child in found
-    )
-
-
 def _verify_step(place: epath.Path, children: list[str]) -> tuple[list[ItemReport], list[Problem]]:
-    if _is_item(children):
+    if is_item(children):
         return [_verify_item(place)], _step_problems(place, children, is_item=True)
     problems = _step_problems(place, children, is_item=False)
     items = [
@@ -204,6 +201,27 @@ def _verify_step(place: epath.Path, children: list[str]) -> tuple[list[ItemRepor
     ]
     if not items:
         problems.append(Problem("holds no item"))
+    return items, problems
+
+
+def _verify_run(place: epath.Path, children: list[str]) -> tuple[list[ItemReport], list[Problem]]:
+    items, problems = [], []
+    for name in sorted(children, key=lambda name: (_paths.step_of(name) or 0, name)):
+        child = place / name
+        if not child.is_dir() or (_paths.step_of(name) is None and _paths.TEMPORARY not in name):
+            continue
+        if _paths.TEMPORARY in name:
+            problems.append(Problem("was never committed", str(child)))
+            continue
+        parts = sorted(part.name for part in child.iterdir())
+        if is_run(child, parts):
+            items.append(ItemReport(str(child), 0, 0, (_OWN_RUN,), ()))
+            continue
+        found, wrong = _verify_step(child, parts)
+        items += found
+        problems += [
+            dataclasses.replace(p, file="/".join(filter(None, (str(child), p.file)))) for p in wrong
+        ]
     return items, problems
 
 

@@ -151,6 +151,12 @@ class Job:
         """Writes a file of a step again, with other content."""
         (self._place_of(step) / name).write_bytes(content)
 
+    def roll_back(self, step: int, by: int) -> None:
+        """Puts the files of the item of another step in place of those of a step."""
+        ours, theirs = (self._place_of(each) / "default" for each in (step, by))
+        ours.rmtree()
+        _copy(theirs, ours)
+
     def differences(self, step: int, n_steps: int) -> list[str]:
         """Returns what is not restored as the state after so many steps of `multihost.states`."""
         target = ocp.args.StandardRestore(states.targets(self._mesh, states.SPECS))
@@ -172,6 +178,14 @@ class Job:
 
     def in_flight_bytes(self) -> int:
         return HOST_BUDGET.in_flight_bytes
+
+
+def _copy(source: Any, target: Any) -> None:
+    for child in source.iterdir():
+        if child.is_dir():
+            _copy(child, target / child.name)
+        else:
+            (target / child.name).write_bytes(child.read_bytes())
 
 
 def serve(connection: Any) -> None:

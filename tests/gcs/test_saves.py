@@ -54,3 +54,16 @@ def test_what_is_malformed_is_refused(start, root, form, name, content):
     assert "MalformedCheckpointError" in outcome.trace
     assert f"{root}/1/default" in outcome.message
     assert name in outcome.message
+
+
+def test_a_step_that_was_rolled_back_in_the_bucket_is_refused(start, root):
+    job = start()
+    job.do("open", root)
+    for step in (1, 2):
+        job.do("save", step)
+    job.do("roll_back", 2, 1)
+    assert job.do("wrong", 1) == []
+    outcome = job.attempt("wrong", 2)
+    assert outcome.error == "CorruptCheckpointError", outcome.trace
+    assert "saved at step 1" in outcome.message
+    assert f"{root}/2/default" in outcome.message

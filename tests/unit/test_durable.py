@@ -8,6 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from faults.gates import within
+from jax._src import monitoring
 from trees import assert_same, on_mesh
 
 import lazy_orbax
@@ -219,3 +220,111 @@ def test_a_run_below_a_directory_that_cannot_be_read(tmp_path, state, synced, mo
     )
     for _ in by_manager(above / "run", state):
         assert synced.missing(above / "run" / "1") == {str(above)}
+
+
+# Who else uses JAX's monitoring may clear all listeners: Orbax's report is heard all the same.
+
+
+@pytest.fixture
+def listeners():
+    """Puts back what a test clears."""
+    kept = monitoring.get_event_duration_listeners()
+    yield monitoring
+    for listener in set(kept) - set(monitoring.get_event_duration_listeners()):
+        jax.monitoring.register_event_duration_secs_listener(listener)
+
+
+def save_to(manager, step, state):
+    manager.save(step, args=ocp.args.StandardSave({**state, "step": step}))
+    within(manager.wait_until_finished)
+
+
+def test_every_step_is_synced_after_the_listeners_were_cleared(tmp_path, state, synced, listeners):
+    timelines = []
+    options = lazy_orbax.LazyOptions(on_timeline=timelines.append)
+    handler = lazy_orbax.standard_handler(options=options)
+    with ocp.CheckpointManager(tmp_path, item_handlers=handler) as manager:
+        for step in range(1, 5):
+            save_to(manager, step, state)
+            assert synced.missing(tmp_path / str(step)) == set()
+            jax.monitoring.clear_event_listeners()
+    assert [(t.step, t.committed_s is not None) for t in timelines] == [
+        (step, True) for step in range(1, 5)
+    ]
+
+
+def test_there_is_one_listener_however_many_saves_there_are(tmp_path, state, listeners):
+    with ocp.CheckpointManager(tmp_path, item_handlers=lazy_orbax.standard_handler()) as manager:
+        save_to(manager, 1, state)
+        listening = listeners.get_event_duration_listeners()
+        for step in (2, 3):
+            save_to(manager, step, state)
+        assert listeners.get_event_duration_listeners() == listening
+        jax.monitoring.clear_event_listeners()
+        save_to(manager, 4, state)
+        assert len(listeners.get_event_duration_listeners()) == 1
+
+
+@pytest.fixture
+def cleared_at_publication(monkeypatch, listeners):
+    """Clears the listeners as a step is renamed: after they were looked at, before the report."""
+    renamed, cleared = os.rename, []
+
+    def rename(source, target, **keywords):
+        if os.path.basename(target) == "2":
+            jax.monitoring.clear_event_listeners()
+            cleared.append(str(target))
+        return renamed(source, target, **keywords)
+
+    monkeypatch.setattr(os, "rename", rename)
+    return cleared
+
+
+@pytest.mark.parametrize("when", ["the next save", "close"])
+def test_a_publication_that_nobody_heard_of_is_synced_by_the_next_call(
+    tmp_path, state, synced, cleared_at_publication, caplog, when
+):
+    timelines = []
+    options = lazy_orbax.LazyOptions(on_timeline=timelines.append)
+    handler = lazy_orbax.standard_handler(options=options)
+    with ocp.CheckpointManager(tmp_path, item_handlers=handler) as manager:
+        save_to(manager, 1, state)
+        save_to(manager, 2, state)
+        assert cleared_at_publication
+        assert str(tmp_path / "2") in synced.missing(tmp_path / "2"), "the event was heard"
+        if when == "the next save":
+            save_to(manager, 3, state)
+            assert synced.missing(tmp_path / "2") == set()
+    assert synced.missing(tmp_path / "2") == set()
+    assert [t.step for t in timelines] == ([1, 2, 3] if when == "the next save" else [1, 2])
+    assert all(t.error is None and t.committed_s is not None for t in timelines)
+    (warned,) = [r.getMessage() for r in caplog.records if r.name == "lazy_orbax"]
+    assert "clear_event_listeners" in warned
+    assert str(tmp_path / "2") in warned
+
+
+@pytest.mark.parametrize("when", ["the next save", "close"])
+def test_a_publication_that_nobody_heard_of_and_that_cannot_be_synced_any_more(
+    tmp_path, state, synced, cleared_at_publication, when
+):
+    timelines = []
+    options = lazy_orbax.LazyOptions(on_timeline=timelines.append)
+    handler = lazy_orbax.standard_handler(options=options)
+    manager = ocp.CheckpointManager(tmp_path, item_handlers=handler)
+    save_to(manager, 1, state)
+    save_to(manager, 2, state)
+    assert cleared_at_publication
+    synced.refused = lambda path: True
+    with pytest.raises(NotDurableError, match="the disk is gone") as raised:
+        if when == "close":
+            manager.close()
+        else:
+            manager.save(3, args=ocp.args.StandardSave(state))
+    synced.refused = None
+    assert raised.value.step == 2
+    assert timelines[1].error is raised.value
+    if when == "the next save":
+        save_to(manager, 3, state)
+        assert synced.missing(tmp_path / "3") == set()
+    manager.close()
+    assert [t.step for t in timelines] == ([1, 2] if when == "close" else [1, 2, 3])

@@ -1,11 +1,13 @@
 import logging
+import queue
 import threading
 
 import jax
 import pytest
 
 from lazy_orbax import events
-from lazy_orbax.events import Recorder, SaveTimeline, await_publication
+from lazy_orbax.events import Recorder, SaveTimeline
+from lazy_orbax.publication import Publications, await_publication
 
 PUBLISHED = "/jax/orbax/write/background_finalize_secs"
 
@@ -112,6 +114,16 @@ def test_an_exception_in_on_timeline_is_logged_and_goes_no_further(caplog):
     assert "a broken callback" in str(record.exc_info[1])
 
 
+def test_where_no_thread_can_be_started_on_timeline_is_called_in_this_one(monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    seen = []
+    Recorder("/run/5", lambda timeline: seen.append(threading.current_thread())).end()
+    assert seen == [threading.current_thread()]
+
+
 def test_what_orbax_publishes_in_this_thread_ends_what_waits_for_it():
     reported = []
     recorders = [Recorder(f"/run/5/{item}", reported.append) for item in "ab"]
@@ -137,3 +149,70 @@ def test_what_orbax_publishes_in_this_thread_ends_what_waits_for_it():
 def test_a_timeline_is_frozen():
     with pytest.raises(AttributeError):
         SaveTimeline(directory="/run/5", step=5).mode = "stage"  # type: ignore[misc]
+
+
+def test_a_listener_of_others_that_raises_does_not_keep_us_from_listening():
+    def raises(event, duration_secs, **_):
+        raise ValueError("a broken listener")
+
+    reported = []
+    jax.monitoring.clear_event_listeners()
+    jax.monitoring.register_event_duration_secs_listener(raises)
+    try:
+        await_publication([Recorder("/run/5/a", reported.append)])
+    finally:
+        jax.monitoring.unregister_event_duration_listener(raises)
+    jax.monitoring.record_event_duration_secs(PUBLISHED, 1.0)
+    assert [timeline.directory for timeline in reported] == ["/run/5/a"]
+
+
+def test_a_publication_of_another_thread_that_is_at_work_is_left_to_it():
+    gate, made, reported = threading.Event(), queue.SimpleQueue(), []
+
+    def publish():
+        publication = await_publication([Recorder("/run/5/a", reported.append)])
+        publication.is_there = lambda: True
+        made.put(publication)
+        gate.wait(30)
+
+    thread = threading.Thread(target=publish, daemon=True)
+    thread.start()
+    publications = Publications()
+    publications.add(made.get(timeout=30))
+    publications.catch_up(raises=True)
+    assert reported == []
+    gate.set()
+    thread.join(30)
+    publications.catch_up(raises=True)
+    assert [timeline.committed_s is not None for timeline in reported] == [True]
+    publications.catch_up(raises=True)
+    assert len(reported) == 1
+
+
+def test_what_could_not_be_synced_is_told_once():
+    """Where several processes save together, not before the last of them is past it."""
+
+    def refuses():
+        raise OSError("the disk is gone")
+
+    reported, publications = [], Publications()
+    publication = await_publication([Recorder("/run/5/a", reported.append)])
+    publication.sync, publication.is_there = refuses, lambda: True
+    publications.add(publication)
+    publications.catch_up(raises=False)
+    (failure,) = publications.end()
+    assert str(failure) == "the disk is gone"
+    assert publications.end() == []
+    assert [timeline.error for timeline in reported] == [failure]
+
+
+def test_a_step_that_orbax_gave_up_is_not_reported_as_published():
+    reported, publications = [], Publications()
+    recorder = Recorder("/run/5/a", reported.append)
+    publications.add(await_publication([recorder]))
+    publications.catch_up(raises=True)
+    assert reported == []
+    after = Recorder("/run/6/a", reported.append)
+    await_publication([after])
+    jax.monitoring.record_event_duration_secs(PUBLISHED, 1.0)
+    assert [timeline.directory for timeline in reported] == ["/run/6/a"]
