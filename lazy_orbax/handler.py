@@ -12,8 +12,9 @@ import json
 from typing import Any
 
 import jax
+from etils import epath
 
-from lazy_orbax import _paths, step_metadata, stock
+from lazy_orbax import _paths, step_metadata, stock, threads
 from lazy_orbax._orbax import describe, lifecycle, multihost, symbols
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.agreement import agreement_on
@@ -273,7 +274,9 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
             raise
 
     def _merge(self, directory: Any) -> None:
-        by_orbax = functools.partial(super().finalize, stock.without_dots(directory))
+        by_orbax = functools.partial(
+            super().finalize, epath.Path(_paths.without_dots(str(directory)))
+        )
         merge(self, directory, by_orbax, timeout_s=self.options.storage_timeout_s)
 
     def close(self) -> None:
@@ -286,6 +289,7 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         errors: list[BaseException] = [*self._publications.end()]
         errors += [error for commit in commits if (error := commit.outcome())]
         HOST_BUDGET.drop_idle()
+        threads.dismiss_idle()
         super().close()
         if errors:
             raise errors[0]

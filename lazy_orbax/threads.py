@@ -58,30 +58,43 @@ def await_progress(
                 )
 
 
+def dismiss_idle() -> None:
+    """Ends the threads that have nothing to do, and waits for that."""
+    _POOL.dismiss_idle()
+
+
 class _Thread:
-    """A thread of the pool, and what it was given to do."""
+    """A thread of the pool, and what it was given to do; `None` is to end."""
 
     def __init__(self, pool: _Pool, priority: int):
-        self.given: queue.SimpleQueue[tuple[Any, Callable[[], Any], str]] = queue.SimpleQueue()
+        self.given: queue.SimpleQueue[tuple[Any, Any, str] | None] = queue.SimpleQueue()
         self._pool, self._priority = pool, priority
         self._thread = threading.Thread(target=self._run, name=_IDLE_NAME, daemon=True)
         self._thread.start()
 
+    def dismiss(self) -> None:
+        """Ends the thread, which has nothing to do."""
+        self.given.put(None)
+        self._thread.join()
+
     def _run(self) -> None:
         while True:
             try:
-                future, work, name = self.given.get(timeout=_IDLE_S)
+                given = self.given.get(timeout=_IDLE_S)
             except queue.Empty:
                 if self._pool.let_go(self, self._priority):
                     return
                 continue
+            if given is None:
+                return
+            future, work, name = given
             self._thread.name = name
             tell = _outcome_of(work)
             self._thread.name = _IDLE_NAME
             # Before anybody hears of the end: who then has more to do takes this thread for it.
             self._pool.take_back(self, self._priority)
             tell(future)
-            del future, work, tell
+            del given, future, work, tell
 
 
 def _outcome_of(work: Callable[[], Any]) -> Callable[[concurrent.futures.Future[Any]], None]:
@@ -116,6 +129,14 @@ class _Pool:
             thread = idle.pop() if idle else _Thread(self, priority)
             thread.given.put((future, work, name))  # Under the lock: else it might end just now.
         return future
+
+    def dismiss_idle(self) -> None:
+        """Ends every thread that has nothing to do."""
+        with self._lock:
+            idle = [thread for threads in self._idle.values() for thread in threads]
+            self._idle.clear()
+        for thread in idle:
+            thread.dismiss()
 
     def take_back(self, thread: _Thread, priority: int) -> None:
         """Notes that a thread has ended its work."""

@@ -32,9 +32,8 @@ def test_a_thread_that_has_ended_its_work_is_given_more(started, monkeypatch):
     for i in range(20):
         assert threads.run(lambda i=i: i, "lazy_orbax-test").result(WAIT_S) == i
     assert len(started) == 1
-    # Let it go: what is given to nobody wakes nobody.
-    threads._POOL._idle.clear()
-    started[0].name = "a test's"
+    threads.dismiss_idle()
+    assert not started[0].is_alive()
 
 
 def test_a_thread_that_has_nothing_to_do_ends(started):
