@@ -26,8 +26,10 @@ from lazy_orbax.layout import Leaf, is_key
 from lazy_orbax.plan import Plan, make_plan
 from lazy_orbax.refuse import refuse_clashes, refuse_deleted, refuse_unsupported
 from lazy_orbax.tree import Destination, LeafInfo
+from lazy_orbax.tree_identity import TreeIdentity, is_equal
 
-_MOST_CACHED = 32
+# A plan may keep some megabytes of compiled programs.
+_MOST_CACHED = 16
 _HOST_TYPES = (np.ndarray, np.generic, int, float, bytes)
 _aval = operator.attrgetter("aval")
 
@@ -65,7 +67,7 @@ class Prepared:
 class _Signature:
     """What must be equal for a plan to serve again. The values of the leaves are not in it."""
 
-    treedef: Any
+    tree: TreeIdentity
     types: list[type]
     avals: list[Any]
     shardings: list[Any]
@@ -74,12 +76,15 @@ class _Signature:
     config: tuple[Any, ...]
 
     def __eq__(self, other: object) -> bool:
-        """Compares avals last: most often they are the same objects, which is quick to see."""
+        """Compares what tells most trees apart first, and the names last."""
         assert isinstance(other, _Signature)
-        cheap = operator.attrgetter("treedef", "types", "shardings", "hosts", "save_args", "config")
-        if cheap(self) != cheap(other):
+        cheap = operator.attrgetter("types", "shardings", "hosts", "config")
+        if cheap(self) != cheap(other) or not is_equal(self.save_args, other.save_args):
             return False
-        return self.avals == other.avals or _shapes(self.avals) == _shapes(other.avals)
+        # Most often they are the same objects, which is quick to see.
+        if self.avals != other.avals and _shapes(self.avals) != _shapes(other.avals):
+            return False
+        return self.tree.is_same(other.tree)
 
 
 def _shapes(avals: list[Any]) -> list[tuple[Any, ...]]:
@@ -107,12 +112,14 @@ class PlanCache:
                     _, prepared = self._entries[i]
                     del self._entries[i]
                     # The new signature has the newest objects: the next look is by identity.
+                    signature.tree.settle()
                     self._entries.append((signature, prepared))
                     return prepared
         return None
 
     def add(self, signature: _Signature, prepared: Prepared) -> None:
         """Remembers a plan."""
+        signature.tree.settle()
         with self._lock:
             self._entries.append((signature, prepared))
 
@@ -163,7 +170,7 @@ def prepare(
     process = (jax.process_index(), jax.process_count())
     config = (*_settings(handler, kinds), destination, slab_bytes, *process)
     signature = _Signature(
-        treedef,
+        TreeIdentity(item, treedef),
         types,
         list(map(_aval, arrays)),
         origins(arrays),

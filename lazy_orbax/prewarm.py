@@ -68,6 +68,8 @@ def prewarm(
             _give_back(taken)
         taken.append(_rehearse(lazy, plan, slab, room.mode_for(slab), stand_ins))
     _give_back(taken)
+    for rehearsed in (_like, _zeros):  # Programs that nothing but a rehearsal runs.
+        rehearsed.cache_clear()
 
 
 def _rehearse(

@@ -28,6 +28,7 @@ RANKS = {
     "layout": 2,
     "in_flight": 2,
     "tree": 2,
+    "tree_identity": 2,
     "given": 2,
     "split": 2,
     "_orbax": 3,

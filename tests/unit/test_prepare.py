@@ -1,5 +1,6 @@
 """The second save of a tree plans nothing; a tree that differs in anything is planned anew."""
 
+import enum
 import threading
 
 import jax
@@ -7,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax.core import FrozenDict
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from trees import assert_same, on_mesh
 
 import lazy_orbax
-from lazy_orbax import object_store
+from lazy_orbax import object_store, tree_identity
 from lazy_orbax import prepare as prepare_module
 from lazy_orbax.prepare import PLAN_CACHE, prepare
 from lazy_orbax.tree import Destination
@@ -379,3 +381,138 @@ def test_save_args_of_one_leaf_are_not_those_of_another(tmp_path):
             found = stock.restore(tmp_path / name)
             assert found[name].dtype == np.float16
             assert found[other].dtype == np.float32
+
+
+class Word(str, enum.Enum):  # noqa: UP042 - Its name is not its value.
+    A = "a"
+
+
+class Alike:
+    """A key that is equal to any other of its kind, as a badly written one may be."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __eq__(self, other):
+        return isinstance(other, Alike)
+
+    def __hash__(self):
+        return 0
+
+    def __lt__(self, other):
+        return False
+
+    def __repr__(self):
+        return self.name
+
+
+EQUAL_KEYS = {
+    "bool for int": (1, True),
+    "int for bool": (True, 1),
+    "float for int": (1, 1.0),
+    "NumPy for int": (1, np.int64(1)),
+    "negative zero": (0.0, -0.0),
+    "int for zero": (-0.0, 0),
+    "Enum for str": ("a", Word.A),
+    "str for Enum": (Word.A, "a"),
+    "NumPy for str": ("a", np.str_("a")),
+    "in a tuple": (("a", 1), ("a", True)),
+    "of its own kind": (Alike("x"), Alike("y")),
+}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("case", EQUAL_KEYS)
+def test_keys_that_are_equal_and_not_the_same_are_stored_under_their_own_names(
+    handler, case, nested, tmp_path
+):
+    first, second = (
+        {"x": FrozenDict({key: np.arange(3)})} if nested else {key: np.arange(3)}
+        for key in EQUAL_KEYS[case]
+    )
+    prepared_of(handler, first)
+    prepared = prepared_of(handler, second)
+    names = [leaf.name for leaf in prepared.plan.leaves]
+    assert names == jax.tree.leaves(ocp.tree.get_param_names(second))
+    assert [leaf.keypath for leaf in prepared.plan.leaves] == [
+        jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(second)
+    ]
+    assert prepared_of(handler, second) is prepared
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Node:
+    """A node of a tree with anything beside its child, as static fields of a module are."""
+
+    def __init__(self, child, static):
+        self.child, self.static = child, static
+
+    def tree_flatten_with_keys(self):
+        return [(jax.tree_util.GetAttrKey("child"), self.child)], self.static
+
+    @classmethod
+    def tree_unflatten(cls, static, children):
+        return cls(children[0], static)
+
+
+class Raises:
+    def __eq__(self, other):
+        raise RuntimeError("not to be compared")
+
+    __hash__ = None
+
+
+STATIC = {
+    "an array": lambda: np.arange(3),
+    "arrays": lambda: (np.arange(3), {"a": np.arange(2)}),
+    "a NumPy scalar": lambda: np.int64(3),
+    "raises": Raises,
+    "NaN": lambda: float("nan"),
+    "a function": lambda: lambda x: x,
+}
+
+
+@pytest.mark.parametrize("static", STATIC)
+def test_static_fields_that_cannot_be_compared_are_planned_once(planned, handler, static):
+    for _ in range(3):
+        prepared_of(handler, {"a": Node(np.arange(3), STATIC[static]())})
+    assert len(planned) == 1
+    prepared_of(handler, {"b": Node(np.arange(3), STATIC[static]())})
+    assert len(planned) == 2
+
+
+def test_keys_that_are_compared_with_arrays_are_planned_once(planned, handler):
+    class Unsorted(dict):
+        pass
+
+    jax.tree_util.register_pytree_with_keys(
+        Unsorted,
+        lambda d: ([(jax.tree_util.DictKey(key), d[key]) for key in d], tuple(d)),
+        lambda keys, values: Unsorted(zip(keys, values, strict=True)),
+    )
+    for tree in ({(1, 2): 1.0}, {np.int64(1): 1.0}, {(1, 2): 1.0}, {np.int64(1): 1.0}):
+        prepared = prepared_of(handler, Unsorted(tree))
+        assert [leaf.name for leaf in prepared.plan.leaves] == [str(key) for key in tree]
+    assert len(planned) == 2
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"a": None, "b": 1.0}, {"a": 1.0, "b": None}),
+        ({"a": FrozenDict({1: {}}), "b": 1.0}, {"a": FrozenDict({True: {}}), "b": 1.0}),
+        ([1.0], (1.0,)),
+        ([[1.0], []], [[], [1.0]]),
+    ],
+)
+def test_what_has_no_leaves_counts(planned, handler, first, second):
+    assert prepared_of(handler, first) is not prepared_of(handler, second)
+    assert len(planned) == 2
+
+
+def test_a_save_of_a_thousand_leaves_calls_nothing_of_its_keys(handler, monkeypatch):
+    """What it costs to recognize a tree does not grow with names that have to be made anew."""
+    tree = {f"layer_{i}": {"w": [1.0] * 10, "b": (2.0,)} for i in range(100)}
+    prepared_of(handler, tree)
+    monkeypatch.setattr(tree_identity, "_meaning", None)
+    prepared_of(handler, jax.tree.map(lambda x: x + 1, tree))

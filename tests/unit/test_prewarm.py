@@ -1,5 +1,7 @@
 """What the first save finds already done."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,6 +109,12 @@ def test_the_first_save_plans_compiles_and_allocates_nothing(
         assert HOST_BUDGET.idle_bytes == warmed_bytes
     found = ocp.StandardCheckpointer().restore(tmp_path / "1" / "default", abstract_of(state))
     assert_same(found, state)
+
+
+def test_nothing_is_kept_that_only_a_rehearsal_needs(mesh):
+    module = importlib.import_module("lazy_orbax.prewarm")  # The package has its function there.
+    lazy_orbax.prewarm(lazy_orbax.standard_handler(), abstract_of(make_state(mesh)))
+    assert module._zeros.cache_info().currsize == module._like.cache_info().currsize == 0
 
 
 def test_arrays_stand_for_themselves_and_stay(mesh):
