@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from lazy_orbax import file_names
 from lazy_orbax.errors import CorruptCheckpointError, OptionError, Problem, RestoreError
 from lazy_orbax.events import step_of
+from lazy_orbax.jax_context import neutral
 from lazy_orbax.restore import deferred
 from lazy_orbax.verification import verify
 
@@ -140,9 +141,10 @@ def _steps(manager: ocp.CheckpointManager) -> tuple[list[tuple[int, str]], list[
     manager.reload()
     listed = sorted(manager.all_steps(), reverse=True)
     if jax.process_count() > 1:
-        padded = np.full(_MOST_STEPS, -1, np.int32)
+        padded = np.full(_MOST_STEPS, -1, np.int64)
         padded[: len(listed)] = listed[:_MOST_STEPS]
-        found = np.asarray(multihost_utils.broadcast_one_to_all(padded))
+        with neutral():
+            found = np.asarray(multihost_utils.broadcast_one_to_all(padded))
         listed = [int(step) for step in found if step >= 0]
     root = epath.Path(manager.directory)
     directories, skipped = {}, []
@@ -159,5 +161,6 @@ def _highest(verdict: _Verdict) -> _Verdict:
     """Returns the highest verdict of all processes."""
     if jax.process_count() == 1:
         return verdict
-    found = multihost_utils.process_allgather(np.array(int(verdict), np.int32))
+    with neutral():
+        found = multihost_utils.process_allgather(np.array(int(verdict), np.int32))
     return _Verdict(int(np.max(found)))

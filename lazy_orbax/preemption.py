@@ -7,6 +7,7 @@ notices that here; of several JAX itself does, and lets them agree on the step a
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import signal
 import threading
@@ -19,6 +20,7 @@ import jax
 
 from lazy_orbax import drain
 from lazy_orbax.errors import OptionError
+from lazy_orbax.jax_context import of_this_thread
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,21 +142,23 @@ class Preemption:
         left_s = self._noticed_at_s + self._grace_s - start_s
         in_flight = manager.latest_step() if manager.is_saving_in_progress() else None
         errors: list[BaseException] = []
-        saved = threading.Event()
+        saved, as_here = threading.Event(), of_this_thread()
 
         def save() -> None:
             try:
                 with contextlib.suppress(Exception):  # It is not of this step, or is seen below.
                     manager.wait_until_finished()
                 if step not in manager.all_steps():
-                    manager.save(step, args=args, force=True)
+                    with as_here():
+                        manager.save(step, args=args, force=True)
                     manager.wait_until_finished()
             except BaseException as error:  # noqa: BLE001 - It is in what is returned.
                 errors.append(error)
             saved.set()
 
         # A daemon, because storage that hangs must not keep the process from ending.
-        threading.Thread(target=save, name="lazy_orbax-last-save", daemon=True).start()
+        run = contextvars.copy_context().run
+        threading.Thread(target=run, args=(save,), name="lazy_orbax-last-save", daemon=True).start()
         if not saved.wait(max(0.0, left_s)):
             late = TimeoutError(f"step {step} was not committed within {self._grace_s:g} s")
             errors.append(late)

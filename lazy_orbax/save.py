@@ -19,6 +19,7 @@ from lazy_orbax.drain import Pace, drain, give_back_memory, yield_to_training
 from lazy_orbax.errors import SaveError
 from lazy_orbax.events import Recorder
 from lazy_orbax.host_budget import HOST_BUDGET, Lease, ReservationAborted
+from lazy_orbax.jax_context import neutral
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.plan import Slab
 from lazy_orbax.prepare import Prepared
@@ -180,10 +181,11 @@ class Save:
         plan, keys = self._prepared.plan, set(self._prepared.keys)
         others = [(leaf.name, leaves[i]) for i, leaf in self._prepared.others]
         self._texts = {name: value for name, value in others if isinstance(value, str)}
-        mine = [
-            jax.random.key_data(leaves[i]) if i in keys else leaves[i]
-            for i in self._prepared.positions
-        ]
+        with neutral():
+            mine = [
+                jax.random.key_data(leaves[i]) if i in keys else leaves[i]
+                for i in self._prepared.positions
+            ]
         in_flight.add(self)
         self._stager.start()
         room, modes = Room(self._options.mode), set()
