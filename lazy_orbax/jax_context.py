@@ -11,7 +11,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
 
@@ -72,22 +71,13 @@ def shielded(function: Callable[_P, _R]) -> Callable[_P, _R]:
         if not looks_for_nans():
             with neutral():
                 return function(*args, **kwargs)
-        outcome: concurrent.futures.Future[_R] = concurrent.futures.Future()
 
-        def run_here() -> None:
-            try:
-                with _set({**_NEUTRAL, **_NO_LOOKING}, mesh=None):
-                    outcome.set_result(function(*args, **kwargs))
-            except BaseException as error:  # noqa: BLE001 - Raised below.
-                outcome.set_exception(error)
+        def run_there() -> _R:
+            with _set({**_NEUTRAL, **_NO_LOOKING}, mesh=None):
+                return function(*args, **kwargs)
 
-        thread = threading.Thread(target=run_here, name="lazy_orbax-shielded", daemon=True)
-        thread.start()
-        thread.join()
-        try:
-            return outcome.result()
-        finally:
-            del outcome  # An error's traceback would hold it, and it the error.
+        with concurrent.futures.ThreadPoolExecutor(1, "lazy_orbax-shielded") as threads:
+            return threads.submit(run_there).result()
 
     return run
 

@@ -181,7 +181,7 @@ class Save:
         plan, keys = self._prepared.plan, set(self._prepared.keys)
         others = [(leaf.name, leaves[i]) for i, leaf in self._prepared.others]
         self._texts = {name: value for name, value in others if isinstance(value, str)}
-        with neutral():
+        with neutral() if keys else contextlib.nullcontext():
             mine = [
                 jax.random.key_data(leaves[i]) if i in keys else leaves[i]
                 for i in self._prepared.positions

@@ -18,6 +18,7 @@ RANKS = {
     "errors": 0,
     "file_names": 0,
     "events": 1,
+    "jax_context": 1,
     "options": 2,
     "host_budget": 2,
     "layout": 2,
@@ -92,6 +93,7 @@ LEAST_IMPORTS = {
     "pack": {"jax", "numpy"},
     "room": {"jax"},
     "given": {"jax"},
+    "jax_context": {"jax"},
     "split": {"jax"},
     "in_step": {"jax"},
 }
