@@ -47,9 +47,14 @@ _NEUTRAL = {**_CHECKS, **_RESULTS}
 _NO_LOOKING = {"debug_infs": False, "debug_nans": False}
 
 
+def setting(name: str) -> Any:
+    """Returns what one of JAX's settings is in this thread."""
+    return getattr(jax.config, f"jax_{name}")
+
+
 def looks_for_nans() -> bool:
     """Whether JAX looks, in this thread, at what programs return."""
-    return bool(jax.config.jax_debug_nans or jax.config.jax_debug_infs)
+    return any(map(setting, _NO_LOOKING))
 
 
 @contextlib.contextmanager
@@ -87,7 +92,7 @@ def of_this_thread() -> Callable[[], contextlib.AbstractContextManager[None]]:
 
     For code that is not ours, which may compute what it saves.
     """
-    results = {name: getattr(jax.config, f"jax_{name}") for name in _RESULTS}
+    results = {name: setting(name) for name in _RESULTS}
     mesh = jax.sharding.get_mesh()
     settings = {**_CHECKS, **_NO_LOOKING, **results}
     return functools.partial(_set, settings, None if mesh.empty else mesh)

@@ -15,7 +15,7 @@ from lazy_orbax.errors import TreeError
 from lazy_orbax.faces import lazy_part_of
 from lazy_orbax.handler import LazyCheckpointHandler
 from lazy_orbax.host_budget import HOST_BUDGET, Lease
-from lazy_orbax.jax_context import neutral
+from lazy_orbax.jax_context import neutral, setting
 from lazy_orbax.layout import Device
 from lazy_orbax.object_store import stand_in
 from lazy_orbax.plan import Plan, Slab
@@ -81,9 +81,10 @@ def _rehearse(
         slab.n_bytes, limit_bytes=lazy.limit_bytes, aborted=lambda: False, kind=kind
     )
     try:
-        leaves = [None] * len(plan.leaves)
+        leaves: list[Any] = [None] * len(plan.leaves)
         for i in slab.leaves:
             leaf = plan.leaves[i]
+            assert leaf.sharding is not None
             # A program for weakly typed arrays is another one.
             weak_type = getattr(stand_ins[i], "weak_type", False)
             leaves[i] = _made(leaf.shape, leaf.dtype, leaf.sharding, weak_type)
@@ -126,7 +127,7 @@ def _like(
 
 
 def _default_device() -> Device:
-    default = jax.config.jax_default_device
+    default = setting("default_device")
     return default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]
 
 
