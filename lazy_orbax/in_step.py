@@ -12,6 +12,7 @@ import jax
 from lazy_orbax.errors import OptionError
 from lazy_orbax.given import Given, remember
 from lazy_orbax.host_copies import has_pinned_host, in_pinned_host
+from lazy_orbax.jax_context import looks_for_nans, neutral
 from lazy_orbax.layout import is_key
 
 
@@ -106,15 +107,17 @@ class SnapshotStep:
             if not isinstance(leaf, jax.Array)
         }
         # Enqueued before the step that donates, so the step waits for these few.
-        copies |= {i: _copied_ahead(leaves[i], variant.given.get(i)) for i in variant.ahead}
+        with neutral():
+            copies |= {i: _copied_ahead(leaves[i], variant.given.get(i)) for i in variant.ahead}
         del leaves
         result, by_step = variant.run(state, *args, **kwargs)
         copies |= zip(variant.by_step, by_step, strict=True)
-        for i, given in variant.given.items():
-            copies[i] = _placed_as(given, copies[i])
-            if i in keys:
-                copies[i] = jax.random.wrap_key_data(copies[i], impl=keys[i])
-            remember(copies[i], given)
+        with neutral():
+            for i, given in variant.given.items():
+                copies[i] = _placed_as(given, copies[i])
+                if i in keys:
+                    copies[i] = jax.random.wrap_key_data(copies[i], impl=keys[i])
+                remember(copies[i], given)
         return result, treedef.unflatten([copies[i] for i in range(len(copies))])
 
     def compile(self, state: Any, *args: Any, **kwargs: Any) -> None:
@@ -130,7 +133,8 @@ class SnapshotStep:
         if _runs_anywhere(leaves, args, kwargs):
             # A program that copies to the host returns arrays that are committed to their device.
             # For those the step is compiled once more.
-            states.append([_committed(leaf) for leaf in leaves])
+            with neutral():
+                states.append([_committed(leaf) for leaf in leaves])
         for each in states:
             tree = treedef.unflatten(each)
             self._step.lower(tree, *args, **kwargs).compile()
@@ -144,12 +148,15 @@ class SnapshotStep:
             (leaf.sharding, leaf.committed) if isinstance(leaf, jax.Array) else None
             for leaf in leaves
         )
-        key = (treedef, anywhere, places)
+        # What a program returns is checked then, and the old state may be what is to be replaced.
+        apart = looks_for_nans()
+        key = (treedef, anywhere, apart, places)
         if key not in self._variants:
-            self._variants[key] = self._make_variant(leaves, anywhere)
+            with neutral():
+                self._variants[key] = self._make_variant(leaves, anywhere=anywhere, apart=apart)
         return self._variants[key]
 
-    def _make_variant(self, leaves: Sequence[Any], anywhere: bool) -> _Variant:
+    def _make_variant(self, leaves: Sequence[Any], *, anywhere: bool, apart: bool) -> _Variant:
         targets: dict[int, Any] = {}
         ahead, given = [], {}
         for i, leaf in enumerate(leaves):
@@ -157,9 +164,11 @@ class SnapshotStep:
                 continue
             if _has_pinned_twin(leaf.sharding):
                 given[i] = Given(_data(leaf).sharding)
-            if i in given and anywhere:
+            if apart or i not in given:
+                ahead.append(i)
+            elif anywhere:
                 targets[i] = jax.memory.Space.Host
-            elif i in given and leaf.committed:
+            elif leaf.committed:
                 targets[i] = in_pinned_host(given[i].sharding)
             else:  # It is not known on which devices the step will put it.
                 ahead.append(i)

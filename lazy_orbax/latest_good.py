@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from lazy_orbax import _paths
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.errors import CorruptCheckpointError, OptionError, Problem, RestoreError
+from lazy_orbax.jax_context import neutral
 from lazy_orbax.restore import deferred
 from lazy_orbax.verification import verify
 
@@ -157,8 +158,9 @@ def _steps(manager: ocp.CheckpointManager) -> tuple[list[tuple[int, str]], list[
         padded = np.full(_MOST_STEPS, -1, np.int64)
         padded[: len(listed)] = listed[:_MOST_STEPS]
         # In halves: of an integer of 64 bits JAX would send only 32.
-        halves = np.asarray(multihost_utils.broadcast_one_to_all(padded.view(np.uint32)))
-        listed = [int(step) for step in halves.view(np.int64) if step >= 0]
+        with neutral():
+            halves = multihost_utils.broadcast_one_to_all(padded.view(np.uint32))
+        listed = [int(step) for step in np.asarray(halves).view(np.int64) if step >= 0]
     root = epath.Path(manager.directory)
     directories, skipped = {}, []
     for path, step, is_temporary in reversed(_paths.steps_in(root)) if root.exists() else ():
@@ -173,5 +175,6 @@ def _highest(verdict: _Verdict) -> _Verdict:
     """Returns the highest verdict of all processes."""
     if jax.process_count() == 1:
         return verdict
-    found = multihost_utils.process_allgather(np.array(int(verdict), np.int32))
+    with neutral():
+        found = multihost_utils.process_allgather(np.array(int(verdict), np.int32))
     return _Verdict(int(np.max(found)))

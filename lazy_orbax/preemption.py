@@ -7,7 +7,9 @@ notices that here; of several JAX itself does, and lets them agree on the step a
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
+import functools
 import signal
 import threading
 import time
@@ -19,6 +21,7 @@ import jax
 
 from lazy_orbax import _machine, threads
 from lazy_orbax.errors import OptionError
+from lazy_orbax.jax_context import of_this_thread
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,16 +142,19 @@ class Preemption:
         assert self._noticed_at_s is not None
         left_s = self._noticed_at_s + self._grace_s - start_s
         in_flight = manager.latest_step() if manager.is_saving_in_progress() else None
+        as_here = of_this_thread()
 
         def save() -> None:
             with contextlib.suppress(Exception):  # It is not of this step, or is seen below.
                 manager.wait_until_finished()
             if step not in manager.all_steps():
-                manager.save(step, args=args, force=True)
+                with as_here():
+                    manager.save(step, args=args, force=True)
                 manager.wait_until_finished()
 
         # Not here, because storage that hangs must not keep the process from ending.
-        saving = threads.run(save, "lazy_orbax-last-save")
+        run = functools.partial(contextvars.copy_context().run, save)
+        saving = threads.run(run, "lazy_orbax-last-save")
         try:
             error = saving.exception(max(0.0, left_s))
         except TimeoutError:

@@ -22,6 +22,7 @@ from lazy_orbax._orbax import describe, on_disk
 from lazy_orbax.errors import TreeError
 from lazy_orbax.format import Format, make_format
 from lazy_orbax.given import given_of, origins
+from lazy_orbax.jax_context import neutral
 from lazy_orbax.layout import Leaf, is_key
 from lazy_orbax.plan import Plan, make_plan
 from lazy_orbax.refuse import refuse_clashes, refuse_deleted, refuse_unsupported
@@ -54,8 +55,13 @@ class Prepared:
 
     def arrays(self, leaves: Sequence[Any]) -> list[Any]:
         """Returns the values of the plan's leaves, of all leaves of a tree."""
+        if not self.keys:
+            return [leaves[i] for i in self.positions]
         keys = set(self.keys)
-        return [jax.random.key_data(leaves[i]) if i in keys else leaves[i] for i in self.positions]
+        with neutral():
+            return [
+                jax.random.key_data(leaves[i]) if i in keys else leaves[i] for i in self.positions
+            ]
 
     def texts(self, leaves: Sequence[Any]) -> dict[str, str]:
         """Returns the leaves that are strings, by name. Orbax writes them."""
@@ -228,14 +234,16 @@ def _make(
         given = given_of(value)
         if isinstance(value, jax.Array) and is_key(value):
             key_metadata[position] = on_disk.key_metadata(value)
-            value = jax.random.key_data(value)
+            with neutral():
+                value = jax.random.key_data(value)
         sharding = value.sharding if isinstance(value, jax.Array) else None
         if given is not None:  # Stored as the original would be.
             sharding = given.sharding
         stored = value if isinstance(value, jax.Array) else np.asarray(value)
         shape = tuple(stored.shape)
         names = (position, info.name, keypath)
-        planned.append(Leaf(*names, shape, stored.dtype, sharding, is_given=given is not None))
+        dtype = stored.dtype.newbyteorder("=")
+        planned.append(Leaf(*names, shape, dtype, sharding, is_given=given is not None))
     arrays = [leaf.position for leaf in planned if leaf.sharding is not None]
     policy = describe.replica_policy(tree.leaves[arrays[0]].type_handler if arrays else None)
     plan = make_plan(planned, policy, process_index=jax.process_index(), slab_bytes=slab_bytes)

@@ -15,6 +15,8 @@ from lazy_orbax.errors import TreeError
 from lazy_orbax.faces import lazy_part_of
 from lazy_orbax.handler import LazyCheckpointHandler
 from lazy_orbax.host_budget import HOST_BUDGET, Lease
+from lazy_orbax.jax_context import neutral, setting
+from lazy_orbax.layout import Device
 from lazy_orbax.object_store import stand_in
 from lazy_orbax.plan import Plan, Slab
 from lazy_orbax.room import Room
@@ -81,12 +83,13 @@ def _rehearse(
         slab.n_bytes, limit_bytes=lazy.limit_bytes, aborted=lambda: False, kind=kind
     )
     try:
-        leaves = [None] * len(plan.leaves)
+        leaves: list[Any] = [None] * len(plan.leaves)
         for i in slab.leaves:
             leaf = plan.leaves[i]
+            assert leaf.sharding is not None
             # A program for weakly typed arrays is another one.
             weak_type = getattr(stand_ins[i], "weak_type", False)
-            leaves[i] = _zeros(leaf.shape, leaf.dtype, leaf.sharding, weak_type)()
+            leaves[i] = _made(leaf.shape, leaf.dtype, leaf.sharding, weak_type)
         held = snapshot.take(plan, slab, leaves, mode, lease.buffer)
         del leaves
         return snapshot.to_host(held), lease
@@ -109,7 +112,7 @@ def _stand_in(leaf: Any) -> Any:
         return leaf
     sharding = leaf.sharding
     if sharding is None:
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        sharding = jax.sharding.SingleDeviceSharding(_default_device())
     if not isinstance(sharding, jax.sharding.Sharding):
         raise TreeError(f"{leaf} has the sharding {sharding!r}; prewarm wants a concrete one.")
     return _like(leaf.shape, leaf.dtype, sharding, bool(leaf.weak_type))
@@ -119,15 +122,29 @@ def _stand_in(leaf: Any) -> Any:
 def _like(
     shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding, weak_type: bool
 ) -> jax.Array:
-    array = _zeros(shape, dtype, sharding, weak_type)()
+    array = _made(shape, dtype, sharding, weak_type)
     if not jnp.issubdtype(dtype, jax.dtypes.prng_key):  # Keys are small, and asked for their data.
         array.delete()  # It still tells its shape, dtype and sharding.
     return array
 
 
+def _default_device() -> Device:
+    default = setting("default_device")
+    return default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]
+
+
+def _made(
+    shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding, weak_type: bool
+) -> jax.Array:
+    # JAX makes a weakly typed array of a number alone, as wide as numbers are.
+    is_wide = not weak_type or np.asarray(np.zeros((), dtype).item()).dtype == dtype
+    with neutral(), jax.enable_x64(is_wide):
+        return _zeros(shape, dtype, sharding, weak_type)()
+
+
 @functools.lru_cache(maxsize=4096)
 def _zeros(
-    shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding, weak_type: bool = False
+    shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding, weak_type: bool
 ) -> Any:
     def make() -> jax.Array:
         if weak_type:

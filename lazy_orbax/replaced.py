@@ -17,6 +17,7 @@ from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.args import LazyRestore
 from lazy_orbax.errors import OptionError, Problem
 from lazy_orbax.handler import LazyCheckpointHandler
+from lazy_orbax.jax_context import neutral
 from lazy_orbax.latest_good import refuse_no_manager
 from lazy_orbax.stored import StoredItem
 from lazy_orbax.verification import raise_corrupt
@@ -241,7 +242,8 @@ def _agreed(needed: list[str], names: list[str]) -> list[str]:
     if jax.process_count() == 1 or not names:
         return needed
     mine = np.array([name in needed for name in names])
-    any_needs = np.any(np.asarray(multihost_utils.process_allgather(mine)), axis=0)
+    with neutral():
+        any_needs = np.any(np.asarray(multihost_utils.process_allgather(mine)), axis=0)
     return [name for name, needs in zip(names, any_needs, strict=True) if needs]
 
 
@@ -259,5 +261,6 @@ def _placed(value: Any, target: Any) -> Any:
         return value
     if isinstance(value, jax.Array) and value.sharding == sharding:
         return value
-    host = np.asarray(value)
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+    with neutral():
+        host = np.asarray(value)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from lazy_orbax import step_metadata, stock
 from lazy_orbax._orbax import symbols
 from lazy_orbax.errors import MalformedCheckpointError, Problem, RestoreError, summarize
+from lazy_orbax.jax_context import neutral
 from lazy_orbax.layout import is_key
 from lazy_orbax.restored import check_restored
 from lazy_orbax.stored import StoredItem
@@ -103,7 +104,8 @@ def _agree(handler: Any, has_failed: bool) -> list[int]:
     """Returns which processes failed. Who did not would wait for them in Orbax's barrier."""
     if jax.process_count() == 1 or not handler.options.verify_restore or not handler.is_shared:
         return []
-    found = multihost_utils.process_allgather(np.array(has_failed))
+    with neutral():
+        found = multihost_utils.process_allgather(np.array(has_failed))
     return np.flatnonzero(found).tolist()
 
 
@@ -184,7 +186,8 @@ def _misfits(handler: Any, directory: Any, target: Any) -> list[str]:
         found = getattr(stored.get(_names(path)), "shape", None)
         wanted = getattr(leaf, "shape", None)
         if wanted is not None and is_key(leaf):  # Its data is what is stored.
-            wanted = jax.eval_shape(jax.random.key_data, leaf).shape
+            with neutral():
+                wanted = jax.eval_shape(jax.random.key_data, leaf).shape
         if found is None or wanted is None or tuple(found) == tuple(wanted):
             continue
         problems.append(

@@ -16,6 +16,7 @@ import numpy as np
 from lazy_orbax import _paths, digest, host_copies
 from lazy_orbax.boxes import Box
 from lazy_orbax.errors import Problem
+from lazy_orbax.jax_context import neutral
 from lazy_orbax.layout import is_key
 from lazy_orbax.plan import runs
 from lazy_orbax.stored import Piece, StoredItem
@@ -34,6 +35,7 @@ class _Part:
     data: Any
 
 
+@neutral()
 def check_restored(stored: StoredItem, leaves: Mapping[str, Any]) -> list[Problem]:
     """Returns what is not as it was saved.
 

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from lazy_orbax import host_copies
+from lazy_orbax.jax_context import neutral, shielded
 from lazy_orbax.layout import Device
 from lazy_orbax.pack import Buffer, buffer_of, local_mesh, operands, program
 from lazy_orbax.plan import MOST_INDEXED, Piece, Plan, Slab, mesh_of_one
@@ -73,6 +74,7 @@ def reusable(plan: Plan, slab: Slab) -> Buffer | None:
     return buffer_of(plan, slab) if is_in_host_memory(slab) else None
 
 
+@shielded
 def stage(plan: Plan, slab: Slab, leaves: Sequence[Any], buffer: jax.Array | None = None) -> Held:
     """Copies a slab on its devices: one program, one packed buffer per device.
 
@@ -95,6 +97,7 @@ def stage(plan: Plan, slab: Slab, leaves: Sequence[Any], buffer: jax.Array | Non
     return Held(slab, (packed,), None, on_host=True, buffer=packed)
 
 
+@shielded
 def direct(plan: Plan, slab: Slab, leaves: Sequence[Any]) -> Held:
     """Sends the shards of a slab straight to host memory, each distinct one once.
 
@@ -191,7 +194,8 @@ def copy_host(plan: Plan, slab: Slab, leaves: Sequence[Any]) -> Held:
     """
     buffer = np.empty(slab.n_bytes, dtype=np.uint8)
     for piece in slab.pieces:
-        np.copyto(_host_view(plan, piece, buffer), leaves[piece.leaf], casting="no")
+        # The plan wants the byte order of this machine: what is stored tells none.
+        np.copyto(_host_view(plan, piece, buffer), leaves[piece.leaf], casting="equiv")
     return Held(slab, (buffer,), None, on_host=True)
 
 
@@ -201,6 +205,7 @@ def _host_view(plan: Plan, piece: Piece, buffer: np.ndarray) -> np.ndarray:
     return buffer[piece.offset : piece.offset + n_bytes].view(dtype).reshape(piece.shape)
 
 
+@neutral()
 def to_host(held: Held) -> Held:
     """Brings a slab to host memory and waits for it. Its device memory is free after that."""
     arrays = held.arrays

@@ -21,6 +21,7 @@ RANKS = {
     "threads": 1,
     "pace": 1,
     "events": 1,
+    "jax_context": 1,
     "options": 2,
     "publication": 2,
     "host_budget": 2,
@@ -105,6 +106,7 @@ LEAST_IMPORTS = {
     "pack": {"jax", "numpy"},
     "room": {"jax"},
     "given": {"jax"},
+    "jax_context": {"jax"},
     "split": {"jax"},
     "in_step": {"jax"},
 }
