@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import tensorstore as ts
 
 from lazy_orbax import _paths, digest_file
-from lazy_orbax._orbax import describe, multihost, on_disk
+from lazy_orbax._orbax import multihost, on_disk
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.errors import TreeError, summarize
 from lazy_orbax.layout import Leaf
 from lazy_orbax.plan import Plan
-from lazy_orbax.tree import TreeInfo
+from lazy_orbax.tree import Settings, TreeInfo
 
 _RESERVED = (
     _paths.TREE,
@@ -101,7 +101,7 @@ class Format:
 
 
 def make_format(
-    handler: Any,
+    settings: Settings,
     tree: TreeInfo,
     plan: Plan,
     key_metadata: dict[int, dict[str, str]],
@@ -109,7 +109,7 @@ def make_format(
     """Asks Orbax how the leaves of a plan are stored.
 
     Args:
-        handler: the handler that saves, for its settings.
+        settings: how the handler saves.
         tree: Orbax's view of the whole tree.
         plan: the plan.
         key_metadata: by position, what is stored beside the data of a typed PRNG key.
@@ -143,14 +143,14 @@ def make_format(
                 write_shapes[leaf.name] = metadata.write_shape
     if problems:
         raise TreeError(f"These leaves cannot be stored:{summarize(problems)}")
-    primary_host = describe.primary_host(handler)
+    primary_host = settings.primary_host
     is_primary = multihost.is_primary_host(primary_host)
     return Format(
         tuple(stored),
         tuple(kvstores if _is_shared(tree) else map(_with_small_nodes, kvstores)),
         json.dumps(on_disk.directory_kvstore_spec(tree.directory)),
         _small_files(tree, leaves, array_metadatas, is_primary),
-        on_disk.tree_metadata(handler, tree, write_shapes) if is_primary else None,
+        on_disk.tree_metadata(settings, tree, write_shapes) if is_primary else None,
         is_primary,
         _digest_template(tree, plan, stored, primary_host),
     )

@@ -106,12 +106,12 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         self._fingerprints = Fingerprints()
         self._multiprocessing_options = keywords.get("multiprocessing_options")
         restore_gb = restore_concurrent_gb or _STOCK_CONCURRENT_GB
-        self.settings = _hashable({**keywords, "use_compression": use_compression})
+        given = {**keywords, "use_compression": use_compression}
         if symbols.warn_if_stock():
-            keywords["restore_concurrent_gb"] = restore_gb
+            super().__init__(**given, restore_concurrent_gb=restore_gb)
         else:
-            keywords["restore_concurrent_bytes"] = restore_gb * _GB
-        super().__init__(use_compression=use_compression, **keywords)
+            super().__init__(**given, restore_concurrent_bytes=restore_gb * _GB)
+            self.settings = describe.settings_of(self, given)
         # What is written into the checkpoint: the stock name, so that stock Orbax reads it without
         # being told how. On the class it would clash with the stock handler's registration.
         self.typestr = ocp.PyTreeCheckpointHandler.typestr
@@ -140,7 +140,7 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         path = stock.path_of(directory)
         place = _paths.final(path)
         # Before what is left of earlier saves is looked at: this one may have the same directory.
-        removes_all = multihost.is_primary_host(describe.primary_host(self))
+        removes_all = multihost.is_primary_host(self.settings.primary_host)
         attempt = attempt_at(path, lifecycle.operation_id(), removes_all=removes_all)
         # Where several processes go through `save()` together, `close` raises what failed.
         self._publications.catch_up(raises=jax.process_count() == 1)
@@ -148,7 +148,7 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         end_earlier([commit.part for commit in earlier], place)
         self._commits = [commit for commit in earlier if not commit.part.is_over]
         prepared, leaves = prepare(
-            self,
+            self.settings,
             args.item,
             args.save_args,
             destination=Destination(stand_in(path), args.ocdbt_target_data_file_size),
@@ -210,7 +210,7 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
             TreeError: such a tree cannot be saved.
         """
         prepared, _ = prepare(
-            self,
+            self.settings,
             item,
             save_args,
             destination=destination,
@@ -238,7 +238,14 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         stock_args = stock.restore_args(args) if args and symbols.MISSING else args
         by_orbax = functools.partial(super().restore, directory, args=stock_args)
         with examined(directory, args, verifies=self.options.verify_restore):
-            return restore(self, directory, args, by_orbax)
+            return restore(
+                directory,
+                args,
+                by_orbax,
+                metadata=self.metadata,
+                verifies=self.options.verify_restore,
+                is_shared=self.is_shared,
+            )
 
     def metadata(self, directory: Any) -> Any:
         """Returns what Orbax says about the leaves of a checkpoint.
@@ -277,7 +284,7 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         by_orbax = functools.partial(
             super().finalize, epath.Path(_paths.without_dots(str(directory)))
         )
-        merge(self, directory, by_orbax, timeout_s=self.options.storage_timeout_s)
+        merge(self.settings, directory, by_orbax, timeout_s=self.options.storage_timeout_s)
 
     def close(self) -> None:
         """Waits for what is being saved, and gives host memory back. A second call does nothing.
@@ -301,7 +308,3 @@ def _own_json(custom_metadata: Any) -> Any:
         return json.loads(json.dumps(custom_metadata))
     except (TypeError, ValueError) as error:
         raise OptionError(f"custom_metadata cannot be written as JSON: {error}.") from error
-
-
-def _hashable(settings: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted((name, repr(value)) for name, value in settings.items()))

@@ -26,7 +26,7 @@ from lazy_orbax.jax_context import neutral
 from lazy_orbax.layout import Leaf, is_key
 from lazy_orbax.plan import Plan, make_plan
 from lazy_orbax.refuse import refuse_clashes, refuse_deleted, refuse_unsupported
-from lazy_orbax.tree import Destination, LeafInfo
+from lazy_orbax.tree import Destination, LeafInfo, Settings
 from lazy_orbax.tree_identity import TreeIdentity, is_equal
 
 # A plan may keep some megabytes of compiled programs.
@@ -140,7 +140,7 @@ PLAN_CACHE = PlanCache()
 
 
 def prepare(
-    handler: Any,
+    settings: Settings,
     item: Any,
     save_args: Any,
     *,
@@ -151,7 +151,7 @@ def prepare(
     """Returns the plan for `item`, and its leaves.
 
     Args:
-        handler: the handler that saves, for its settings.
+        settings: how the handler saves.
         item: the tree.
         save_args: what the caller wants of each leaf, or `None`.
         destination: where to.
@@ -174,7 +174,7 @@ def prepare(
     if not abstract:
         refuse_deleted(item, arrays)
     process = (jax.process_index(), jax.process_count())
-    config = (*_settings(handler, kinds), destination, slab_bytes, *process)
+    config = (settings, _type_handlers(settings, kinds), destination, slab_bytes, *process)
     signature = _Signature(
         TreeIdentity(item, treedef),
         types,
@@ -186,7 +186,7 @@ def prepare(
     )
     prepared = PLAN_CACHE.find(signature)
     if prepared is None:
-        prepared = _make(handler, item, save_args, destination, slab_bytes)
+        prepared = _make(settings, item, save_args, destination, slab_bytes)
         PLAN_CACHE.add(signature, prepared)
     return prepared, leaves
 
@@ -208,20 +208,19 @@ def _array_types(types: set[type]) -> set[type]:
     return {type_ for type_ in types if issubclass(type_, jax.Array)}
 
 
-def _settings(handler: Any, types: set[type]) -> tuple[Any, ...]:
-    found = {type_: describe.type_handler_for(handler, type_) for type_ in types}
-    return (handler.settings, frozenset(found.items()))
+def _type_handlers(settings: Settings, types: set[type]) -> frozenset[tuple[type, Any]]:
+    return frozenset((type_, settings.type_handler_for(type_)) for type_ in types)
 
 
 def _make(
-    handler: Any, item: Any, save_args: Any, destination: Destination, slab_bytes: int
+    settings: Settings, item: Any, save_args: Any, destination: Destination, slab_bytes: int
 ) -> Prepared:
     """Plans the first save of a tree."""
     with_paths = jax.tree_util.tree_leaves_with_path(item)
     keypaths = [jax.tree_util.keystr(path) for path, _ in with_paths]
     leaves = [leaf for _, leaf in with_paths]
-    refuse_unsupported(handler, keypaths, leaves)
-    tree = describe.describe_tree(handler, item, save_args, destination)
+    refuse_unsupported(settings, keypaths, leaves)
+    tree = describe.describe_tree(settings, item, save_args, destination)
     refuse_clashes(keypaths, tree)
     planned, others, key_metadata = [], [], {}
     for position, (value, keypath) in enumerate(zip(leaves, keypaths, strict=True)):
@@ -247,6 +246,6 @@ def _make(
     arrays = [leaf.position for leaf in planned if leaf.sharding is not None]
     policy = describe.replica_policy(tree.leaves[arrays[0]].type_handler if arrays else None)
     plan = make_plan(planned, policy, process_index=jax.process_index(), slab_bytes=slab_bytes)
-    format_ = make_format(handler, tree, plan, key_metadata)
+    format_ = make_format(settings, tree, plan, key_metadata)
     positions = tuple(leaf.position for leaf in planned)
     return Prepared(plan, format_, tuple(key_metadata), tuple(others), positions)

@@ -9,10 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from lazy_orbax._orbax import describe
 from lazy_orbax._paths import final
 from lazy_orbax.errors import DeletedArrayError, OptionError, TreeError, summarize
-from lazy_orbax.tree import TreeInfo
+from lazy_orbax.tree import Settings, TreeInfo
 
 _is_deleted = operator.methodcaller("is_deleted")
 
@@ -41,7 +40,7 @@ def _refuse(problems: list[str], what: str) -> None:
         raise TreeError(f"{what}; nothing was written:{summarize(problems)}")
 
 
-def refuse_unsupported(handler: Any, keypaths: Sequence[str], leaves: Sequence[Any]) -> None:
+def refuse_unsupported(settings: Settings, keypaths: Sequence[str], leaves: Sequence[Any]) -> None:
     """Checks that Orbax has a place for every leaf.
 
     Raises:
@@ -50,7 +49,7 @@ def refuse_unsupported(handler: Any, keypaths: Sequence[str], leaves: Sequence[A
     problems = []
     for keypath, leaf in zip(keypaths, leaves, strict=True):
         type_ = type(leaf)
-        if describe.type_handler_for(handler, type_) is None:
+        if settings.type_handler_for(type_) is None:
             problems.append(
                 f"{keypath}: {type_.__name__}: TypeHandler lookup failed for: type={type_}; "
                 "convert it to an array, a number or a string, or register a type handler for it"

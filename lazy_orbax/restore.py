@@ -71,28 +71,46 @@ def examined(
         raise
 
 
-def restore(handler: Any, directory: Any, args: Any, by_orbax: Callable[[], Any]) -> Any:
-    """Restores an item, and verifies it if the handler's options say so.
+def restore(
+    directory: Any,
+    args: Any,
+    by_orbax: Callable[[], Any],
+    *,
+    metadata: Callable[[Any], Any],
+    verifies: bool,
+    is_shared: bool,
+) -> Any:
+    """Restores an item, and verifies it if it is told to.
 
     Args:
-        handler: the handler that restores.
         directory: the item's directory.
         args: what was asked for, or `None`.
         by_orbax: restores it.
+        metadata: returns what Orbax says of what is in a directory.
+        verifies: whether to verify what was restored.
+        is_shared: whether all processes restore it together.
 
     Raises:
         RestoreError: the target does not fit what is stored.
         CorruptCheckpointError: what is stored, or was restored, is not what was saved.
     """
+
+    def read() -> Any:
+        with explained(metadata, directory, args):
+            return by_orbax()
+
     errors, failure, value = _DEFERRED.get(), None, None
     try:
-        value = _restore(handler, directory, args, by_orbax, look=errors is None)
+        if verifies and not symbols.MISSING:
+            value = _verified(directory, read, look=errors is None)
+        else:
+            value = read()
     except Exception as error:  # noqa: BLE001 - Raised below, or put where it is waited for.
         failure = error
     if errors is not None:
         errors += [failure] if failure is not None else []
         return getattr(args, "item", None) if failure is not None else value
-    failed = _agree(handler, failure is not None)
+    failed = _agree(failure is not None) if verifies and is_shared else []
     if failure is not None:
         raise failure
     if failed:
@@ -100,32 +118,27 @@ def restore(handler: Any, directory: Any, args: Any, by_orbax: Callable[[], Any]
     return value
 
 
-def _agree(handler: Any, has_failed: bool) -> list[int]:
+def _agree(has_failed: bool) -> list[int]:
     """Returns which processes failed. Who did not would wait for them in Orbax's barrier."""
-    if jax.process_count() == 1 or not handler.options.verify_restore or not handler.is_shared:
+    if jax.process_count() == 1:
         return []
     with neutral():
         found = multihost_utils.process_allgather(np.array(has_failed))
     return np.flatnonzero(found).tolist()
 
 
-def _restore(
-    handler: Any, directory: Any, args: Any, by_orbax: Callable[[], Any], *, look: bool
-) -> Any:
+def _verified(directory: Any, read: Callable[[], Any], *, look: bool) -> Any:
     # With several processes one looks for another step: each would read all of it.
     look = look and jax.process_index() == 0
     place = str(directory)
-    verifies = handler.options.verify_restore and not symbols.MISSING
-    stored = StoredItem(place) if verifies else None
-    if stored is None or not stored.is_covered:
-        with explained(handler, directory, args):
-            return by_orbax()
+    stored = StoredItem(place)
+    if not stored.is_covered:
+        return read()
     raise_corrupt(place, [*stored.problems, *stored.check_files()], look=look)
     for problem in step_metadata.check_beside(place) if jax.process_index() == 0 else ():
         _LOG.warning("Of the step of %s, %s. The item itself is whole.", place, problem)
     try:
-        with explained(handler, directory, args):
-            value = by_orbax()
+        value = read()
     except Exception as error:
         raise_corrupt(place, _reasons(stored, error), error, look=look)
         raise
@@ -145,11 +158,11 @@ def _reasons(stored: StoredItem, error: Exception) -> list[Problem]:
 
 
 @contextlib.contextmanager
-def explained(handler: Any, directory: Any, args: Any) -> Iterator[None]:
+def explained(metadata: Callable[[Any], Any], directory: Any, args: Any) -> Iterator[None]:
     """Turns a misfit between target and checkpoint into a `RestoreError`.
 
     Args:
-        handler: the handler that restores, for its `metadata`.
+        metadata: returns what Orbax says of what is in a directory.
         directory: the item's directory.
         args: what was asked for, or `None`.
 
@@ -162,7 +175,7 @@ def explained(handler: Any, directory: Any, args: Any) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except Exception as error:
-        misfits = _misfits(handler, directory, getattr(args, "item", None))
+        misfits = _misfits(metadata, directory, getattr(args, "item", None))
         if misfits:
             raise RestoreError(
                 f"The restore target does not fit the checkpoint {directory}:{summarize(misfits)}"
@@ -172,15 +185,15 @@ def explained(handler: Any, directory: Any, args: Any) -> Iterator[None]:
         raise
 
 
-def _misfits(handler: Any, directory: Any, target: Any) -> list[str]:
+def _misfits(metadata: Callable[[Any], Any], directory: Any, target: Any) -> list[str]:
     """Names the leaves whose shape differs from what is stored."""
     if target is None:
         return []
     try:
-        metadata = handler.metadata(directory).tree
+        tree = metadata(directory).tree
     except Exception:  # noqa: BLE001 - A broken checkpoint: what restoring said of it is raised.
         return []
-    stored = {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(metadata)}
+    stored = {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     problems = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(target):
         found = getattr(stored.get(_names(path)), "shape", None)

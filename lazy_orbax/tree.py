@@ -3,7 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a handler was told to save, in Orbax's terms. Made once; equal settings save alike.
+
+    Attributes:
+        keywords: what the handler was made with, by which settings are compared.
+        use_ocdbt: whether arrays are stored in OCDBT.
+        use_zarr3: whether they are stored in Zarr v3.
+        use_compression: whether they are compressed.
+        primary_host: the process that writes what is written once; `None`: each does.
+        type_handlers: Orbax's registry of type handlers.
+        param_infos: Orbax's function that describes the leaves of a tree.
+        tree_options: Orbax's options for `_METADATA`.
+        array_metadata_store: Orbax's store for what is kept beside arrays, or `None`.
+        array_metadata_validator: Orbax's check of that.
+        validates_merge: whether Orbax checks a merged database.
+    """
+
+    keywords: tuple[tuple[str, str], ...]
+    use_ocdbt: bool = dataclasses.field(compare=False)
+    use_zarr3: bool = dataclasses.field(compare=False)
+    use_compression: bool = dataclasses.field(compare=False)
+    primary_host: int | None = dataclasses.field(compare=False)
+    type_handlers: Any = dataclasses.field(compare=False, repr=False)
+    param_infos: Callable[..., Any] = dataclasses.field(compare=False, repr=False)
+    tree_options: Any = dataclasses.field(compare=False, repr=False)
+    array_metadata_store: Any = dataclasses.field(compare=False, repr=False)
+    array_metadata_validator: Any = dataclasses.field(compare=False, repr=False)
+    validates_merge: bool = dataclasses.field(compare=False)
+
+    def type_handler_for(self, type_: type) -> Any | None:
+        """Returns Orbax's type handler for values of `type_`, or `None`."""
+        return self.type_handlers.get(type_) if self.type_handlers.has(type_) else None
 
 
 class Destination(NamedTuple):

@@ -18,6 +18,7 @@ from lazy_orbax.format import Format
 from lazy_orbax.plan import Piece, Plan, Slab
 from lazy_orbax.save_error import save_error
 from lazy_orbax.sync import Inode, Syncer
+from lazy_orbax.tree import Settings
 
 # A fresh context for each save, as stock Orbax has it: a shared cache would keep slabs alive.
 # TensorStore is told not to sync: we do, beside the next slab, and before Orbax commits.
@@ -215,11 +216,13 @@ class Writer:
         return None if not names else f"{names[0]} and {len(names) - 1} others with it"
 
 
-def merge(handler: Any, directory: Any, by_orbax: Callable[[], None], *, timeout_s: float) -> None:
+def merge(
+    settings: Settings, directory: Any, by_orbax: Callable[[], None], *, timeout_s: float
+) -> None:
     """Lets Orbax merge what the processes wrote.
 
     Args:
-        handler: the handler that saved.
+        settings: how the handler saved.
         directory: the item's directory.
         by_orbax: does it in a local directory.
         timeout_s: most seconds in which the storage may do nothing.
@@ -233,7 +236,7 @@ def merge(handler: Any, directory: Any, by_orbax: Callable[[], None], *, timeout
         context = ts.Context({**_CONTEXT, **object_store.context_spec(place, timeout_s)})
         # Not `asyncio.run`: it cancels what other threads run.
         with contextlib.closing(asyncio.new_event_loop()) as loop:
-            loop.run_until_complete(on_disk.finalize(handler, directory, context))
+            loop.run_until_complete(on_disk.finalize(settings, directory, context))
 
     is_remote = object_store.scheme_of(place) and not symbols.MISSING
     try:

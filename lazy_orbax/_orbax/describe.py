@@ -9,10 +9,34 @@ from etils import epath
 
 from lazy_orbax._orbax.symbols import SRC, ocp
 from lazy_orbax.layout import ReplicaPolicy
-from lazy_orbax.tree import Destination, LeafInfo, TreeInfo
+from lazy_orbax.tree import Destination, LeafInfo, Settings, TreeInfo
 
 
-def describe_tree(handler: Any, item: Any, save_args: Any, destination: Destination) -> TreeInfo:
+def settings_of(handler: Any, keywords: dict[str, Any]) -> Settings:
+    """Returns how a handler of Orbax's kind saves.
+
+    Args:
+        handler: an instance of `symbols.HANDLER_BASE`.
+        keywords: what it was made with.
+    """
+    return Settings(
+        tuple(sorted((name, repr(value)) for name, value in keywords.items())),
+        use_ocdbt=handler._use_ocdbt,
+        use_zarr3=handler._use_zarr3,
+        use_compression=handler._use_compression,
+        primary_host=handler._primary_host,
+        type_handlers=handler._type_handler_registry,
+        param_infos=handler._get_param_infos,
+        tree_options=handler._pytree_metadata_options,
+        array_metadata_store=handler._array_metadata_store,
+        array_metadata_validator=handler._array_metadata_validator,
+        validates_merge=handler._enable_post_merge_validation,
+    )
+
+
+def describe_tree(
+    settings: Settings, item: Any, save_args: Any, destination: Destination
+) -> TreeInfo:
     """Returns Orbax's view of every leaf, in the order of `jax.tree.leaves(item)`.
 
     Everything in it is for `destination`.
@@ -21,12 +45,12 @@ def describe_tree(handler: Any, item: Any, save_args: Any, destination: Destinat
         LookupError: Orbax has no type handler for some leaf; the message is a list of key paths.
     """
     filled = SRC["fill_args"](item, save_args, mode="save")
-    infos = handler._get_param_infos(
+    infos = settings.param_infos(
         item,
         epath.Path(destination.directory),
-        use_ocdbt=handler._use_ocdbt,
-        use_compression=handler._use_compression,
-        use_zarr3=handler._use_zarr3,
+        use_ocdbt=settings.use_ocdbt,
+        use_compression=settings.use_compression,
+        use_zarr3=settings.use_zarr3,
         ocdbt_target_data_file_size=destination.target_file_bytes,
     )
     is_leaf = SRC["is_empty_or_leaf"]
@@ -34,16 +58,10 @@ def describe_tree(handler: Any, item: Any, save_args: Any, destination: Destinat
     leaves = []
     for value, info, arg in zip(*flat, strict=True):
         if not SRC["is_empty_node"](value):
-            type_handler = handler._type_handler_registry.get(type(value))
+            type_handler = settings.type_handlers.get(type(value))
             route = _route(value, type_handler)
             leaves.append(LeafInfo(info.name, route, type_handler, info, arg))
     return TreeInfo(tuple(leaves), infos, filled, destination.directory)
-
-
-def type_handler_for(handler: Any, type_: type) -> Any | None:
-    """Returns Orbax's type handler for values of `type_`, or `None`."""
-    registry = handler._type_handler_registry
-    return registry.get(type_) if registry.has(type_) else None
 
 
 def _route(value: Any, type_handler: Any) -> str:
@@ -69,8 +87,3 @@ def replica_policy(array_handler: Any) -> ReplicaPolicy:
         min_slice_bytes=array_handler._min_slice_bytes_for_replica_parallel or 0,
         max_replicas=array_handler._max_replicas_for_replica_parallel,
     )
-
-
-def primary_host(handler: Any) -> int | None:
-    """Returns the process that writes what is written once."""
-    return handler._primary_host

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lazy_orbax._orbax.multihost import is_primary_host
 from lazy_orbax._orbax.symbols import SRC
-from lazy_orbax.tree import LeafInfo, TreeInfo
+from lazy_orbax.tree import LeafInfo, Settings, TreeInfo
 
 
 def key_metadata(key: jax.Array) -> dict[str, str]:
@@ -66,7 +66,7 @@ def directory_kvstore_spec(directory: str) -> dict[str, Any]:
 
 
 def tree_metadata(
-    handler: Any, tree: TreeInfo, write_shapes: dict[str, tuple[int, ...]]
+    settings: Settings, tree: TreeInfo, write_shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, Any]:
     """Returns the content of `_METADATA`, without custom metadata."""
 
@@ -78,9 +78,9 @@ def tree_metadata(
         .build(
             jax.tree.map(complete, tree.infos),
             save_args=tree.save_args,
-            use_ocdbt=handler._use_ocdbt,
-            use_zarr3=handler._use_zarr3,
-            pytree_metadata_options=handler._pytree_metadata_options,
+            use_ocdbt=settings.use_ocdbt,
+            use_zarr3=settings.use_zarr3,
+            pytree_metadata_options=settings.tree_options,
         )
         .to_json()
     )
@@ -112,11 +112,11 @@ def array_metadatas_file(type_handler: Any, metadatas: Sequence[Any]) -> bytes |
     return SRC["array_metadata_serializer"]().serialize(list(metadatas)).encode()
 
 
-async def finalize(handler: Any, directory: Any, context: Any) -> None:
+async def finalize(settings: Settings, directory: Any, context: Any) -> None:
     """Does what the stock `finalize` does, with a TensorStore context of ours."""
-    store, primary = handler._array_metadata_store, handler._primary_host
+    store, primary = settings.array_metadata_store, settings.primary_host
     if store is not None and primary is not None and is_primary_host(primary):
-        validator = handler._array_metadata_validator
+        validator = settings.array_metadata_validator
         await SRC["validate_array_metadatas"](validator, store, directory)
-    zarr3, validate = handler._use_zarr3, handler._enable_post_merge_validation
+    zarr3, validate = settings.use_zarr3, settings.validates_merge
     await SRC["merge"](directory, ts_context=context, use_zarr3=zarr3, enable_validation=validate)

@@ -53,7 +53,7 @@ def test_two_threads_that_drop_one_save_both_end(tmp_path, mesh):
     tree = {"w": on_mesh(np.ones((8, 8), np.float32), mesh, "a")}
     destination = Destination(str(tmp_path), None)
     prepared, leaves = prepare(
-        handler, tree, None, destination=destination, slab_bytes=2**20, abstract=False
+        handler.settings, tree, None, destination=destination, slab_bytes=2**20, abstract=False
     )
     job = Job(
         prepared=prepared,

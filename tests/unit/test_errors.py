@@ -124,7 +124,7 @@ def refused():
     def refuse(tree, cls):
         with pytest.raises(cls) as raised:
             prepare(
-                handler,
+                handler.settings,
                 tree,
                 None,
                 destination=Destination(object_store.stand_in("/"), None),

@@ -44,7 +44,7 @@ def handler():
 
 def prepared_of(handler, tree, save_args=None, *, target=None, slab_bytes=MIB):
     prepared, leaves = prepare(
-        handler,
+        handler.settings,
         tree,
         save_args,
         destination=Destination(object_store.stand_in("/"), target),
