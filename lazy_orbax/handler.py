@@ -27,7 +27,7 @@ from lazy_orbax.object_store import stand_in
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.plan import Plan
 from lazy_orbax.prepare import prepare
-from lazy_orbax.refuse import refuse_relative
+from lazy_orbax.refuse import refuse_relative, refusing_deep_trees
 from lazy_orbax.restore import examined, restore
 from lazy_orbax.save import Save
 from lazy_orbax.stale import Fingerprints
@@ -137,14 +137,15 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         attempt = attempt_at(path, _orbax.operation_id(), removes_all=removes_all)
         earlier = self._commits
         self._commits = [commit for commit in earlier if not commit.is_past(place)]
-        prepared, leaves = prepare(
-            self,
-            args.item,
-            args.save_args,
-            destination=Destination(stand_in(path), args.ocdbt_target_data_file_size),
-            slab_bytes=self._slab_bytes,
-            abstract=False,
-        )
+        with refusing_deep_trees():
+            prepared, leaves = prepare(
+                self,
+                args.item,
+                args.save_args,
+                destination=Destination(stand_in(path), args.ocdbt_target_data_file_size),
+                slab_bytes=self._slab_bytes,
+                abstract=False,
+            )
         refuse_relative(path, uses_ocdbt=bool(own_directories(prepared.format)))
         if failures := [error for commit in earlier if (error := commit.error)]:
             remember(failures, prepared.plan.n_bytes)
