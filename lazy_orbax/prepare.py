@@ -25,7 +25,12 @@ from lazy_orbax.given import given_of, origins
 from lazy_orbax.jax_context import neutral
 from lazy_orbax.layout import Leaf, is_key
 from lazy_orbax.plan import Plan, make_plan
-from lazy_orbax.refuse import refuse_clashes, refuse_deleted, refuse_unsupported
+from lazy_orbax.refuse import (
+    refuse_clashes,
+    refuse_deleted,
+    refuse_unsupported,
+    refusing_deep_trees,
+)
 from lazy_orbax.tree import Destination, LeafInfo, Settings
 from lazy_orbax.tree_identity import TreeIdentity, is_equal
 
@@ -139,6 +144,7 @@ PLAN_CACHE = PlanCache()
 """The plans of this process."""
 
 
+@refusing_deep_trees()
 def prepare(
     settings: Settings,
     item: Any,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -94,6 +96,25 @@ def refuse_relative(directory: str, *, uses_ocdbt: bool) -> None:
             f"{final(directory)}: the path of a checkpoint should be absolute. Nothing was "
             "written; save to os.path.abspath(...) of it."
         )
+
+
+@contextlib.contextmanager
+def refusing_deep_trees() -> Iterator[None]:
+    """Says what Python and JAX mean, which walk trees recursively.
+
+    Raises:
+        TreeError: the tree has too many levels for them.
+    """
+    try:
+        yield
+    except (RecursionError, SystemError) as error:
+        # Where a callback of Orbax's exceeds the limit, JAX has no better word for it.
+        if isinstance(error, SystemError) and "exception set" not in str(error):
+            raise
+        raise TreeError(
+            f"The tree has too many levels for Python's recursion limit of "
+            f"{sys.getrecursionlimit()} (sys.setrecursionlimit). Nothing was written."
+        ) from error
 
 
 def refuse_clashes(keypaths: Sequence[str], tree: TreeInfo) -> None:

@@ -22,7 +22,12 @@ from untrusted import ocdbt_codec
 
 import lazy_orbax
 from lazy_orbax import digest_file, ocdbt_checks, untrusted
-from lazy_orbax.errors import CorruptCheckpointError, MalformedCheckpointError, RestoreError
+from lazy_orbax.errors import (
+    CorruptCheckpointError,
+    MalformedCheckpointError,
+    RestoreError,
+    TreeError,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning"),
@@ -474,6 +479,20 @@ def test_a_deep_tree_that_stock_restores_is_restored(levels, kind, tmp_path):
         assert jax.tree.structure(stock.restore(place)) == jax.tree.structure(restored)
     np.testing.assert_array_equal(jax.tree.leaves(restored)[0], np.arange(3.0))
     assert lazy_orbax.verify(place).is_whole
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("beyond", [-20, 200])
+def test_a_tree_too_deep_for_python_is_refused_in_words(beyond, kind, tmp_path):
+    tree = np.arange(3.0)
+    for _ in range(LEVELS + beyond):
+        tree = KINDS[kind](tree)
+    handler, directory = lazy_orbax.LazyCheckpointHandler(), epath.Path(tmp_path / "item")
+    directory.mkdir()
+    with pytest.raises(TreeError, match=f"recursion limit of {LEVELS}"):
+        handler.save(directory, args=lazy_orbax.args.LazySave(tree))
+    assert list(directory.iterdir()) == []
+    handler.close()
 
 
 def test_no_limit_on_recursion_lets_a_tree_pass_that_would_end_the_process(copy):
