@@ -20,7 +20,7 @@ import numpy as np
 
 from lazy_orbax import host_copies
 from lazy_orbax.layout import Device
-from lazy_orbax.pack import Buffer, buffer_of, local_mesh, operands, program
+from lazy_orbax.pack import Buffer, buffer_of, local_mesh, operands, program, share_of
 from lazy_orbax.plan import Piece, Plan, Slab, mesh_of_one
 
 # Held while a buffer is donated: it is deleted before or after, and not half of it.
@@ -148,7 +148,7 @@ def _sources(
                 array = next(s.data for s in array.addressable_shards if s.device == device)
                 if cut and not layout.holds_whole_shards:
                     with jax.set_mesh(mesh_of_one(device)):  # Other processes write the rest.
-                        array = array[piece.index_in_shard]
+                        array = share_of(array, piece.start_in_shard, piece.shape)
             arrays.append(array)
         sources.append(copied[key])
     return arrays, sources
@@ -221,7 +221,8 @@ def views(plan: Plan, held: Held) -> list[tuple[Piece, np.ndarray]]:
         for piece, source in zip(slab.pieces, held.sources, strict=True):
             shards = held.arrays[source]
             part = shards.get(_device_of(plan, piece), next(iter(shards.values())))
-            found.append((piece, part if part.shape == piece.shape else part[piece.index_in_shard]))
+            part = part if part.shape == piece.shape else part[piece.index_in_shard]
+            found.append((piece, part.view(plan.leaves[piece.leaf].dtype)))
         return found
     assert slab.mesh is not None
     devices = list(slab.mesh.devices.flat)
