@@ -153,9 +153,7 @@ def _packer(
     return jax.jit(mapped, **given)
 
 
-def _joined_in(
-    buffer: jax.Array, parts: Sequence[jax.Array], changed: Sequence[bool]
-) -> jax.Array:
+def _joined_in(buffer: jax.Array, parts: Sequence[jax.Array], changed: Sequence[bool]) -> jax.Array:
     """Writes the parts into the buffer, one after the other. `changed` are of another type before.
 
     Where the type of many parts changes, XLA for CPU copies them all before it joins them, at a
