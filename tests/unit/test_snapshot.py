@@ -364,36 +364,14 @@ def test_a_slab_takes_no_more_host_memory_than_the_budget_is_told(mode, spec):
     assert _held_bytes(held) <= slab.n_bytes
 
 
+# fmt: off
 NAMES = [
-    "bool",
-    "int2",
-    "uint2",
-    "int4",
-    "uint4",
-    "int8",
-    "uint8",
-    "int16",
-    "uint16",
-    "int32",
-    "uint32",
-    "int64",
-    "uint64",
-    "float4_e2m1fn",
-    "float8_e3m4",
-    "float8_e4m3",
-    "float8_e4m3b11fnuz",
-    "float8_e4m3fn",
-    "float8_e4m3fnuz",
-    "float8_e5m2",
-    "float8_e5m2fnuz",
-    "float8_e8m0fnu",
-    "float16",
-    "bfloat16",
-    "float32",
-    "float64",
-    "complex64",
-    "complex128",
+    "bool", "int2", "uint2", "int4", "uint4", "int8", "uint8", "int16", "uint16", "int32",
+    "uint32", "int64", "uint64", "float4_e2m1fn", "float8_e3m4", "float8_e4m3",
+    "float8_e4m3b11fnuz", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz",
+    "float8_e8m0fnu", "float16", "bfloat16", "float32", "float64", "complex64", "complex128",
 ]
+# fmt: on
 
 
 def every_bit_pattern(name):
