@@ -61,10 +61,13 @@ def _probe() -> tuple[dict[str, Any], list[str]]:
 
 
 _SRC, MISSING = _probe()
-# The small store that the processes of a job share; a store for what is kept beside arrays; whether
-# this process, given the primary one, writes what is written once.
+# The small store that the processes of a job share; what numbers saves; this process's number; a
+# store for what is kept beside arrays; whether this process, given the primary one, writes what is
+# written once.
 key_value_store = _SRC.get("key_value_store", lambda: None)
 is_primary_host = _SRC.get("is_primary_host", lambda primary_host: primary_host in (None, 0))
+operation_ids = _SRC.get("operation_ids")
+process_index = _SRC.get("process_index", lambda: 0)
 array_metadata_store = _SRC.get("array_metadata_store", lambda: None)
 HANDLER_BASE: type = ocp.PyTreeCheckpointHandler if MISSING else _SRC["base"]
 
@@ -115,14 +118,9 @@ def put_inside_standard_handler(
     return not MISSING
 
 
-def process_index() -> int:
-    """Returns this process's index, as Orbax counts."""
-    return _SRC["process_index"]()
-
-
 def operation_id() -> str:
-    """Returns which save, of all that this process began, Orbax is at."""
-    return _SRC["operation_ids"].get_current_operation_id()
+    """Returns which save, of all that this process began, Orbax is at in this thread."""
+    return operation_ids.get_current_operation_id()  # type: ignore[union-attr]
 
 
 def retired_steps(manager: ocp.CheckpointManager) -> list[int] | None:

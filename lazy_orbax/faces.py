@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from lazy_orbax import _orbax
 from lazy_orbax.errors import OptionError
 from lazy_orbax.handler import LazyCheckpointHandler
+from lazy_orbax.leftovers import leaving_nobody_waiting
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.restore import examined
 from lazy_orbax.untrusted import checked
@@ -45,6 +46,7 @@ def pytree_handler(
     _examine_before_reading(handler, aggregate_filename, verifies=lazy.options.verify_restore)
     if not _orbax.MISSING:
         _INSIDE[handler] = lazy
+        handler.async_save = leaving_nobody_waiting(handler.async_save)
     return handler
 
 
@@ -91,6 +93,7 @@ def standard_handler(
     standard = ocp.StandardCheckpointHandler(**shared)
     if _orbax.put_inside_standard_handler(standard, pytree):
         _INSIDE[standard] = _INSIDE[pytree]
+        standard.async_save = leaving_nobody_waiting(standard.async_save)
     return standard
 
 

@@ -18,12 +18,14 @@ from lazy_orbax.agreement import agreement_on
 from lazy_orbax.commit import Commit
 from lazy_orbax.drain import Pace
 from lazy_orbax.durable import after_publication, before_publication
-from lazy_orbax.errors import OptionError
+from lazy_orbax.errors import OptionError, SaveError
 from lazy_orbax.events import await_publication, final_directory, publication_failed
 from lazy_orbax.forgotten import remember
 from lazy_orbax.host_budget import HOST_BUDGET
-from lazy_orbax.leftovers import attempt_at
+from lazy_orbax.interrupted import await_interrupted
+from lazy_orbax.leftovers import attempt_at, leaving_nobody_waiting, temporary_root
 from lazy_orbax.object_store import stand_in
+from lazy_orbax.operations import tell_threads_apart
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.plan import Plan
 from lazy_orbax.prepare import prepare
@@ -104,11 +106,13 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             keywords["restore_concurrent_gb"] = restore_gb
         else:
             keywords["restore_concurrent_bytes"] = restore_gb * _GB
+            tell_threads_apart(_orbax.operation_ids)
         super().__init__(use_compression=use_compression, **keywords)
         # What is written into the checkpoint: the stock name, so that stock Orbax reads it without
         # being told how. On the class it would clash with the stock handler's registration.
         self.typestr = ocp.PyTreeCheckpointHandler.typestr
 
+    @leaving_nobody_waiting
     async def async_save(self, directory: Any, args: Any) -> list[Any] | None:
         """Puts `args.item` out of reach of donation and starts writing it.
 
@@ -130,6 +134,13 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
             return await super().async_save(directory, args=stock_args)
         custom_metadata = _own_json(args.custom_metadata)
         path = stock.path_of(directory)
+        if await_interrupted() and temporary_root(path) != path:
+            # What Orbax knows of the items of this step went when it published the other one.
+            raise SaveError(
+                "the save before this one was still being published, because the wait for it was "
+                "interrupted (Ctrl-C). It has ended now: save this step again",
+                directory=path,
+            )
         place = final_directory(path)
         # Before what is left of earlier saves is looked at: this one may have the same directory.
         removes_all = _orbax.is_primary_host(_orbax.primary_host(self))
@@ -267,6 +278,7 @@ class LazyCheckpointHandler(_orbax.HANDLER_BASE):
         Raises:
             SaveError: a save failed, and nobody was told yet.
         """
+        await_interrupted()
         commits, self._commits = self._commits, []
         errors = [error for commit in commits if (error := commit.outcome())]
         HOST_BUDGET.drop_idle()

@@ -6,24 +6,28 @@ is only what carries Orbax's mark of what is temporary, and only once nobody wri
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import functools
 import logging
 import os
 import shutil
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 
 from lazy_orbax import _orbax, file_names
-from lazy_orbax.errors import SaveError
+from lazy_orbax.errors import MAIN_THREAD_ENDED, SaveError
 
 # Orbax writes the metadata of a step from a thread of its own.
 _STEP_METADATA_S = 0.5
 _TRIES = 3
+# How long a save that is refused waits for Orbax to create its directories.
+_DIRECTORIES_S = 5
 _log = logging.getLogger("lazy_orbax")
 
 
@@ -156,6 +160,38 @@ def release_waiting(operation: str) -> bool:
     for signal in promised_directories(operation):
         _orbax.key_value_store().key_value_set(signal, "given up", allow_overwrite=True)
     return True
+
+
+def leaving_nobody_waiting(async_save: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns an `async_save` that leaves no thread of Orbax waiting where it refuses to save.
+
+    Orbax is still creating the directories then. If the process, or the manager, ends in the middle
+    of that, the threads that wait for them keep the process alive until they time out.
+    """
+
+    @functools.wraps(async_save)
+    async def wrapped(*args: Any, **keywords: Any) -> Any:
+        if _orbax.MISSING:
+            return await async_save(*args, **keywords)
+        operation = _orbax.operation_id()
+        if not threading.main_thread().is_alive():  # Python lets Orbax create no directory then.
+            release_waiting(operation)
+            raise SaveError(MAIN_THREAD_ENDED)
+        try:
+            return await async_save(*args, **keywords)
+        except BaseException:
+            # Not in this thread: its event loop may be what creates them.
+            await asyncio.to_thread(_await_directories, operation)
+            raise
+
+    return wrapped
+
+
+def _await_directories(operation: str) -> None:
+    deadline_s = time.monotonic() + _DIRECTORIES_S
+    while promised_directories(operation) and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    release_waiting(operation)
 
 
 def temporary_root(directory: str) -> str:

@@ -15,7 +15,7 @@ import tensorstore as ts
 
 from lazy_orbax import _orbax, digest, file_names, object_store
 from lazy_orbax.deadline import Deadline
-from lazy_orbax.errors import SaveError
+from lazy_orbax.errors import MAIN_THREAD_ENDED, SaveError
 from lazy_orbax.events import final_directory, step_of
 from lazy_orbax.format import Format
 from lazy_orbax.plan import Piece, Plan, Slab
@@ -259,6 +259,8 @@ def save_error(
         file: what was being written, where `error` does not name a file.
     """
     text = str(error)
+    if "cannot schedule new futures after" in text:
+        text = f"{text}: {MAIN_THREAD_ENDED}"
     if match := re.search(r"[\"']([^\"']*/[^\"']*)[\"']", text):
         file = match.group(1)
     else:

@@ -22,6 +22,8 @@ RANKS = {
     "host_budget": 2,
     "layout": 2,
     "in_flight": 2,
+    "interrupted": 2,
+    "operations": 2,
     "tree": 2,
     "given": 2,
     "split": 2,
