@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterable
 
 from lazy_orbax import _paths, deadline
-from lazy_orbax._orbax import lifecycle
+from lazy_orbax._orbax import lifecycle, waiting
 from lazy_orbax.attempt import Attempt, Fate, Part, attempts_below
 from lazy_orbax.errors import SaveError
 
@@ -80,10 +80,10 @@ def is_given_up(part: Part, this_thread: threading.Thread | None) -> bool:
 def forgo(part: Part) -> None:
     """Ends a save that waits for a directory which Orbax has not created and will not create."""
     operation = part.attempt.operation
-    if part.directory or not lifecycle.promised_directories(operation):
+    if part.directory or not waiting.promised_directories(operation):
         return
     # A thread of Orbax that is released may create the directory yet.
-    may_come = lifecycle.release_waiting(operation)
+    may_come = waiting.release_waiting(operation)
     part.writing.forgo(SaveError("Orbax could not create the directory"), may_run=may_come)
     if may_come:
         part.move(Fate.FORGONE)

@@ -36,6 +36,13 @@ class DeletedArrayError(TreeError, RuntimeError):
     """An array was deleted (usually donated) before `save()` was called. Nothing was written."""
 
 
+MAIN_THREAD_ENDED = (
+    "the main thread had ended, after which Python runs nothing in the background. Call "
+    "wait_until_finished(), and join the threads that save, before the main thread ends"
+)
+"""Why a save fails that goes on when the main thread does not."""
+
+
 class SaveError(LazyOrbaxError, RuntimeError):
     """A save failed after it was enqueued. The last committed step is untouched.
 

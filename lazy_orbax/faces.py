@@ -11,6 +11,7 @@ from typing import Any
 from lazy_orbax._orbax import symbols
 from lazy_orbax._orbax.standard_handler import put_inside_standard_handler
 from lazy_orbax._orbax.symbols import ocp
+from lazy_orbax._orbax.waiting import leaving_nobody_waiting
 from lazy_orbax.errors import OptionError
 from lazy_orbax.handler import LazyCheckpointHandler
 from lazy_orbax.options import LazyOptions
@@ -45,6 +46,7 @@ def pytree_handler(
     _examine_before_reading(handler, aggregate_filename, verifies=lazy.options.verify_restore)
     if not symbols.MISSING:
         _INSIDE[handler] = lazy
+        handler.async_save = leaving_nobody_waiting(handler.async_save)
     return handler
 
 
@@ -91,6 +93,7 @@ def standard_handler(
     standard = ocp.StandardCheckpointHandler(**shared)
     if put_inside_standard_handler(standard, pytree):
         _INSIDE[standard] = _INSIDE[pytree]
+        standard.async_save = leaving_nobody_waiting(standard.async_save)
     return standard
 
 

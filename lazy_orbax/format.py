@@ -135,7 +135,8 @@ def make_format(
             )
             stored.append(_stored(leaf, spec, kvstores, tree.directory, samples))
         except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
-            problems.append(f"{leaf.keypath}: {leaf.dtype}{list(leaf.shape)}: {error}")
+            remedy = "; save it as another dtype" if "Unsupported data type" in str(error) else ""
+            problems.append(f"{leaf.keypath}: {leaf.dtype}{list(leaf.shape)}: {error}{remedy}")
             continue
         if leaf.sharding is not None:
             array_metadatas.append(metadata)

@@ -16,13 +16,16 @@ from etils import epath
 
 from lazy_orbax import _paths, step_metadata, stock, threads
 from lazy_orbax._orbax import describe, lifecycle, multihost, symbols
+from lazy_orbax._orbax.interrupted import await_interrupted
+from lazy_orbax._orbax.operations import tell_threads_apart
 from lazy_orbax._orbax.symbols import ocp
+from lazy_orbax._orbax.waiting import leaving_nobody_waiting
 from lazy_orbax.agreement import agreement_on
 from lazy_orbax.attempt import Fate, attempt_at
 from lazy_orbax.cleaning import end_earlier
 from lazy_orbax.commit import Commit
 from lazy_orbax.durable import before_publication
-from lazy_orbax.errors import OptionError
+from lazy_orbax.errors import OptionError, SaveError
 from lazy_orbax.forgotten import remember
 from lazy_orbax.host_budget import HOST_BUDGET
 from lazy_orbax.object_store import stand_in
@@ -112,10 +115,12 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         else:
             super().__init__(**given, restore_concurrent_bytes=restore_gb * _GB)
             self.settings = describe.settings_of(self, given)
+            tell_threads_apart()
         # What is written into the checkpoint: the stock name, so that stock Orbax reads it without
         # being told how. On the class it would clash with the stock handler's registration.
         self.typestr = ocp.PyTreeCheckpointHandler.typestr
 
+    @leaving_nobody_waiting
     async def async_save(self, directory: Any, args: Any) -> list[Any] | None:
         """Puts `args.item` out of reach of donation and starts writing it.
 
@@ -138,6 +143,13 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
             return await super().async_save(directory, args=stock_args)
         custom_metadata = _own_json(args.custom_metadata)
         path = stock.path_of(directory)
+        if await_interrupted() and _paths.temporary_root(path) != path:
+            # What Orbax knows of the items of this step went when it published the other one.
+            raise SaveError(
+                "the save before this one was still being published, because the wait for it was "
+                "interrupted (Ctrl-C). It has ended now: save this step again",
+                directory=path,
+            )
         place = _paths.final(path)
         # Before what is left of earlier saves is looked at: this one may have the same directory.
         removes_all = multihost.is_primary_host(self.settings.primary_host)
@@ -284,7 +296,8 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         by_orbax = functools.partial(
             super().finalize, epath.Path(_paths.without_dots(str(directory)))
         )
-        merge(self.settings, directory, by_orbax, timeout_s=self.options.storage_timeout_s)
+        settings = None if symbols.MISSING else self.settings
+        merge(settings, directory, by_orbax, timeout_s=self.options.storage_timeout_s)
 
     def close(self) -> None:
         """Waits for what is being saved, and gives host memory back. A second call does nothing.
@@ -292,6 +305,7 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         Raises:
             SaveError: a save failed, and nobody was told yet.
         """
+        await_interrupted()
         commits, self._commits = self._commits, []
         errors: list[BaseException] = [*self._publications.end()]
         errors += [error for commit in commits if (error := commit.outcome())]

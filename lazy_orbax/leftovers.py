@@ -18,6 +18,8 @@ from lazy_orbax import _paths
 # Orbax writes the metadata of a step from a thread of its own.
 _STEP_METADATA_S = 0.5
 _TRIES = 3
+# How long a save that is refused waits for Orbax to create its directories.
+_DIRECTORIES_S = 5
 _log = logging.getLogger("lazy_orbax")
 
 

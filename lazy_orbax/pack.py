@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lazy_orbax.plan import Plan, Slab, carrier_of
+from lazy_orbax.layout import Shape
+from lazy_orbax.plan import Plan, Slab, bits_of, carrier_of
 
 # On each device.
 _LEAST_ALONE_BYTES = 2**19
@@ -158,16 +159,18 @@ def _packer(
     def pack(table: jax.Array, *shards: jax.Array) -> jax.Array:
         parts = []
         for shard, cut in zip(shards[into:], cuts, strict=True):
+            part = carried(shard)  # Before anything else is done with it.
             if cut is not None:
                 axis, size, column = cut
                 # It fits, for no shard has more than `MOST_INDEXED` elements. Their sum might not,
                 # which JAX would compute to allow for a negative start.
                 start = table[0, column] * size
-                shard = jax.lax.dynamic_slice_in_dim(
-                    shard, start, size, axis, allow_negative_indices=False
+                part = jax.lax.dynamic_slice_in_dim(
+                    part, start, size, axis, allow_negative_indices=False
                 )
-            parts.append(shard)
-        return _joined_in(shards[0], parts) if into else _joined(parts)
+            parts.append(part.reshape(-1))
+        changed = map(_changes, shards[into:])
+        return _joined_in(shards[0], parts, tuple(changed)) if into else _joined(parts)
 
     in_specs = (PartitionSpec(mesh.axis_names, None), *[every_axis] * into, *specs)
     mapped = jax.shard_map(
@@ -182,16 +185,16 @@ def _packer(
     return jax.jit(mapped, **given)
 
 
-def _joined_in(buffer: jax.Array, parts: Sequence[jax.Array]) -> jax.Array:
-    """Writes the parts into the buffer, one after the other.
+def _joined_in(buffer: jax.Array, parts: Sequence[jax.Array], changed: Sequence[bool]) -> jax.Array:
+    """Writes the parts into the buffer, one after the other. `changed` are of another type before.
 
     Where the type of many parts changes, XLA for CPU copies them all before it joins them, at a
     fifth of the speed. A part by itself it just writes, but takes ten milliseconds to compile that.
     """
     runs: list[list[jax.Array]] = []
     alone = True
-    for part in parts:
-        was_alone, alone = alone, _changes(part) and part.nbytes >= _LEAST_ALONE_BYTES
+    for part, is_changed in zip(parts, changed, strict=True):
+        was_alone, alone = alone, is_changed and part.nbytes >= _LEAST_ALONE_BYTES
         if alone or was_alone:
             runs.append([])
         runs[-1].append(part)
@@ -206,19 +209,38 @@ def _joined_in(buffer: jax.Array, parts: Sequence[jax.Array]) -> jax.Array:
 
 
 def _joined(parts: Sequence[jax.Array]) -> jax.Array:
-    carried = [_carried(part).reshape(-1) for part in parts]
-    return carried[0] if len(carried) == 1 else jnp.concatenate(carried)
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
 def _changes(shard: jax.Array) -> bool:
     return carrier_of(shard.dtype) != shard.dtype
 
 
-def _carried(shard: jax.Array) -> jax.Array:
-    """Reinterprets numbers as integers: XLA may change the NaNs of floats that it copies."""
+def carried(shard: jax.Array) -> jax.Array:
+    """Reinterprets numbers as integers of whole bytes, as NumPy has them.
+
+    XLA may change the NaNs of floats that it copies or cuts, and cannot join all numbers that have
+    less than a byte each.
+    """
     if not _changes(shard):
         return shard
-    return jax.lax.bitcast_convert_type(shard, carrier_of(shard.dtype))
+    integers = getattr(jnp, f"uint{bits_of(shard.dtype)}")
+    return jax.lax.bitcast_convert_type(shard, integers).astype(carrier_of(shard.dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("start", "shape"))
+def share_of(shard: jax.Array, start: Shape, shape: Shape) -> jax.Array:
+    """Returns a rectangle of a shard, `carried`.
+
+    Its bounds are part of the program, which has 64 bits for them: as arguments they would have 32.
+
+    Args:
+        shard: on one device.
+        start: where the rectangle starts in the shard.
+        shape: its shape.
+    """
+    end = tuple(a + n for a, n in zip(start, shape, strict=True))
+    return jax.lax.slice(carried(shard), start, end)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -63,6 +63,11 @@ class Piece:
         """The region as an index into its shard."""
         return index_of(self.start, self.shape, self.shard_start)
 
+    @property
+    def start_in_shard(self) -> Shape:
+        """Where the region starts in its shard."""
+        return tuple(part.start for part in self.index_in_shard)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Slab:
@@ -160,15 +165,17 @@ def carrier_of(dtype: np.dtype) -> np.dtype:
     """Returns the dtype in which a leaf travels in a packed slab.
 
     Small floats travel as integers of their width, for XLA may compute with larger ones when it
-    copies them, which changes some NaNs. Integers of one width travel together. Everything else
-    travels as it is: a change of type costs a copy in between.
+    copies them, which changes some NaNs. Integers of one width travel together, and what has less
+    than a byte each travels in a byte each. Everything else travels as it is: a change of type
+    costs a copy in between.
     """
-    if (dtype.kind in "bcf" and dtype.itemsize >= 4) or dtype.kind == "b" or _bits_of(dtype) < 8:
+    if (dtype.kind in "bcf" and dtype.itemsize >= 4) or dtype.kind == "b":
         return dtype
     return np.dtype(f"uint{8 * dtype.itemsize}")
 
 
-def _bits_of(dtype: np.dtype) -> int:
+def bits_of(dtype: np.dtype) -> int:
+    """Returns the bits that one integer or float has on a device."""
     if jnp.issubdtype(dtype, jnp.floating):
         return jnp.finfo(dtype).bits
     return jnp.iinfo(dtype).bits

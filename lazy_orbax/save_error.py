@@ -7,7 +7,7 @@ import re
 import jax
 
 from lazy_orbax import _paths
-from lazy_orbax.errors import SaveError
+from lazy_orbax.errors import MAIN_THREAD_ENDED, SaveError
 
 
 def save_error(
@@ -22,6 +22,8 @@ def save_error(
         file: what was being written, where `error` does not name a file.
     """
     text = str(error)
+    if "cannot schedule new futures after" in text:
+        text = f"{text}: {MAIN_THREAD_ENDED}"
     if match := re.search(r"[\"']([^\"']*/[^\"']*)[\"']", text):
         file = match.group(1)
     else:

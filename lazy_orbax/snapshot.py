@@ -21,8 +21,8 @@ import numpy as np
 from lazy_orbax import host_copies
 from lazy_orbax.jax_context import neutral, shielded
 from lazy_orbax.layout import Device
-from lazy_orbax.pack import Buffer, buffer_of, local_mesh, operands, program
-from lazy_orbax.plan import MOST_INDEXED, Piece, Plan, Slab, mesh_of_one
+from lazy_orbax.pack import Buffer, buffer_of, local_mesh, operands, program, share_of
+from lazy_orbax.plan import Piece, Plan, Slab, mesh_of_one
 
 # Held while a buffer is donated: it is deleted before or after, and not half of it.
 _DONATING = threading.Lock()
@@ -151,26 +151,10 @@ def _sources(
                 array = next(s.data for s in array.addressable_shards if s.device == device)
                 if cut and not layout.holds_whole_shards:
                     with jax.set_mesh(mesh_of_one(device)):  # Other processes write the rest.
-                        array = _part_of(array, piece.index_in_shard)
+                        array = share_of(array, piece.start_in_shard, piece.shape)
             arrays.append(array)
         sources.append(copied[key])
     return arrays, sources
-
-
-def _part_of(shard: jax.Array, index: tuple[slice, ...]) -> jax.Array:
-    """Returns a copy of a rectangle of a shard.
-
-    One program serves all rectangles of a shape, for JAX makes their bounds arguments, of 32 bits.
-    Where those might not fit the bounds are part of the program, which has 64 bits for them.
-    """
-    if shard.size <= MOST_INDEXED:
-        return shard[index]
-    return _slice(shard, tuple(part.start for part in index), tuple(part.stop for part in index))
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _slice(shard: jax.Array, start: tuple[int, ...], stop: tuple[int, ...]) -> jax.Array:
-    return jax.lax.slice(shard, start, stop)
 
 
 def _device_of(plan: Plan, piece: Piece) -> Device:
@@ -242,7 +226,8 @@ def views(plan: Plan, held: Held) -> list[tuple[Piece, np.ndarray]]:
         for piece, source in zip(slab.pieces, held.sources, strict=True):
             shards = held.arrays[source]
             part = shards.get(_device_of(plan, piece), next(iter(shards.values())))
-            found.append((piece, part if part.shape == piece.shape else part[piece.index_in_shard]))
+            part = part if part.shape == piece.shape else part[piece.index_in_shard]
+            found.append((piece, part.view(plan.leaves[piece.leaf].dtype)))
         return found
     assert slab.mesh is not None
     devices = list(slab.mesh.devices.flat)

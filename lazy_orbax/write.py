@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import numpy as np
 import tensorstore as ts
 
 from lazy_orbax import _paths, digest, object_store
-from lazy_orbax._orbax import on_disk, symbols
+from lazy_orbax._orbax import on_disk
 from lazy_orbax.deadline import Deadline
 from lazy_orbax.format import Format
 from lazy_orbax.plan import Piece, Plan, Slab
@@ -217,12 +218,12 @@ class Writer:
 
 
 def merge(
-    settings: Settings, directory: Any, by_orbax: Callable[[], None], *, timeout_s: float
+    settings: Settings | None, directory: Any, by_orbax: Callable[[], None], *, timeout_s: float
 ) -> None:
     """Lets Orbax merge what the processes wrote.
 
     Args:
-        settings: how the handler saved.
+        settings: how the handler saved; `None` where Orbax is not known.
         directory: the item's directory.
         by_orbax: does it in a local directory.
         timeout_s: most seconds in which the storage may do nothing.
@@ -231,15 +232,17 @@ def merge(
         SaveError: the storage refused something, or did not answer in time.
     """
     place = str(directory)
-
-    def remotely() -> None:
-        context = ts.Context({**_CONTEXT, **object_store.context_spec(place, timeout_s)})
-        # Not `asyncio.run`: it cancels what other threads run.
-        with contextlib.closing(asyncio.new_event_loop()) as loop:
-            loop.run_until_complete(on_disk.finalize(settings, directory, context))
-
-    is_remote = object_store.scheme_of(place) and not symbols.MISSING
+    merging = by_orbax
+    if object_store.scheme_of(place) and settings is not None:
+        merging = functools.partial(_merge_remotely, settings, directory, timeout_s)
     try:
-        Deadline(place, timeout_s).run(remotely if is_remote else by_orbax, "lazy_orbax-merge")
+        Deadline(place, timeout_s).run(merging, "lazy_orbax-merge")
     except Exception as error:  # Each storage client has errors of its own.
         raise save_error(place, error, file=f"{place}/{_paths.MANIFEST}") from error
+
+
+def _merge_remotely(settings: Settings, directory: Any, timeout_s: float) -> None:
+    context = ts.Context({**_CONTEXT, **object_store.context_spec(str(directory), timeout_s)})
+    # Not `asyncio.run`: it cancels what other threads run.
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        loop.run_until_complete(on_disk.finalize(settings, directory, context))

@@ -9,14 +9,17 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+# Of the dtypes that have less than a byte.
+_BITS = {"int4": 4, "uint4": 4, "float4_e2m1fn": 4, "int2": 2, "uint2": 2}
+
 
 def random_array(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Returns an array whose bits are random, NaNs with payloads included."""
     dtype = np.dtype(dtype)
     if dtype == np.bool_:
         return rng.integers(0, 2, shape).astype(bool)
-    if dtype.name in ("int4", "uint4", "int2", "uint2"):
-        return rng.integers(0, 2, shape).astype(dtype)
+    if dtype.name in _BITS:  # In the low bits of a byte each.
+        return rng.integers(0, 2 ** _BITS[dtype.name], shape, dtype=np.uint8).view(dtype)
     return rng.integers(0, 256, (*shape, dtype.itemsize), dtype=np.uint8).view(dtype)[..., 0]
 
 

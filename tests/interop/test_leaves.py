@@ -259,6 +259,8 @@ def typed(name):
         "partly replicated": on_mesh(x, mesh_ab(), "a"),
         "replicated": on_mesh(x[:3, :5], mesh_ab()),
         "scalar": on_mesh(x[0, 0], mesh_ab()),
+        # XLA cannot join many of every dtype.
+        "many": [on_mesh(x, mesh_ab(), *spec) for spec in (("a",), ("b",), ()) for _ in range(4)],
     }
 
 

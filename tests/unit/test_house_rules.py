@@ -28,6 +28,8 @@ RANKS = {
     "boxes": 1,
     "layout": 2,
     "in_flight": 2,
+    "interrupted": 2,
+    "operations": 2,
     "tree": 2,
     "tree_identity": 2,
     "given": 2,

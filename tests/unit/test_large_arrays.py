@@ -18,7 +18,7 @@ import tensorstore as ts
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from lazy_orbax import latest_good, pack, snapshot
+from lazy_orbax import latest_good, pack
 from lazy_orbax.boxes import Box, parts
 from lazy_orbax.chunk_files import chunk_keys
 from lazy_orbax.digest_file import LeafDigests
@@ -101,25 +101,18 @@ def test_a_cut_computes_its_start_and_nothing_else():
 
 def test_a_share_of_a_large_shard_is_cut_out_with_bounds_of_64_bits():
     large = jax.ShapeDtypeStruct((2_870_000_000,), I8)
-    program = snapshot._slice.lower(large, (2_152_500_000,), (2_870_000_000,)).as_text()
+    program = pack.share_of.lower(large, (2_152_500_000,), (717_500_000,)).as_text()
     assert "stablehlo.slice" in program
     assert "2152500000:2870000000" in program
     assert "dynamic" not in program
 
 
 @pytest.mark.parametrize("shape", [(64,), (8, 6), (3, 8, 5)])
-@pytest.mark.parametrize("most", [MOST, 10])
-def test_a_part_of_a_shard_is_that_part(monkeypatch, most, shape):
-    """The second time as if the shard were too large to be indexed with 32 bits."""
-    cuts = []
-    slice_ = snapshot._slice
-    monkeypatch.setattr(snapshot, "MOST_INDEXED", most)
-    monkeypatch.setattr(snapshot, "_slice", lambda *args: cuts.append(args) or slice_(*args))
-    host = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
-    index = tuple(slice(n // 2, n - 1) for n in shape)
-    found = snapshot._part_of(jax.device_put(host, ONE), index)
-    assert np.array_equal(found, host[index])
-    assert len(cuts) == (most == 10)
+def test_a_part_of_a_shard_is_that_part(shape):
+    host = np.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
+    start, size = tuple(n // 2 for n in shape), tuple(n - 1 - n // 2 for n in shape)
+    found = pack.share_of(jax.device_put(host, ONE), start, size)
+    assert np.array_equal(found, host[tuple(slice(n // 2, n - 1) for n in shape)])
 
 
 def test_processes_agree_on_steps_that_32_bits_cannot_hold(monkeypatch, tmp_path):

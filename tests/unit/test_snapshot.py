@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -361,6 +362,54 @@ def test_a_slab_takes_no_more_host_memory_than_the_budget_is_told(mode, spec):
     (slab,) = plan.slabs
     held = snapshot.to_host(snapshot.take(plan, slab, leaves, mode))
     assert _held_bytes(held) <= slab.n_bytes
+
+
+# fmt: off
+NAMES = [
+    "bool", "int2", "uint2", "int4", "uint4", "int8", "uint8", "int16", "uint16", "int32",
+    "uint32", "int64", "uint64", "float4_e2m1fn", "float8_e3m4", "float8_e4m3",
+    "float8_e4m3b11fnuz", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz",
+    "float8_e8m0fnu", "float16", "bfloat16", "float32", "float64", "complex64", "complex128",
+]
+# fmt: on
+
+
+def every_bit_pattern(name):
+    """All of a small dtype, and random ones of others, in two dimensions: (n, 256)."""
+    dtype = np.dtype(getattr(ml_dtypes, name, name))
+    if dtype.itemsize == 2:
+        return np.arange(2**16, dtype=np.uint16).view(dtype).reshape(256, 256)
+    if dtype.itemsize == 1 and ("8" in name):
+        return np.tile(np.arange(256, dtype=np.uint8), (16, 1)).view(dtype)
+    array = random_array(np.random.default_rng(0), (16, 256), dtype)
+    if dtype.kind in "fc" and dtype.itemsize > 1:  # Half of them NaNs, with random payloads.
+        parts = array[:8].view(f"f{dtype.itemsize // (1 + (dtype.kind == 'c'))}")
+        integers = parts.view(f"u{parts.itemsize}")
+        integers |= np.array(np.inf, parts.dtype).view(integers.dtype)
+    return array
+
+
+@pytest.mark.parametrize("mode", ["stage", "direct"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_bit_pattern_of_every_dtype_arrives(name, mode):
+    wanted, n_leaves = every_bit_pattern(name), 10
+    specs = [("a", "b"), ("a",), ("b",), (), (None, ("b", "a"))]
+    with jax.enable_x64(wanted.dtype.itemsize >= 8):
+        leaves = [on_mesh(wanted, MESH, *specs[i % len(specs)]) for i in range(n_leaves)]
+        plan = plan_of(leaves, slab_bytes=64 * MIB)
+        held = [snapshot.take(plan, slab, leaves, mode) for slab in plan.slabs]
+        assert_same(collected(plan, held), [wanted] * n_leaves)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_bit_pattern_of_a_share_arrives(name):
+    wanted = every_bit_pattern(name)
+    with jax.enable_x64(wanted.dtype.itemsize >= 8):
+        leaves = [on_mesh(wanted, MESH)]
+        plan = plan_of(leaves)
+        share = dataclasses.replace(plan.layouts[0], holds_whole_shards=False)
+        plan = Plan(plan.leaves, (share,), plan.slabs)
+        assert_same(collected(plan, [snapshot.direct(plan, plan.slabs[0], leaves)]), [wanted])
 
 
 def test_direct_takes_only_the_share_that_this_process_writes():

@@ -1,0 +1,41 @@
+"""Threads that run on though Python says that they have ended."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+# In which Orbax publishes a step, and in which its checkpoint manager waits for that.
+_PUBLISHES, _WAITS = "async_save", "save_finalize"
+_LOOK_S = 0.02
+_log = logging.getLogger("lazy_orbax")
+
+
+def await_interrupted() -> bool:
+    """Waits for the saves of Orbax whose end somebody waited for and was interrupted.
+
+    Up to Python 3.12, Ctrl-C while a thread is waited for marks that thread as ended. Orbax takes
+    its save for over then, and would begin the next one in the middle of it.
+
+    Returns:
+        Whether a step was being published.
+    """
+    published = any(thread.name == _PUBLISHES for thread in _interrupted())
+    if running := _interrupted():
+        _log.warning(
+            "A save is still being written although the wait for it was interrupted (Ctrl-C); "
+            "waiting until it has ended. Interrupt again to give up."
+        )
+    while running:
+        time.sleep(_LOOK_S)
+        running = _interrupted()
+    return published
+
+
+def _interrupted() -> list[threading.Thread]:
+    return [
+        thread
+        for thread in threading.enumerate()
+        if thread.name in (_PUBLISHES, _WAITS) and not thread.is_alive()
+    ]
