@@ -1,7 +1,7 @@
 """Lazy asynchronous checkpoints for JAX, in Orbax and in Orbax's own format."""
 
 from lazy_orbax import args, errors
-from lazy_orbax.durable import DurablePath
+from lazy_orbax.durable_path import DurablePath
 from lazy_orbax.events import SaveTimeline
 from lazy_orbax.faces import pytree_handler, standard_handler
 from lazy_orbax.failures import FailedSaves, log_failed_saves

@@ -14,13 +14,9 @@ from collections.abc import Callable, Sequence
 
 import jax
 
+from lazy_orbax._orbax.lifecycle import PUBLISHED_EVENTS
 from lazy_orbax.events import Recorder
 
-# Orbax reports these durations through JAX's public monitoring, in the thread that published the
-# step, directly after it did: the only sign of that moment that reaches a handler.
-_PUBLISHED_EVENTS = frozenset(
-    {"/jax/orbax/write/background_finalize_secs", "/jax/orbax/write/finalize_duration_secs"}
-)
 # Not one of Orbax's: whether our listener still hears what is reported.
 _IS_HEARD_EVENT = "/lazy_orbax/is_heard"
 _publishing = threading.local()
@@ -131,7 +127,7 @@ def _on_duration(event: str, duration_secs: float, **_: str | int) -> None:
     del duration_secs
     if event == _IS_HEARD_EVENT:
         _publishing.is_heard = True
-    elif event in _PUBLISHED_EVENTS and (publication := _awaited()) is not None:
+    elif event in PUBLISHED_EVENTS and (publication := _awaited()) is not None:
         publication.succeed()
 
 

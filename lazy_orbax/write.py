@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import functools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
 
 from lazy_orbax import _paths, digest, object_store
-from lazy_orbax._orbax import on_disk
 from lazy_orbax.deadline import Deadline
 from lazy_orbax.format import Format
 from lazy_orbax.plan import Piece, Plan, Slab
 from lazy_orbax.save_error import save_error
 from lazy_orbax.sync import Inode, Syncer
-from lazy_orbax.tree import Settings
 
 # A fresh context for each save, as stock Orbax has it: a shared cache would keep slabs alive.
 # TensorStore is told not to sync: we do, beside the next slab, and before Orbax commits.
-_CONTEXT = {
+CONTEXT = {
     "file_io_concurrency": {"limit": 128},
     "cache_pool#ocdbt": {"total_bytes_limit": 100_000_000},
     "file_io_sync": False,
@@ -63,7 +58,7 @@ class Writer:
         self._plan, self._format, self._directory = plan, format_, directory
         self._deadline = Deadline(directory, timeout_s)
         remote = object_store.context_spec(directory, timeout_s)
-        self._context = ts.Context({**_CONTEXT, **remote})
+        self._context = ts.Context({**CONTEXT, **remote})
         self._stores: dict[int, Any] = {}
         self._digests: dict[int, int] = {}
         self._unacknowledged: list[list[Request]] = []
@@ -215,34 +210,3 @@ class Writer:
         if named:
             return max(named, key=len)
         return None if not names else f"{names[0]} and {len(names) - 1} others with it"
-
-
-def merge(
-    settings: Settings | None, directory: Any, by_orbax: Callable[[], None], *, timeout_s: float
-) -> None:
-    """Lets Orbax merge what the processes wrote.
-
-    Args:
-        settings: how the handler saved; `None` where Orbax is not known.
-        directory: the item's directory.
-        by_orbax: does it in a local directory.
-        timeout_s: most seconds in which the storage may do nothing.
-
-    Raises:
-        SaveError: the storage refused something, or did not answer in time.
-    """
-    place = str(directory)
-    merging = by_orbax
-    if object_store.scheme_of(place) and settings is not None:
-        merging = functools.partial(_merge_remotely, settings, directory, timeout_s)
-    try:
-        Deadline(place, timeout_s).run(merging, "lazy_orbax-merge")
-    except Exception as error:  # Each storage client has errors of its own.
-        raise save_error(place, error, file=f"{place}/{_paths.MANIFEST}") from error
-
-
-def _merge_remotely(settings: Settings, directory: Any, timeout_s: float) -> None:
-    context = ts.Context({**_CONTEXT, **object_store.context_spec(str(directory), timeout_s)})
-    # Not `asyncio.run`: it cancels what other threads run.
-    with contextlib.closing(asyncio.new_event_loop()) as loop:
-        loop.run_until_complete(on_disk.finalize(settings, directory, context))

@@ -8,6 +8,11 @@ from typing import Any
 
 from lazy_orbax._orbax.symbols import SRC, ocp
 
+# Orbax reports these durations through JAX's public monitoring, in the thread that published the
+# step, directly after it did: the only sign of that moment that reaches a handler.
+PUBLISHED_EVENTS = frozenset(
+    {"/jax/orbax/write/background_finalize_secs", "/jax/orbax/write/finalize_duration_secs"}
+)
 # In which Orbax waits for the items of a step and publishes it.
 _COMMIT_THREAD = "async_save"
 

@@ -1,29 +1,26 @@
 """What Orbax leaves unsynced of a local step: the merge, its small files, and every rename.
 
 Orbax finalizes each item (`before_publication`), renames the step's directory, and reports it
-(`Publication.sync`), all in one thread. `DurablePath` also syncs between the last two.
+(`_after_publication`), all in one thread. `DurablePath` also syncs between the last two.
 """
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import functools
 import os
 import threading
 from collections.abc import Iterator, Set
-from typing import Any
 
 from lazy_orbax import _paths
-from lazy_orbax._orbax.symbols import ocp_path
-from lazy_orbax.errors import NotDurableError, OptionError
+from lazy_orbax.errors import NotDurableError
 from lazy_orbax.object_store import scheme_of
-from lazy_orbax.publication import Publication, publication_failed
+from lazy_orbax.publication import Publication
 from lazy_orbax.save_error import save_error
 from lazy_orbax.sync import Inode, inode_of, sync_all
 
 # Where no handler of ours tells `LazyOptions.storage_timeout_s`.
-_TIMEOUT_S = 300.0
+TIMEOUT_S = 300.0
 
 
 @dataclasses.dataclass
@@ -38,7 +35,7 @@ class _Step:
     """
 
     directory: str
-    timeout_s: float = _TIMEOUT_S
+    timeout_s: float = TIMEOUT_S
     synced: set[Inode] = dataclasses.field(default_factory=set)
     files: set[tuple[int, int, int]] = dataclasses.field(default_factory=set)
 
@@ -63,14 +60,14 @@ def before_publication(
     if scheme_of(item_directory):
         return
     directory = _published_with(item_directory)
-    step = _step_at(directory)
+    step = step_at(directory)
     step.synced |= synced
     step.timeout_s = timeout_s
     _publishing.step = step
     publication.sync = functools.partial(_after_publication, step)
     publication.is_there = functools.partial(_is_published, directory)
     try:
-        sync_all(lambda: _not_synced(step, directory), directory, timeout_s=timeout_s)
+        sync_all(lambda: not_synced(step, directory), directory, timeout_s=timeout_s)
     except OSError as error:
         raise save_error(item_directory, error) from error
 
@@ -86,13 +83,13 @@ def _after_publication(step: _Step) -> None:
     directory = _paths.published(step.directory)
 
     def changed() -> Iterator[str]:
-        yield from _not_synced(step, directory)
-        yield from _above(directory)
+        yield from not_synced(step, directory)
+        yield from above(directory)
 
     try:
         sync_all(changed, directory, timeout_s=step.timeout_s)
     except OSError as error:
-        raise _not_durable(directory, error) from error
+        raise not_durable(directory, error) from error
 
 
 def _published_with(item_directory: str) -> str:
@@ -113,13 +110,13 @@ def _is_published(directory: str) -> bool:
     return os.path.lexists(final) and not os.path.lexists(directory)
 
 
-def _step_at(directory: str) -> _Step:
+def step_at(directory: str) -> _Step:
     """Returns what this thread knows of a step. A step that was never published is forgotten."""
     step = getattr(_publishing, "step", None)
     return step if step is not None and step.directory == directory else _Step(directory)
 
 
-def _not_synced(step: _Step, directory: str) -> Iterator[str]:
+def not_synced(step: _Step, directory: str) -> Iterator[str]:
     """Yields the files and directories that may have changed since they were synced.
 
     Who writes into a directory of its own process, or of a leaf, syncs it.
@@ -145,7 +142,7 @@ def _not_synced(step: _Step, directory: str) -> Iterator[str]:
         yield path
 
 
-def _above(directory: str) -> Iterator[str]:
+def above(directory: str) -> Iterator[str]:
     """Yields the directories above a step, which Orbax may have created, and what it wrote there.
 
     All the way up: syncing what did not change costs little, and says that it did not.
@@ -162,80 +159,7 @@ def _above(directory: str) -> Iterator[str]:
             yield path
 
 
-def _not_durable(directory: str, error: OSError) -> NotDurableError:
+def not_durable(directory: str, error: OSError) -> NotDurableError:
     directory = _paths.published(directory)
     step = _paths.step_of(os.path.basename(directory))
     return NotDurableError(str(error), step=step, directory=directory, file=error.filename)
-
-
-class DurablePath(ocp_path.atomicity.AtomicRenameTemporaryPath):
-    """Has a step on storage, synced, before Orbax lists it. For local directories.
-
-    Without it a power cut in the few milliseconds between Orbax's rename and our sync may leave a
-    step that is listed and whose own metadata are empty: its arrays are whole, but its custom
-    metadata are lost, and a manager without handlers must be told how to restore it. Give it to
-    Orbax as `ocp.CheckpointManagerOptions(temporary_path_class=lazy_orbax.DurablePath)`, or to an
-    `ocp.AsyncCheckpointer`; it serves every handler.
-    """
-
-    @classmethod
-    def from_final(cls, final_path: Any, **keywords: Any) -> DurablePath:
-        """Returns the temporary path of what will be at `final_path`.
-
-        Raises:
-            OptionError: it is not a local directory.
-        """
-        if scheme_of(str(final_path)):
-            raise OptionError(
-                f"DurablePath is for local directories, not {final_path}. "
-                "An object store needs none: leave temporary_path_class out."
-            )
-        store = keywords.pop("checkpoint_metadata_store", None)
-        if store is not None:
-            keywords["checkpoint_metadata_store"] = _SyncedMetadata(store)
-        path = super().from_final(final_path, **keywords)
-        assert isinstance(path, cls)
-        return path
-
-    async def finalize(self) -> None:
-        """Syncs what is in the directory, renames it, and syncs the rename.
-
-        Raises:
-            SaveError: the storage refused, or did nothing for too long.
-        """
-        directory, final = str(self.get()), str(self.get_final())
-        if _published_with(directory) != directory:  # An item: its step comes after it.
-            await super().finalize()
-            return
-        failure, step = save_error, _step_at(directory)
-        timeout_s = step.timeout_s
-        changed = functools.partial(_not_synced, step, directory)
-        try:
-            await asyncio.to_thread(sync_all, changed, directory, timeout_s=timeout_s)
-            await super().finalize()
-            failure = _not_durable
-            above = functools.partial(_above, final)
-            await asyncio.to_thread(sync_all, above, final, timeout_s=timeout_s)
-        except OSError as error:
-            raised = failure(directory, error)
-            publication_failed(raised)
-            raise raised from error
-
-
-class _SyncedMetadata:
-    """Orbax's store of small JSON files, of which each is synced when it was written.
-
-    Orbax writes the last of them and renames in one go.
-    """
-
-    def __init__(self, store: Any):
-        self._store = store
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
-
-    def update(self, file_path: Any, **values: Any) -> None:
-        """Updates a file, and waits until that is durable."""
-        self._store.update(file_path, **values)
-        self._store.wait_until_finished()
-        sync_all(lambda: [str(file_path)], str(file_path), timeout_s=_TIMEOUT_S)
