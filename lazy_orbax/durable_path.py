@@ -11,7 +11,14 @@ from lazy_orbax.errors import OptionError
 from lazy_orbax.object_store import scheme_of
 from lazy_orbax.publication import publication_failed
 from lazy_orbax.save_error import save_error
-from lazy_orbax.step_sync import TIMEOUT_S, above, not_durable, not_synced, step_at
+from lazy_orbax.step_sync import (
+    TIMEOUT_S,
+    directories_above,
+    not_durable,
+    not_synced,
+    published_with,
+    step_at,
+)
 from lazy_orbax.sync import sync_all
 
 
@@ -51,7 +58,7 @@ class DurablePath(ocp_path.atomicity.AtomicRenameTemporaryPath):
             SaveError: the storage refused, or did nothing for too long.
         """
         directory, final = str(self.get()), str(self.get_final())
-        if _published_with(directory) != directory:  # An item: its step comes after it.
+        if published_with(directory) != directory:  # An item: its step comes after it.
             await super().finalize()
             return
         failure, step = save_error, step_at(directory)
@@ -61,7 +68,7 @@ class DurablePath(ocp_path.atomicity.AtomicRenameTemporaryPath):
             await asyncio.to_thread(sync_all, changed, directory, timeout_s=timeout_s)
             await super().finalize()
             failure = not_durable
-            above = functools.partial(above, final)
+            above = functools.partial(directories_above, final)
             await asyncio.to_thread(sync_all, above, final, timeout_s=timeout_s)
         except OSError as error:
             raised = failure(directory, error)

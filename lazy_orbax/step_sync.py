@@ -59,7 +59,7 @@ def before_publication(
     """
     if scheme_of(item_directory):
         return
-    directory = _published_with(item_directory)
+    directory = published_with(item_directory)
     step = step_at(directory)
     step.synced |= synced
     step.timeout_s = timeout_s
@@ -84,7 +84,7 @@ def _after_publication(step: _Step) -> None:
 
     def changed() -> Iterator[str]:
         yield from not_synced(step, directory)
-        yield from above(directory)
+        yield from directories_above(directory)
 
     try:
         sync_all(changed, directory, timeout_s=step.timeout_s)
@@ -92,7 +92,7 @@ def _after_publication(step: _Step) -> None:
         raise not_durable(directory, error) from error
 
 
-def _published_with(item_directory: str) -> str:
+def published_with(item_directory: str) -> str:
     """Returns the directory that Orbax publishes with an item: its own, or that of its step."""
     own, above = _paths.places_of_step(item_directory)
     has_own, has_above = (
@@ -142,7 +142,7 @@ def not_synced(step: _Step, directory: str) -> Iterator[str]:
         yield path
 
 
-def above(directory: str) -> Iterator[str]:
+def directories_above(directory: str) -> Iterator[str]:
     """Yields the directories above a step, which Orbax may have created, and what it wrote there.
 
     All the way up: syncing what did not change costs little, and says that it did not.
@@ -160,6 +160,7 @@ def above(directory: str) -> Iterator[str]:
 
 
 def not_durable(directory: str, error: OSError) -> NotDurableError:
+    """Returns the error for a step that is listed and could not be synced."""
     directory = _paths.published(directory)
     step = _paths.step_of(os.path.basename(directory))
     return NotDurableError(str(error), step=step, directory=directory, file=error.filename)

@@ -5,7 +5,7 @@ import types
 import pytest
 
 import lazy_orbax
-from lazy_orbax import LazyOptions, options
+from lazy_orbax import LazyOptions, _machine
 from lazy_orbax.errors import OptionError
 
 MIB = 2**20
@@ -107,8 +107,8 @@ def test_the_default_limit_is_half_of_the_memory_there_is(
     if limit_text is not None:
         limit.write_text(limit_text)
     pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000 * MIB // 4096}
-    monkeypatch.setattr(options, "os", types.SimpleNamespace(sysconf=pages.__getitem__))
-    monkeypatch.setattr(options, "_CGROUP_LIMITS", (str(limit),))
+    monkeypatch.setattr(_machine, "os", types.SimpleNamespace(sysconf=pages.__getitem__))
+    monkeypatch.setattr(_machine, "_CGROUP_LIMITS", (str(limit),))
     assert LazyOptions().host_limit_bytes == expected_bytes
 
 
