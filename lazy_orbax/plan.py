@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +93,8 @@ class Plan:
     leaves: tuple[Leaf, ...]
     layouts: tuple[Layout, ...]
     slabs: tuple[Slab, ...]
+    kept: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
+    """What was made of the plan once, for all its saves; it goes when the plan goes."""
 
     @functools.cached_property
     def processes(self) -> frozenset[int]:

@@ -17,6 +17,7 @@ from lazy_orbax.handler import LazyCheckpointHandler
 from lazy_orbax.host_budget import HOST_BUDGET, Lease
 from lazy_orbax.object_store import stand_in
 from lazy_orbax.plan import Plan, Slab
+from lazy_orbax.proof import prover_of
 from lazy_orbax.room import Room
 from lazy_orbax.snapshot import Held
 from lazy_orbax.tree import Destination
@@ -68,6 +69,8 @@ def prewarm(
             _give_back(taken)
         taken.append(_rehearse(lazy, plan, slab, room.mode_for(slab), stand_ins))
     _give_back(taken)
+    if lazy.options.verify_snapshot:
+        prover_of(plan).prepare(plan)
 
 
 def _rehearse(

@@ -22,6 +22,7 @@ from lazy_orbax.host_budget import HOST_BUDGET, Lease, ReservationAborted
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.plan import Slab
 from lazy_orbax.prepare import Prepared
+from lazy_orbax.proof import prover_of
 from lazy_orbax.room import Room
 from lazy_orbax.snapshot import Held
 from lazy_orbax.stale import Fingerprints
@@ -73,6 +74,7 @@ class Save:
         self._prepared, self._options, self._limit_bytes = prepared, options, limit_bytes
         self._path, self._pace, self._fingerprints = path, pace, fingerprints
         self.synced_directories: set[Inode] = set()
+        self._evidence = prover_of(prepared.plan).due(prepared.plan, options.verify_snapshot)
         self._texts: dict[str, str] = {}
         self._lock = threading.Lock()
         self._state = State.SNAPSHOT
@@ -188,6 +190,8 @@ class Save:
         self._stager.start()
         room, modes = Room(self._options.mode), set()
         try:
+            if self._evidence is not None:
+                self._evidence.take(mine)
             for slab in plan.slabs:
                 mode = room.mode_for(slab)
                 modes.add(mode)
@@ -253,6 +257,8 @@ class Save:
             self.fail(error)
         finally:
             self._on_host.put(None)
+        plan, every = self._prepared.plan, self._options.verify_snapshot
+        prover_of(plan).begin_to_prepare(plan, every, lower_priority=yield_to_training)
 
     # Orbax's commit thread.
 
@@ -273,6 +279,7 @@ class Save:
             if not self.is_over:
                 prepared, timeout_s = self._prepared, self._options.storage_timeout_s
                 writer = Writer(prepared.plan, prepared.format, directory, timeout_s=timeout_s)
+                writer.evidence = self._evidence
                 with contextlib.closing(writer):
                     plan, pace, ended = prepared.plan, self._pace, self._ended
                     drain(self._on_host, writer, plan, pace=pace, ended=ended)
