@@ -79,8 +79,8 @@ def weights(axis: int, coordinates: Any) -> Any:
         axis: counted from the last, which is 0 and whose coordinates are of words.
         coordinates: uint64, an array of NumPy or, where 64-bit types are enabled, of JAX.
     """
-    low = coordinates & u64(DIGIT - 1)
-    return high(axis, coordinates >> u64(DIGIT_BITS)) * low(axis, low)
+    low_digits = coordinates & u64(DIGIT - 1)
+    return high(axis, coordinates >> u64(DIGIT_BITS)) * low(axis, low_digits)
 
 
 def of_host(array: np.ndarray, start: Sequence[int]) -> int:

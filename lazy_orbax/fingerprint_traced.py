@@ -54,7 +54,8 @@ def of_traced(shard: Any, start: Any, *, in_blocks: bool) -> Any:
     body, rest = jnp.split(shard, [whole], axis=-1) if whole < size else (shard, None)
     total = _of_rows_traced(body, _weights_of_cut_rows(body, start, each), in_blocks=in_blocks)
     if rest is not None:
-        total += of_traced(rest, start.at[-1].add(u64(whole)), in_blocks=in_blocks)
+        moved = start + np.array([*(0 for _ in shard.shape[1:]), whole], np.uint64)
+        total += of_traced(rest, moved, in_blocks=in_blocks)
     return total
 
 

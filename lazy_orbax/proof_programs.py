@@ -206,9 +206,13 @@ def _operand(array: jax.Array, mesh: Mesh) -> jax.Array:
     Where it is a new one it is declared to be replicated, which it need not be: each device brings
     the shard that it has.
     """
-    if _is_ready(array.sharding) or len(array.sharding.device_set) == 1:
+    is_ready = _is_ready(array.sharding) or len(array.sharding.device_set) == 1
+    if is_ready and not array.weak_type:  # A program for weak types would be another one.
         return array
     data = {shard.device: shard.data for shard in array.addressable_shards}
+    if is_ready:
+        shape, sharding = array.shape, array.sharding
+        return jax.make_array_from_single_device_arrays(shape, sharding, list(data.values()))
     shards = [data[device] for device in mesh.devices.flat]
     anyhow = NamedSharding(mesh, PartitionSpec())
     return jax.make_array_from_single_device_arrays(shards[0].shape, anyhow, shards)
@@ -267,4 +271,5 @@ def _compiled(mesh: Mesh, looks: tuple[_Look, ...], starts: jax.Array) -> Any:
         jax.ShapeDtypeStruct(look.shape, look.dtype, sharding=place)
         for look, place in zip(looks, places[1:], strict=True)
     ]
-    return jitted.lower(starts, *stand_ins).compile()
+    jitted.lower(starts, *stand_ins).compile()  # It is found again when it is called.
+    return jitted
