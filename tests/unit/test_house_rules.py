@@ -47,6 +47,7 @@ RANKS = {
     "fingerprint_traced": 1,
     "proof_programs": 3,
     "proof": 4,
+    "proof_restored": 5,
     "digest": 3,
     "stale": 3,
     "digest_file": 4,
