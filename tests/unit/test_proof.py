@@ -36,7 +36,6 @@ def state_of(mesh, step=0):
         "key": jax.random.key(step),
         "host": rng.integers(0, 9, (3, 4)),
         "number": 3,
-        "text": "words",
     }
 
 
