@@ -11,10 +11,10 @@ from jax import lax
 
 from lazy_orbax.fingerprint import DIGIT, WORD_BYTES, high, is_small, low, u64, weights
 
-# XLA for CPU adds up an array one number at a time. Large ones it is given in blocks of this many.
-_LEAST_BLOCKED = 2**18
-_XLA_BLOCK = 2**13
-_UNROLLED = 8
+# XLA for CPU adds up an array one number at a time. A large one is first folded so many times, with
+# additions of arrays, which are quick.
+_LEAST_FOLDED = 2**13
+_FOLDED = 16
 
 
 class _Weights(NamedTuple):
@@ -33,7 +33,7 @@ class _Weights(NamedTuple):
     words: list[Any]
 
 
-def of_traced(shard: Any, start: Any, *, in_blocks: bool) -> Any:
+def of_traced(shard: Any, start: Any, *, folds: bool) -> Any:
     """Returns the fingerprint of a part of a leaf in a program, as a uint64.
 
     It is traced where 64-bit types are enabled, and reads `shard` once.
@@ -41,21 +41,21 @@ def of_traced(shard: Any, start: Any, *, in_blocks: bool) -> Any:
     Args:
         shard: the part, as `as_integers` returned it.
         start: where it starts in the leaf, an int64 for each axis.
-        in_blocks: whether the backend is slow at sums, but quick at loops.
+        folds: whether the backend is slow at sums, but quick at additions of arrays.
     """
     if not shard.ndim:
         shard, start = shard.reshape(1), jnp.zeros(1, jnp.int64)
     start = start.astype(jnp.uint64)
     size, each = shard.shape[-1], DIGIT * WORD_BYTES // shard.dtype.itemsize
     if size <= each:
-        return _of_rows_traced(shard, _weights_of_rows(shard, start), in_blocks=in_blocks)
+        return _of_rows_traced(shard, _weights_of_rows(shard, start), folds=folds)
     # The last axis is cut into rows of as many elements as differ in the low digit.
     whole = size // each * each
     body, rest = jnp.split(shard, [whole], axis=-1) if whole < size else (shard, None)
-    total = _of_rows_traced(body, _weights_of_cut_rows(body, start, each), in_blocks=in_blocks)
+    total = _of_rows_traced(body, _weights_of_cut_rows(body, start, each), folds=folds)
     if rest is not None:
         moved = start + np.array([*(0 for _ in shard.shape[1:]), whole], np.uint64)
-        total += of_traced(rest, moved, in_blocks=in_blocks)
+        total += of_traced(rest, moved, folds=folds)
     return total
 
 
@@ -99,33 +99,27 @@ def _count(n: int) -> Any:
     return lax.iota(jnp.uint64, n)
 
 
-def _of_rows_traced(shard: Any, given: _Weights, *, in_blocks: bool) -> Any:
+def _of_rows_traced(shard: Any, given: _Weights, *, folds: bool) -> Any:
     by = _Weights(*lax.optimization_barrier(tuple(given)))  # Else computed for each element.
     rows = shard.reshape(by.rows.size, by.words[0].size)
-    if not in_blocks or rows.size < _LEAST_BLOCKED:
+    if not folds or rows.size < _LEAST_FOLDED or len(rows) < _FOLDED:
         return _summed(rows, by)
-    n_rows, width = rows.shape
-    height = max(1, _XLA_BLOCK // width)
-    step = height * _UNROLLED
-
-    def add(i: Any, columns: list[Any]) -> list[Any]:
-        for j in range(_UNROLLED):
-            first = i * step + j * height
-            words = _words_of(lax.dynamic_slice_in_dim(rows, first, height))
-            outer = _outer(by, lambda x, first=first: lax.dynamic_slice_in_dim(x, first, height))
-            pairs = zip(columns, words, strict=True)
-            columns = [column + word.astype(jnp.uint64) * outer for column, word in pairs]
-        return columns
-
-    columns = [jnp.zeros((height, width), jnp.uint64)] * len(by.words)
-    columns = lax.fori_loop(0, n_rows // step, add, columns)
-    pairs = zip(columns, by.words, strict=True)
-    total = sum(jnp.sum(jnp.sum(column, axis=0) * last) for column, last in pairs)
-    done = n_rows // step * step
+    n_rows = rows.shape[0]
+    height = n_rows // _FOLDED
+    folded: list[Any] = [0] * len(by.words)
+    for i in range(_FOLDED):
+        some = slice(i * height, (i + 1) * height)
+        outer = _outer(by, lambda x, some=some: x[some])
+        pairs = zip(folded, _words_of(rows[some]), strict=True)
+        folded = [total + word.astype(jnp.uint64) * outer for total, word in pairs]
+    folded = lax.optimization_barrier(folded)  # Else each sum would do all that again.
+    pairs = zip(folded, by.words, strict=True)
+    total = sum(jnp.sum(jnp.sum(columns, axis=0) * last) for columns, last in pairs)
+    done = _FOLDED * height
     if done == n_rows:
         return total
     next_rows = None if by.carry is None else by.next_rows[done:]
-    return total + _summed(rows[done:], by._replace(rows=by.rows[done:], next_rows=next_rows))
+    return total + _summed(rows[done:], _Weights(by.rows[done:], next_rows, by.carry, by.words))
 
 
 def _summed(rows: Any, by: _Weights) -> Any:
@@ -143,11 +137,13 @@ def _outer(by: _Weights, part_of: Any) -> Any:
 
 
 def as_integers(shard: Any) -> Any:
-    """Returns an array of small elements as one of integers, of the same fingerprint.
+    """Returns an array of small floats as one of integers, of the same fingerprint.
 
-    This comes before anything else: XLA may change the NaNs of small floats that it slices.
+    This comes before anything else: XLA may change the NaNs of small floats that it slices. On CPU
+    it costs a copy while the program runs.
     """
-    return shard if shard.dtype.itemsize >= WORD_BYTES else _words_of(shard)[0]
+    is_float = jnp.issubdtype(shard.dtype, jnp.floating)
+    return _words_of(shard)[0] if is_float and shard.dtype.itemsize < WORD_BYTES else shard
 
 
 def _words_of(shard: Any) -> list[Any]:

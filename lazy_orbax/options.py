@@ -72,7 +72,7 @@ class LazyOptions:
     low_priority: bool = False
     storage_timeout_s: float = 300.0
     verify_restore: bool = True
-    verify_snapshot: int = 50
+    verify_snapshot: int = 100
     on_timeline: Callable[[SaveTimeline], None] | None = None
 
     def __post_init__(self) -> None:

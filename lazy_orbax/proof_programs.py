@@ -248,7 +248,7 @@ def _on_devices(mesh: Mesh, table: np.ndarray) -> jax.Array:
 
 def _compiled(mesh: Mesh, looks: tuple[_Look, ...], starts: jax.Array) -> Any:
     """Returns a program of `starts` and leaves: for each device, two words for each leaf."""
-    in_blocks = mesh.devices.flat[0].platform == "cpu"
+    folds = mesh.devices.flat[0].platform == "cpu"
 
     def look_at(starts: Any, *shards: Any) -> Any:
         found = []
@@ -257,7 +257,7 @@ def _compiled(mesh: Mesh, looks: tuple[_Look, ...], starts: jax.Array) -> Any:
             shard = as_integers(shard)
             if look.part is not None:
                 shard = lax.dynamic_slice(shard, list(within), look.part)
-            found.append(of_traced(shard, start, in_blocks=in_blocks))
+            found.append(of_traced(shard, start, folds=folds))
         both = jnp.stack(found)
         halves = both & u64(2**32 - 1), both >> u64(32)
         return jnp.stack(halves, axis=1).astype(jnp.uint32)[None]

@@ -1,6 +1,5 @@
 """Errors planted in the package: a save that is verified fails, and is not committed."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
