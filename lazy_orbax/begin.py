@@ -25,7 +25,8 @@ from lazy_orbax.forgotten import remember
 from lazy_orbax.object_store import stand_in
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.pace import Pace
-from lazy_orbax.prepare import prepare
+from lazy_orbax.prepare import Prepared, prepare
+from lazy_orbax.proof import prover_of
 from lazy_orbax.publication import Publications
 from lazy_orbax.refuse import refuse_relative
 from lazy_orbax.save import Job, Save
@@ -152,7 +153,8 @@ def _end_earlier_saves(saver: Saver, path: str) -> list[BaseException]:
     return [error for commit in earlier if (error := commit.part.failure)]
 
 
-def _job(saver: Saver, prepared: Any, leaves: Sequence[Any], path: str) -> Job:
+def _job(saver: Saver, prepared: Prepared, leaves: Sequence[Any], path: str) -> Job:
+    plan, every = prepared.plan, saver.options.verify_snapshot
     return Job(
         prepared=prepared,
         texts=prepared.texts(leaves),
@@ -161,6 +163,7 @@ def _job(saver: Saver, prepared: Any, leaves: Sequence[Any], path: str) -> Job:
         pace=saver.pace,
         path=path,
         fingerprints=saver.fingerprints,
+        evidence=prover_of(plan).due(plan, every),
     )
 
 

@@ -92,6 +92,7 @@ class DigestTemplate:
         files: Mapping[str, bytes],
         texts: Mapping[str, str],
         directory: str,
+        fingerprints: Mapping[int, int] | None = None,
     ) -> tuple[str, bytes, str]:
         """Returns name and content of the file, and the fingerprint of all that was written.
 
@@ -100,6 +101,7 @@ class DigestTemplate:
             files: the small files that this process writes, by name.
             texts: the leaves that are strings, by name.
             directory: the item's directory.
+            fingerprints: of each piece in the same way, where the snapshot was verified.
         """
         found = np.fromiter((digests[id(p)] for p in self._pieces), ">u8", len(self._pieces))
         strings = {name: f"{digest_of_text(text):016x}" for name, text in texts.items()}
@@ -116,6 +118,9 @@ class DigestTemplate:
             "strings": strings,
             "pieces": found.tobytes().hex(),
         }
+        if fingerprints is not None:  # Older readers do not look for it.
+            proof = np.fromiter((fingerprints[id(p)] for p in self._pieces), ">u8", found.size)
+            changing["proof"] = proof.tobytes().hex()
         tail = json.dumps(changing, separators=(",", ":")).encode()
         content = seal(b"".join((self._fixed[1:-1], b",", tail[1:])))
         return f"{DIRECTORY}/process_{self.process}", content, fingerprint
@@ -131,6 +136,7 @@ class LeafDigests:
         shape: global shape.
         boxes: the pieces.
         digests: one for each of them.
+        fingerprints: one for each of them, or none at all. See `fingerprint.py`.
     """
 
     name: str
@@ -138,6 +144,7 @@ class LeafDigests:
     shape: Shape
     boxes: tuple[Box, ...]
     digests: tuple[int, ...]
+    fingerprints: tuple[int, ...] = ()
 
     @functools.cached_property
     def _by_start(self) -> dict[Shape, int]:
@@ -165,7 +172,9 @@ class LeafDigests:
     def joined(self, other: LeafDigests) -> LeafDigests:
         """Returns the digests of what two processes wrote of this leaf."""
         boxes, digests = self.boxes + other.boxes, self.digests + other.digests
-        return dataclasses.replace(self, boxes=boxes, digests=digests)
+        both = self.fingerprints and other.fingerprints
+        proof = self.fingerprints + other.fingerprints if both else ()
+        return dataclasses.replace(self, boxes=boxes, digests=digests, fingerprints=proof)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,12 +246,16 @@ def _parsed(found: dict[str, Any]) -> ProcessDigests:
     if found["driver"] not in ("zarr", "zarr3"):
         raise DigestError(f"it names a driver {found['driver']!r}")
     digests = np.frombuffer(bytes.fromhex(found["pieces"]), ">u8").tolist()
+    proof = np.frombuffer(bytes.fromhex(found.get("proof", "")), ">u8").tolist()
+    if proof and len(proof) != len(digests):
+        raise DigestError(f"it has {len(proof)} fingerprints for {len(digests)} pieces")
     leaves, done = [], 0
     for name, dtype, shape, pieces in found["leaves"]:
         boxes = tuple(_box(start, extent, shape) for start, extent in pieces)
-        mine = tuple(digests[done : done + len(boxes)])
+        part = slice(done, done + len(boxes))
+        mine = tuple(digests[part]), tuple(proof[part])
         done += len(boxes)
-        leaves.append(LeafDigests(str(name), str(dtype), tuple(shape), boxes, mine))
+        leaves.append(LeafDigests(str(name), str(dtype), tuple(shape), boxes, *mine))
     if done != len(digests):
         raise DigestError(f"it has {len(digests)} digests for {done} pieces")
     return ProcessDigests(

@@ -45,6 +45,14 @@ class LazyOptions:
             name is that of a step, and which holds the files of another step, is corrupt as well;
             a copy to another run, or to a name that is no step's, is not. Who has copied one
             step to the name of another on purpose restores it with `False`.
+        verify_snapshot: prove, for every so many saves, that what is written is what the arrays
+            held: 1 is every save, 0 none. A fingerprint of the arrays is computed where they are,
+            before `save()` returns, by a program that shares nothing with the one that copies; it
+            reads them once (their bytes over the bandwidth of the device's memory), and the host
+            computes the same of what it writes. A save that differs fails, names the leaf and is
+            not committed. Where not every save is verified none waits for the programs: they are
+            compiled after the second save of a tree began, or by `prewarm`, and the first save
+            that finds them is verified.
         storage_timeout_s: most seconds in which the storage may do nothing; the save then fails.
             An object store (`gs://`) acknowledges a write in that time, retries included. A local
             directory grows, or the sync of one file ends: a slow disk may take as long as it
@@ -65,6 +73,7 @@ class LazyOptions:
     low_priority: bool = False
     storage_timeout_s: float = 300.0
     verify_restore: bool = True
+    verify_snapshot: int = 100
     on_timeline: Callable[[SaveTimeline], None] | None = None
 
     def __post_init__(self) -> None:
@@ -81,6 +90,12 @@ class LazyOptions:
         for name in ("low_priority", "verify_restore"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r} is neither True nor False.")
+        every = self.verify_snapshot
+        if not isinstance(every, int) or every < 0:
+            raise OptionError(
+                f"verify_snapshot={every!r} must be a whole number of saves: 1 verifies every one, "
+                "0 none."
+            )
         timeout_s = self.storage_timeout_s
         is_number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
         if not is_number or not 1 <= timeout_s < float("inf"):

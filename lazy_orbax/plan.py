@@ -102,6 +102,8 @@ class Plan:
     leaves: tuple[Leaf, ...]
     layouts: tuple[Layout, ...]
     slabs: tuple[Slab, ...]
+    kept: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
+    """What was made of the plan once, for all its saves; it goes when the plan goes."""
 
     @functools.cached_property
     def programs(self) -> dict[Any, Any]:

@@ -19,6 +19,7 @@ from lazy_orbax.jax_context import neutral, setting
 from lazy_orbax.layout import Device
 from lazy_orbax.object_store import stand_in
 from lazy_orbax.plan import Plan, Slab
+from lazy_orbax.proof import prover_of
 from lazy_orbax.room import Room
 from lazy_orbax.snapshot import Held
 from lazy_orbax.tree import Destination
@@ -70,6 +71,8 @@ def prewarm(
             _give_back(taken)
         taken.append(_rehearse(lazy, plan, slab, room.mode_for(slab), stand_ins))
     _give_back(taken)
+    if lazy.options.verify_snapshot:
+        prover_of(plan).prepare(plan)
     for rehearsed in (_like, _zeros):  # Programs that nothing but a rehearsal runs.
         rehearsed.cache_clear()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
-import queue
 import threading
 import time
 import traceback
@@ -22,14 +21,15 @@ from lazy_orbax._machine import give_back_memory, yield_to_training
 from lazy_orbax.drain import drain
 from lazy_orbax.errors import SaveError
 from lazy_orbax.events import Recorder
+from lazy_orbax.holding import Holding
 from lazy_orbax.host_budget import HOST_BUDGET, Lease, ReservationAborted
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.pace import Pace
 from lazy_orbax.plan import Plan, Slab
 from lazy_orbax.prepare import Prepared
+from lazy_orbax.proof import Evidence, prover_of
 from lazy_orbax.room import Room
 from lazy_orbax.save_error import save_error
-from lazy_orbax.snapshot import Held
 from lazy_orbax.stale import Fingerprints
 from lazy_orbax.sync import Inode
 from lazy_orbax.write import Writer
@@ -59,6 +59,7 @@ class Job:
         pace: how fast it may be written.
         path: the item's directory, which need not exist yet.
         fingerprints: what the saves before held.
+        evidence: for a save that is verified, of what the caller's arrays held.
     """
 
     prepared: Prepared
@@ -68,32 +69,7 @@ class Job:
     pace: Pace
     path: str
     fingerprints: Fingerprints
-
-
-class _Holding:
-    """What a save holds between its threads, until it is written or dropped.
-
-    Attributes:
-        on_device: slabs that our thread has to bring to the host; `None` comes last.
-        on_host: slabs to be written, with their leases; `None` comes last.
-        arriving: arrays that are on their way to the host by themselves.
-        leases: every lease of host memory of this save.
-    """
-
-    def __init__(self) -> None:
-        self.on_device: queue.SimpleQueue[Held | None] = queue.SimpleQueue()
-        self.on_host: queue.SimpleQueue[tuple[Held, Lease] | None] = queue.SimpleQueue()
-        self.arriving: list[weakref.ref[Any]] = []
-        self.leases: list[Lease] = []
-
-    def drop(self) -> None:
-        """Returns every byte. Nobody may add any more."""
-        for waiting in (self.on_device, self.on_host):
-            with contextlib.suppress(queue.Empty):  # Another thread may be dropping as well.
-                while True:
-                    waiting.get_nowait()
-        for lease in self.leases:
-            lease.release()
+    evidence: Evidence | None
 
 
 class Save:
@@ -104,21 +80,25 @@ class Save:
 
     Attributes:
         recorder: its timeline, with what it failed with.
-        path: the item's directory, as Orbax named it before it existed.
         synced_directories: where everything is synced when it is durable, below a local directory.
     """
 
     def __init__(self, job: Job):
         """Starts the clock; `snapshot` starts the work."""
-        self.path, self.recorder = job.path, Recorder(job.path, job.options.on_timeline)
+        self.recorder = Recorder(job.path, job.options.on_timeline)
         self.synced_directories: set[Inode] = set()
-        self._job, self._holding = job, _Holding()
+        self._job, self._holding = job, Holding()
         self._lock = threading.Lock()
         self._state = State.SNAPSHOT
         self._past_staging, self._ended = threading.Event(), threading.Event()
         self._stager = threading.Thread(
             target=self._bring_to_host, name="lazy_orbax-stage", daemon=True
         )
+
+    @property
+    def path(self) -> str:
+        """The item's directory, as Orbax named it before it existed."""
+        return self._job.path
 
     @property
     def is_over(self) -> bool:
@@ -195,6 +175,8 @@ class Save:
         in_flight.add(self)
         self._stager.start()
         try:
+            if self._job.evidence is not None:
+                self._job.evidence.take(arrays)
             for slab in plan.slabs:
                 modes.add(mode := room.mode_for(slab))
                 self._put_out_of_reach(plan, slab, arrays, mode)
@@ -253,6 +235,8 @@ class Save:
             self.fail(error)
         finally:
             holding.on_host.put(None)
+        plan, every = self._job.prepared.plan, self._job.options.verify_snapshot
+        prover_of(plan).begin_to_prepare(plan, every, lower_priority=yield_to_training)
 
     # Orbax's commit thread.
 
@@ -285,6 +269,7 @@ class Save:
         job = self._job
         plan, timeout_s = job.prepared.plan, job.options.storage_timeout_s
         writer = Writer(plan, job.prepared.format, directory, timeout_s=timeout_s)
+        writer.evidence = job.evidence
         with contextlib.closing(writer):
             drain(self._holding.on_host, writer, plan, pace=job.pace, ended=self._ended)
             if not self.is_over:

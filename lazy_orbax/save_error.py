@@ -32,7 +32,7 @@ def save_error(
         text or type(error).__name__,
         step=_paths.step_of_item(directory),
         directory=directory,
-        leaf=leaf,
+        leaf=leaf or getattr(error, "leaf", None),
         file=file,
         process=jax.process_index() if jax.process_count() > 1 else None,
     )

@@ -11,8 +11,10 @@ import tensorstore as ts
 
 from lazy_orbax import _paths, digest, object_store
 from lazy_orbax.deadline import Deadline
+from lazy_orbax.errors import SaveError
 from lazy_orbax.format import Format
 from lazy_orbax.plan import Piece, Plan, Slab
+from lazy_orbax.proof import Evidence
 from lazy_orbax.save_error import save_error
 from lazy_orbax.sync import Inode, Syncer
 
@@ -44,6 +46,7 @@ class Writer:
     Attributes:
         is_local: whether that is a directory, and not in an object store.
         synced_directories: where `finish` synced everything, below a local directory.
+        evidence: of what the caller's arrays held; what is written must be that.
     """
 
     def __init__(self, plan: Plan, format_: Format, directory: str, *, timeout_s: float):
@@ -65,6 +68,7 @@ class Writer:
         self._files: ts.KvStore | None = None
         self._kvstores: list[ts.KvStore] = []
         self.synced_directories: set[Inode] = set()
+        self.evidence: Evidence | None = None
         self.is_local = os.path.isabs(directory)
         self._syncer = (
             Syncer(directory, format_.own_directories, timeout_s=timeout_s)
@@ -111,13 +115,22 @@ class Writer:
             if store is None:
                 store = self._stores[piece.leaf] = self._open_leaf(piece.leaf, requests)
             lasting = view.nbytes > _LARGEST_CACHED_BYTES
-            future = store[piece.index].write(view, can_reference_source_data_indefinitely=lasting)
+            index = piece.index
+            future = store[index].write(view, can_reference_source_data_indefinitely=lasting)
             requests.append(Request(future, self._plan.leaves[piece.leaf].name))
-            # While TensorStore is at work. What is cast on the way is hashed as it is read back.
+            # While TensorStore is at work.
+            if self.evidence and (what := self.evidence.differs(piece, index, view)):
+                raise self._error_of(self._plan.leaves[piece.leaf].name, what)
+            # What is cast on the way is hashed as it is read back.
             if (dtype := casts[piece.leaf]) is not None:
                 view = digest.cast(view, dtype)
+                if self.evidence:
+                    self.evidence.is_cast(piece, index, view)
             self._digests[id(piece)] = digest.digest_of(view)
         return requests
+
+    def _error_of(self, leaf: str, what: str) -> SaveError:
+        return save_error(self._directory, ValueError(what), leaf=leaf)
 
     def _new_requests(self) -> list[Request]:
         requests: list[Request] = []
@@ -152,14 +165,17 @@ class Writer:
         Raises:
             SaveError: the storage refused something, or did not answer in time.
         """
+        if self.evidence and (leaf := self.evidence.missing()) is not None:
+            raise self._error_of(leaf, "a piece of it was not written")
         requests = self._new_requests()
         if self._format.is_primary:
             for leaf in range(len(self._plan.leaves)):
                 if leaf not in self._stores:
                     self._stores[leaf] = self._open_leaf(leaf, requests)
         files = self._format.metadata_files(custom_metadata)
+        fingerprints = self.evidence.found if self.evidence else None
         ours, digests, fingerprint = self._format.digests.fill(
-            self._digests, files, texts, self._directory
+            self._digests, files, texts, self._directory, fingerprints
         )
         if self._files is not None:
             for name, content in {**files, ours: digests}.items():

@@ -63,6 +63,7 @@ def test_two_threads_that_drop_one_save_both_end(tmp_path, mesh):
         pace=Pace(None),
         path=str(tmp_path),
         fingerprints=Fingerprints(),
+        evidence=None,
     )
     save = Save(job)
     save.snapshot(prepared.arrays(leaves))

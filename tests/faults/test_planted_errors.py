@@ -1,0 +1,104 @@
+"""Errors planted in the package: a save that is verified fails, and is not committed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from faults import planted
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from trees import assert_same
+
+import lazy_orbax
+from lazy_orbax import pack
+from lazy_orbax.errors import SaveError
+
+NAMES = {"one", "two", "shared", "small", "host", "host2"}
+
+
+@pytest.fixture(autouse=True)
+def fresh_programs():
+    """Programs with an error in them serve no other test."""
+    caches = (pack.program, pack._packer, pack._cached_table, pack.buffer_of)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def state_of(mesh, step):
+    rng = np.random.default_rng(step)
+
+    def on(shape, dtype, *spec):
+        host = rng.standard_normal(shape).astype(dtype)
+        return jax.device_put(host, NamedSharding(mesh, P(*spec)))
+
+    return {
+        "one": on((16, 16), np.float32, "a"),
+        "two": on((16, 16), np.float32, "a"),
+        "shared": on((16, 8), np.float32, None, "b"),
+        "small": on((16, 4), jnp.bfloat16, "a"),
+        "host": rng.integers(0, 99, (4,)),
+        "host2": rng.integers(100, 199, (4,)),
+    }
+
+
+def save_two(directory, mesh, every):
+    """Saves two steps; returns what failed, and the steps that are there."""
+    handler = lazy_orbax.standard_handler(options=lazy_orbax.LazyOptions(verify_snapshot=every))
+    failures = []
+    with ocp.CheckpointManager(directory, item_handlers=handler) as manager:
+        for step in range(2):
+            try:
+                manager.save(step, args=ocp.args.StandardSave(state_of(mesh, step)))
+                manager.wait_until_finished()
+            except SaveError as error:
+                failures.append((step, error))
+        steps = manager.all_steps()
+    with ocp.CheckpointManager(directory) as manager:
+        assert manager.all_steps() == steps
+    return failures, steps
+
+
+@pytest.mark.parametrize("plant", [*planted.BLIND, *planted.OTHERS], ids=lambda f: f.__name__)
+def test_a_verified_save_fails_and_names_the_leaf(plant, tmp_path, mesh, monkeypatch):
+    plant(monkeypatch)
+    failures, steps = save_two(tmp_path / "run", mesh, every=1)
+    assert failures
+    assert not {step for step, _ in failures} & set(steps)
+    for _, error in failures:
+        assert error.leaf in NAMES
+        assert "fingerprint" in error.what or "cover" in error.what
+    # All that is committed is right.
+    monkeypatch.undo()
+    for step in steps:
+        state = state_of(mesh, step)
+        with ocp.CheckpointManager(tmp_path / "run") as manager:
+            assert_same(manager.restore(step, args=ocp.args.StandardRestore(state)), state)
+
+
+@pytest.mark.parametrize("plant", planted.BLIND, ids=lambda f: f.__name__)
+def test_digests_alone_see_nothing(plant, tmp_path, mesh, monkeypatch):
+    """What the test above would show if fingerprints were not there."""
+    plant(monkeypatch)
+    failures, steps = save_two(tmp_path / "run", mesh, every=0)
+    monkeypatch.undo()
+    assert (failures, steps) == ([], [0, 1])
+    report = lazy_orbax.verify(tmp_path / "run")
+    assert report.is_whole
+    wrong = 0
+    for step in steps:
+        state = state_of(mesh, step)
+        handler = lazy_orbax.standard_handler()
+        with ocp.CheckpointManager(tmp_path / "run", item_handlers=handler) as manager:
+            found = manager.restore(step, args=ocp.args.StandardRestore(state))
+        wrong += any(
+            np.array(found[name]).tobytes() != np.array(state[name]).tobytes() for name in state
+        )
+    assert wrong
+
+
+def test_without_an_error_every_save_is_committed(tmp_path, mesh):
+    assert save_two(tmp_path / "run", mesh, every=1) == ([], [0, 1])
