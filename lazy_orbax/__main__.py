@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from lazy_orbax.errors import OptionError
-from lazy_orbax.verification import verify
+from lazy_orbax.integrity.verify import verify
 
 
 def main(arguments: list[str] | None = None) -> int:

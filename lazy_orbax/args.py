@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from lazy_orbax._orbax.symbols import ocp
-from lazy_orbax.handler import LazyCheckpointHandler
+from lazy_orbax.handlers.lazy import LazyCheckpointHandler
 
 
 @ocp.args.register_with_handler(LazyCheckpointHandler, for_save=True)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from lazy_orbax._machine import memory_bytes
 from lazy_orbax.errors import OptionError
-from lazy_orbax.events import SaveTimeline
+from lazy_orbax.timeline import SaveTimeline
 
 Mode = Literal["auto", "stage", "direct"]
 

@@ -19,8 +19,8 @@ import jax
 import numpy as np
 import pytest
 
-from lazy_orbax.host_budget import HOST_BUDGET
-from lazy_orbax.prepare import PLAN_CACHE
+from lazy_orbax.save.plan_cache import PLAN_CACHE
+from lazy_orbax.snapshot.host_budget import HOST_BUDGET
 
 
 @pytest.fixture

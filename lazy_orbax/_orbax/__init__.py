@@ -1,4 +1,4 @@
-"""What does Orbax do inside, and how does it look from there? `symbols` says what was found of it.
+"""What does Orbax do inside? Only this package touches what is not public in it.
 
-Only this package touches what is not public in Orbax. Where something is missing, saves are stock.
+`symbols` finds Orbax and says what is missing of it; where something is, saves are stock.
 """

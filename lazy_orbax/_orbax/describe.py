@@ -7,9 +7,9 @@ from typing import Any
 import jax
 from etils import epath
 
+from lazy_orbax._orbax.records import Destination, LeafInfo, Settings, TreeInfo
 from lazy_orbax._orbax.symbols import SRC, ocp
-from lazy_orbax.layout import ReplicaPolicy
-from lazy_orbax.tree import Destination, LeafInfo, Settings, TreeInfo
+from lazy_orbax.plan.shards import ReplicaPolicy
 
 
 def settings_of(handler: Any, keywords: dict[str, Any]) -> Settings:

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from lazy_orbax._orbax.multihost import is_primary_host
+from lazy_orbax._orbax.records import LeafInfo, Settings, TreeInfo
 from lazy_orbax._orbax.symbols import SRC
-from lazy_orbax.tree import LeafInfo, Settings, TreeInfo
 
 
 def key_metadata(key: jax.Array) -> dict[str, str]:

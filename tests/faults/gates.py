@@ -11,19 +11,21 @@ from typing import Any
 
 import pytest
 
-from lazy_orbax import in_flight, snapshot, sync, write
-from lazy_orbax.host_budget import HOST_BUDGET
+from lazy_orbax.save import in_flight, writer
+from lazy_orbax.snapshot import device_to_host
+from lazy_orbax.snapshot.host_budget import HOST_BUDGET
+from lazy_orbax.storage import fsync
 
 HANG_S = 15
 PLACES: dict[str, tuple[Any, str]] = {
-    "copy": (snapshot, "take"),
-    "to the host": (snapshot, "to_host"),
-    "views": (snapshot, "views"),
-    "open": (write.Writer, "__init__"),
-    "hand over": (write.Writer, "write"),
-    "wait": (write.Writer, "wait"),
-    "finish": (write.Writer, "finish"),
-    "sync": (sync, "_sync"),
+    "copy": (device_to_host, "take"),
+    "to the host": (device_to_host, "to_host"),
+    "views": (device_to_host, "views"),
+    "open": (writer.Writer, "__init__"),
+    "hand over": (writer.Writer, "write"),
+    "wait": (writer.Writer, "wait"),
+    "finish": (writer.Writer, "finish"),
+    "sync": (fsync, "_sync"),
 }
 
 

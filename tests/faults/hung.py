@@ -23,7 +23,7 @@ from trees import assert_same
 
 import lazy_orbax
 from lazy_orbax.errors import SaveError
-from lazy_orbax.host_budget import HOST_BUDGET
+from lazy_orbax.snapshot.host_budget import HOST_BUDGET
 
 WRITES, SYNCS, CREATES, MERGES, MERGE_SYNCS = 1, 2, 4, 8, 16
 # Which calls hang or fail, and with what. Quotas of users and projects answer EDQUOT; what stock

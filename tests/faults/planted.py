@@ -12,7 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from lazy_orbax import pack, plan, prepare, snapshot
+from lazy_orbax.plan import slabs
+from lazy_orbax.save import plan_cache
+from lazy_orbax.snapshot import device_to_host, pack
 
 
 def an_offset_that_is_one_too_large(monkeypatch: Any) -> None:
@@ -22,7 +24,7 @@ def an_offset_that_is_one_too_large(monkeypatch: Any) -> None:
 
 def a_swapped_leaf(monkeypatch: Any) -> None:
     """The program packs two leaves that look alike in each other's place."""
-    original = snapshot.operands
+    original = device_to_host.operands
 
     def swapped(slab: Any, leaves: Any) -> list[Any]:
         if len(slab.leaves) == 1:
@@ -31,7 +33,7 @@ def a_swapped_leaf(monkeypatch: Any) -> None:
         alike = (first.shape, first.dtype) == (last.shape, last.dtype)
         return [last, *rest, first] if alike else [first, *rest, last]
 
-    monkeypatch.setattr(snapshot, "operands", swapped)
+    monkeypatch.setattr(device_to_host, "operands", swapped)
 
 
 def a_wrong_replica(monkeypatch: Any) -> None:
@@ -48,7 +50,7 @@ def a_wrong_replica(monkeypatch: Any) -> None:
 def a_stale_slab(monkeypatch: Any) -> None:
     """From the second save on, the buffer of the first one is written again."""
     first: dict[int, Any] = {}
-    original = snapshot.stage
+    original = device_to_host.stage
 
     def stage(a_plan: Any, slab: Any, leaves: Any, buffer: Any = None) -> Any:
         held = original(a_plan, slab, leaves, buffer)
@@ -58,7 +60,7 @@ def a_stale_slab(monkeypatch: Any) -> None:
         before = jax.device_put(first[id(slab)], held.arrays[0].sharding)
         return dataclasses.replace(held, arrays=(before,), buffer=None)
 
-    monkeypatch.setattr(snapshot, "stage", stage)
+    monkeypatch.setattr(device_to_host, "stage", stage)
 
 
 def a_shifted_start(monkeypatch: Any) -> None:
@@ -91,7 +93,7 @@ def a_wrong_type(monkeypatch: Any) -> None:
     """Floats are packed by their values and not by their bits."""
 
     def carried(shard: Any) -> Any:
-        dtype = plan.carrier_of(shard.dtype)
+        dtype = slabs.carrier_of(shard.dtype)
         return shard if dtype == shard.dtype else jax.numpy.abs(shard).astype(dtype)
 
     monkeypatch.setattr(pack, "_carried", carried)
@@ -109,7 +111,7 @@ def a_lost_piece(monkeypatch: Any) -> None:
 
 def a_wrong_place(monkeypatch: Any) -> None:
     """TensorStore is told to write the first piece of a leaf where another one goes."""
-    original = plan.Piece.index.fget
+    original = slabs.Piece.index.fget
 
     def index(piece: Any) -> Any:
         found = original(piece)
@@ -118,12 +120,12 @@ def a_wrong_place(monkeypatch: Any) -> None:
         n = piece.shape[0]
         return (slice(n, 2 * n), *found[1:])
 
-    monkeypatch.setattr(plan.Piece, "index", property(index))
+    monkeypatch.setattr(slabs.Piece, "index", property(index))
 
 
 def a_view_of_another_piece(monkeypatch: Any) -> None:
     """The writer is handed the views of two pieces of one shape in each other's place."""
-    original = snapshot.views
+    original = device_to_host.views
 
     def views(a_plan: Any, held: Any) -> Any:
         found = original(a_plan, held)
@@ -134,12 +136,12 @@ def a_view_of_another_piece(monkeypatch: Any) -> None:
             found[i], found[j] = (a, y), (b, x)
         return found
 
-    monkeypatch.setattr(snapshot, "views", views)
+    monkeypatch.setattr(device_to_host, "views", views)
 
 
 def a_number_of_another_leaf(monkeypatch: Any) -> None:
     """Two leaves in host memory are copied in each other's place."""
-    original = snapshot.copy_host
+    original = device_to_host.copy_host
 
     def copy_host(a_plan: Any, slab: Any, leaves: Any) -> Any:
         swapped = list(leaves)
@@ -147,7 +149,7 @@ def a_number_of_another_leaf(monkeypatch: Any) -> None:
         swapped[i], swapped[j] = leaves[j], leaves[i]
         return original(a_plan, slab, swapped)
 
-    monkeypatch.setattr(snapshot, "copy_host", copy_host)
+    monkeypatch.setattr(device_to_host, "copy_host", copy_host)
 
 
 def _further(view: np.ndarray, buffer: np.ndarray, by: int) -> np.ndarray:
@@ -155,7 +157,7 @@ def _further(view: np.ndarray, buffer: np.ndarray, by: int) -> np.ndarray:
 
 
 def _change_views(monkeypatch: Any, change: Any) -> None:
-    original = snapshot.views
+    original = device_to_host.views
 
     def views(a_plan: Any, held: Any) -> Any:
         if held.slab.kind != "mesh":
@@ -165,11 +167,11 @@ def _change_views(monkeypatch: Any, change: Any) -> None:
             for piece, view in original(a_plan, held)
         ]
 
-    monkeypatch.setattr(snapshot, "views", views)
+    monkeypatch.setattr(device_to_host, "views", views)
 
 
 def _change_plan(monkeypatch: Any, change: Any) -> None:
-    original = prepare.make_plan
+    original = plan_cache.make_plan
 
     def make_plan(*args: Any, **keywords: Any) -> Any:
         made = original(*args, **keywords)
@@ -184,7 +186,7 @@ def _change_plan(monkeypatch: Any, change: Any) -> None:
             slabs.append(dataclasses.replace(slab, pieces=tuple(pieces)))
         return dataclasses.replace(made, slabs=tuple(slabs))
 
-    monkeypatch.setattr(prepare, "make_plan", make_plan)
+    monkeypatch.setattr(plan_cache, "make_plan", make_plan)
 
 
 BLIND = [

@@ -11,13 +11,13 @@ from faults.gates import HANG_S, Boom
 from trees import on_mesh
 
 import lazy_orbax
+from lazy_orbax._orbax.records import Destination
 from lazy_orbax.errors import SaveError
-from lazy_orbax.host_budget import HOST_BUDGET
-from lazy_orbax.pace import Pace
-from lazy_orbax.prepare import prepare
-from lazy_orbax.save import Job, Save
-from lazy_orbax.stale import Fingerprints
-from lazy_orbax.tree import Destination
+from lazy_orbax.save.pipeline import Job, Save
+from lazy_orbax.save.plan_cache import prepare
+from lazy_orbax.save.unchanged_state import Fingerprints
+from lazy_orbax.snapshot.host_budget import HOST_BUDGET
+from lazy_orbax.storage.pace import Pace
 
 
 class HeldQueue:

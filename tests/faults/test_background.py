@@ -20,10 +20,10 @@ from faults.training import SLAB_BYTES, Steps, make_state
 from trees import assert_same
 
 import lazy_orbax
-from lazy_orbax import snapshot
 from lazy_orbax.errors import SaveError
-from lazy_orbax.host_budget import HOST_BUDGET
-from lazy_orbax.save import Save
+from lazy_orbax.save.pipeline import Save
+from lazy_orbax.snapshot import device_to_host
+from lazy_orbax.snapshot.host_budget import HOST_BUDGET
 
 MODES = ("stage", "direct", "accelerator")
 _FAULTS = [
@@ -48,7 +48,7 @@ _FAULTS = [
 def mode(request, monkeypatch):
     """How the snapshot is taken; `accelerator` is staging where the copy has to be fetched."""
     if request.param == "accelerator":
-        monkeypatch.setattr(snapshot, "is_in_host_memory", lambda slab: False)
+        monkeypatch.setattr(device_to_host, "is_in_host_memory", lambda slab: False)
         return "stage"
     return request.param
 
@@ -168,7 +168,7 @@ def test_a_writer_that_fails_before_save_returned_publishes_nothing(
     state = make_state(mesh)["small"]
     failed = threading.Event()
     options = {"on_timeline": lambda timeline: failed.set()}
-    take = snapshot.take
+    take = device_to_host.take
 
     def slow_take(*args):
         held = take(*args)
@@ -176,15 +176,15 @@ def test_a_writer_that_fails_before_save_returned_publishes_nothing(
             assert failed.wait(30)
         return held
 
-    note = lazy_orbax.events.Recorder.note
+    note = lazy_orbax.timeline.Recorder.note
 
     def slow_note(self, **facts):
         if "bytes_written" in facts:
             assert failed.wait(30)
         note(self, **facts)
 
-    monkeypatch.setattr(snapshot, "take", slow_take)
-    monkeypatch.setattr(lazy_orbax.events.Recorder, "note", slow_note)
+    monkeypatch.setattr(device_to_host, "take", slow_take)
+    monkeypatch.setattr(lazy_orbax.timeline.Recorder, "note", slow_note)
     with manager_of(tmp_path, handler_of(options=options, use_ocdbt=use_ocdbt)) as manager:
         with failing_at(place), pytest.raises(SaveError) as caught:
             save(manager, 2, state)
@@ -262,14 +262,14 @@ def test_a_failure_that_save_raised_is_not_raised_by_wait_until_staged(tmp_path,
 def test_an_error_that_is_kept_keeps_no_host_memory(tmp_path, mesh, mode, monkeypatch, place):
     state = make_state(mesh)
     alive = []
-    to_host = snapshot.to_host
+    to_host = device_to_host.to_host
 
     def seen(held):
         held = to_host(held)
         alive.extend(weakref.ref(array) for array in held.arrays)
         return held
 
-    monkeypatch.setattr(snapshot, "to_host", seen)
+    monkeypatch.setattr(device_to_host, "to_host", seen)
     with manager_of(tmp_path, handler_of(mode)) as manager:
         call = 1 if place == "finish" else 2
         with failing_at(place, call=call), held_at(place, call=call) as gate:
@@ -402,7 +402,7 @@ def test_save_waits_for_memory_only_while_there_is_none(tmp_path, mesh, mode, mo
 
 
 def test_save_of_what_is_staged_on_the_device_waits_for_no_memory(tmp_path, mesh, monkeypatch):
-    monkeypatch.setattr(snapshot, "is_in_host_memory", lambda slab: False)
+    monkeypatch.setattr(device_to_host, "is_in_host_memory", lambda slab: False)
     state = only_packed(make_state(mesh))
     steps = Steps(state)
     wanted = steps.bytes_of(state)
@@ -532,8 +532,8 @@ def count_slabs(path, state, mode):
     """Returns how many slabs the plan of `state` has."""
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        take = snapshot.take
-        patch.setattr(snapshot, "take", lambda *args: calls.append(1) or take(*args))
+        take = device_to_host.take
+        patch.setattr(device_to_host, "take", lambda *args: calls.append(1) or take(*args))
         with ocp.AsyncCheckpointer(handler_of(mode)) as checkpointer:
             checkpointer.save(path, args=ocp.args.StandardSave(state))
     return len(calls)

@@ -11,7 +11,7 @@ from faults.training import SLAB_BYTES, Steps, cached_on_host, make_state, point
 from trees import assert_same
 
 import lazy_orbax
-from lazy_orbax import snapshot
+from lazy_orbax.snapshot import device_to_host
 
 MODES = ("stage", "direct", "auto")
 # Where a save may be held while the state is donated.
@@ -39,7 +39,7 @@ def stored(path, step):
 def memory(request, monkeypatch):
     """Whether what is staged is in host memory already, or has to be fetched as from a GPU."""
     if request.param == "accelerator":
-        monkeypatch.setattr(snapshot, "is_in_host_memory", lambda slab: False)
+        monkeypatch.setattr(device_to_host, "is_in_host_memory", lambda slab: False)
     return request.param
 
 

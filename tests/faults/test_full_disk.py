@@ -13,7 +13,7 @@ from faults.training import SLAB_BYTES, Steps, make_state
 from trees import assert_same
 
 import lazy_orbax
-from lazy_orbax.host_budget import HOST_BUDGET
+from lazy_orbax.snapshot.host_budget import HOST_BUDGET
 
 POINTS = 10
 

@@ -14,9 +14,9 @@ from faults.training import SLAB_BYTES, Steps, make_state
 from trees import assert_same
 
 import lazy_orbax
-from lazy_orbax import snapshot
 from lazy_orbax.errors import SaveError
-from lazy_orbax.host_budget import HOST_BUDGET
+from lazy_orbax.snapshot import device_to_host
+from lazy_orbax.snapshot.host_budget import HOST_BUDGET
 
 PLACES = ["to the host", "views", "wait", "finish"]
 
@@ -128,7 +128,7 @@ def test_close_waits_for_every_save_although_they_fail(tmp_path, mesh, handler):
 
 def test_wait_until_staged_has_a_timeout(tmp_path, mesh, handler, monkeypatch):
     # As on an accelerator: what is staged is not in host memory yet.
-    monkeypatch.setattr(snapshot, "is_in_host_memory", lambda slab: False)
+    monkeypatch.setattr(device_to_host, "is_in_host_memory", lambda slab: False)
     with held_at("to the host") as gate:
         (future,) = start(handler, tmp_path / "a", make_state(mesh))
         with pytest.raises(TimeoutError, match=r"a was not staged within 0\.02 s"):

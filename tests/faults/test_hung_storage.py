@@ -13,9 +13,9 @@ from faults.gates import held_at, within
 from faults.training import make_state
 
 import lazy_orbax
-from lazy_orbax import sync
 from lazy_orbax.errors import SaveError
-from lazy_orbax.host_budget import HOST_BUDGET
+from lazy_orbax.snapshot.host_budget import HOST_BUDGET
+from lazy_orbax.storage import fsync
 
 TIMEOUT_S = 1.0
 _TESTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -46,14 +46,14 @@ def test_a_sync_that_hangs_fails_the_save_and_names_the_file(tmp_path, mesh):
 
 def test_a_slow_disk_is_not_a_disk_that_hangs(tmp_path, monkeypatch):
     """Each sync takes a third of the deadline, and all together many times as long."""
-    slow, synced = threading.Lock(), sync._sync
+    slow, synced = threading.Lock(), fsync._sync
 
     def slowly(path):
         with slow:
             threading.Event().wait(TIMEOUT_S / 3)
             synced(path)
 
-    monkeypatch.setattr(sync, "_sync", slowly)
+    monkeypatch.setattr(fsync, "_sync", slowly)
     with manager_of(tmp_path) as manager:
         within(manager.save, 1, args=ocp.args.StandardSave({"w": np.ones(8)}), timeout_s=60)
         within(manager.wait_until_finished, timeout_s=60)

@@ -18,9 +18,10 @@ from jax.sharding import PartitionSpec as P
 from trees import assert_same, on_mesh, random_array
 
 import lazy_orbax
-from lazy_orbax import given, in_step, write
 from lazy_orbax.errors import OptionError, SaveError
-from lazy_orbax.host_budget import HOST_BUDGET
+from lazy_orbax.save import writer
+from lazy_orbax.snapshot import snapshot_step, step_copies
+from lazy_orbax.snapshot.host_budget import HOST_BUDGET
 
 MIB = 2**20
 
@@ -150,7 +151,7 @@ def test_the_snapshot_is_written_without_another_copy(tmp_path, mesh, monkeypatc
     snapshot = step_of(state).with_snapshot(state)[1]
     ours = {p for places in pointers(snapshot).values() for p in places}
     written = []
-    handed_over = write.Writer.write
+    handed_over = writer.Writer.write
 
     def spy(self, pieces):
         pieces = list(pieces)
@@ -159,7 +160,7 @@ def test_the_snapshot_is_written_without_another_copy(tmp_path, mesh, monkeypatc
                 written.append(view.ctypes.data)
         return handed_over(self, pieces)
 
-    monkeypatch.setattr(write.Writer, "write", spy)
+    monkeypatch.setattr(writer.Writer, "write", spy)
     line = save(tmp_path / "item", snapshot)
     assert line.mode == "in_step"
     assert line.reason == "in_step: the step had copied it to pinned host memory"
@@ -195,12 +196,12 @@ def test_a_leaf_may_be_replaced(tmp_path, mesh):
 
 def test_a_snapshot_is_forgotten_when_it_dies(mesh):
     state = make_state(mesh)
-    known = len(given._GIVEN)
+    known = len(step_copies._GIVEN)
     _, snapshot = step_of(state).with_snapshot(state)
-    assert len(given._GIVEN) == known + len(jax.tree.leaves(snapshot))
+    assert len(step_copies._GIVEN) == known + len(jax.tree.leaves(snapshot))
     del snapshot
     gc.collect()
-    assert len(given._GIVEN) == known
+    assert len(step_copies._GIVEN) == known
 
 
 # The host budget.
@@ -285,7 +286,7 @@ def test_a_step_that_cannot_be_traced_leaves_the_state_alone(mesh):
 
 
 def test_without_pinned_host_memory_the_copy_is_made_on_the_device(tmp_path, mesh, monkeypatch):
-    monkeypatch.setattr(in_step, "has_pinned_host", lambda device: False)
+    monkeypatch.setattr(snapshot_step, "has_pinned_host", lambda device: False)
     state = make_state(mesh)
     steps, step = Steps(state), step_of(state)
     state = step(state)

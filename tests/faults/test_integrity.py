@@ -18,19 +18,19 @@ from jax.sharding import PartitionSpec as P
 from trees import abstract, assert_same, on_mesh, random_array
 
 import lazy_orbax
-from lazy_orbax import (
-    _paths,
+from lazy_orbax import _paths
+from lazy_orbax.errors import CorruptCheckpointError, OptionError, Problem, RestoreError
+from lazy_orbax.integrity import (
     digest,
     digest_file,
-    host_copies,
-    large_pieces,
-    restored,
+    digest_in_parts,
     step_metadata,
-    stored,
-    verification,
+    stored_item,
+    verify,
 )
-from lazy_orbax.digest_file import DIRECTORY, DigestError, parse
-from lazy_orbax.errors import CorruptCheckpointError, OptionError, Problem, RestoreError
+from lazy_orbax.integrity.digest_file import DIRECTORY, DigestError, parse
+from lazy_orbax.restore import compare_arrays
+from lazy_orbax.snapshot import host_copies
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning"),
@@ -259,12 +259,12 @@ def test_a_piece_that_nobody_here_has_whole_is_compared(mesh, tmp_path):
     """As with several processes, each of which has a part of a piece."""
     state = state_of(0, mesh)
     save_steps(tmp_path, [state])
-    item = stored.StoredItem(str(tmp_path / "1" / "default"))
+    item = stored_item.StoredItem(str(tmp_path / "1" / "default"))
     host = np.array(state["w"])
     narrow = on_mesh(host, mesh, None, ("a", "b"))
-    assert restored.check_restored(item, {"w": narrow}) == []
+    assert compare_arrays.check_restored(item, {"w": narrow}) == []
     host.view(np.uint32)[3, 7] ^= 1
-    (problem,) = restored.check_restored(item, {"w": on_mesh(host, mesh, None, ("a", "b"))})
+    (problem,) = compare_arrays.check_restored(item, {"w": on_mesh(host, mesh, None, ("a", "b"))})
     assert (problem.leaf, "on the way" in problem.what) == ("w", True)
 
 
@@ -295,7 +295,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_read(tmp_path, mesh):
     file = tmp_path / "1" / "default" / "_strings.json"
     file.unlink()
     os.mkfifo(file)
-    item = stored.StoredItem(str(file.parent))
+    item = stored_item.StoredItem(str(file.parent))
     assert [problem.what for problem in item.check_files()] == ["is missing"]
     file = tmp_path / "1" / "_CHECKPOINT_METADATA"
     file.unlink()
@@ -306,9 +306,9 @@ def test_a_pipe_in_the_place_of_a_file_is_not_read(tmp_path, mesh):
 
 def test_a_string_that_was_read_wrongly_is_named(tmp_path, mesh):
     save_steps(tmp_path, [{**state_of(0, mesh), "motto": "right"}])
-    item = stored.StoredItem(str(tmp_path / "1" / "default"))
-    assert restored.check_restored(item, {"motto": "right"}) == []
-    (problem,) = restored.check_restored(item, {"motto": "wrong"})
+    item = stored_item.StoredItem(str(tmp_path / "1" / "default"))
+    assert compare_arrays.check_restored(item, {"motto": "right"}) == []
+    (problem,) = compare_arrays.check_restored(item, {"motto": "wrong"})
     assert problem.leaf == "motto"
 
 
@@ -459,7 +459,7 @@ def test_the_search_for_a_whole_step_ends_in_time(tmp_path, mesh, monkeypatch):
     for step in (3, 4):
         flip_chunk(tmp_path, "v", step)
     clock, read = [0.0], []
-    check_pieces = stored.StoredItem.check_pieces
+    check_pieces = stored_item.StoredItem.check_pieces
 
     def slowly(self, pieces):
         for piece in pieces:
@@ -467,24 +467,24 @@ def test_the_search_for_a_whole_step_ends_in_time(tmp_path, mesh, monkeypatch):
             read.append((self.directory[-9:], piece.leaf))
             yield from check_pieces(self, [piece])
 
-    monkeypatch.setattr(verification, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
-    monkeypatch.setattr(stored.StoredItem, "check_pieces", slowly)
+    monkeypatch.setattr(verify, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(stored_item.StoredItem, "check_pieces", slowly)
     item = tmp_path / "4" / "default"
     with pytest.raises(CorruptCheckpointError) as caught:
-        verification.raise_corrupt(str(item), [Problem("broken")], look=True)
+        verify.raise_corrupt(str(item), [Problem("broken")], look=True)
     assert caught.value.newest_whole_step is None
     assert "Not all were looked at" in str(caught.value)
     assert "python -m lazy_orbax verify" in str(caught.value)
     assert len(read) == 3
     clock[0] = 1e9  # A search has its own time; with enough of it, it finds the step.
-    monkeypatch.setattr(verification, "_SEARCH_S", 1e9)
-    assert verification.newest_whole_step(str(item)) == 2
+    monkeypatch.setattr(verify, "_SEARCH_S", 1e9)
+    assert verify.newest_whole_step(str(item)) == 2
 
 
 @pytest.mark.parametrize("form", flips.FORMS)
 def test_large_pieces_are_read_in_parts(tmp_path, mesh, form, monkeypatch):
-    monkeypatch.setattr(large_pieces, "PART_BYTES", 1000)
-    monkeypatch.setattr(stored, "_BATCH_BYTES", 1000)
+    monkeypatch.setattr(digest_in_parts, "PART_BYTES", 1000)
+    monkeypatch.setattr(stored_item, "_BATCH_BYTES", 1000)
     saved = flips.save(tmp_path / "run", form, mesh)
     report = lazy_orbax.verify(saved.directory)
     assert report.is_whole, str(report)

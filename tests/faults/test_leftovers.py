@@ -15,9 +15,9 @@ from faults.gates import failing_at, held_at, join_threads, within
 from trees import assert_same, on_mesh
 
 import lazy_orbax
-from lazy_orbax.attempt import attempt_at
 from lazy_orbax.errors import SaveError
-from lazy_orbax.host_budget import HOST_BUDGET
+from lazy_orbax.recovery.attempt import attempt_at
+from lazy_orbax.snapshot.host_budget import HOST_BUDGET
 
 MARK = ".orbax-checkpoint-tmp"
 

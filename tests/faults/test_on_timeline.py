@@ -11,7 +11,7 @@ from faults.gates import within
 from trees import assert_same, on_mesh
 
 import lazy_orbax
-from lazy_orbax import events
+from lazy_orbax import timeline
 from lazy_orbax.errors import OptionError
 
 
@@ -95,7 +95,7 @@ def test_on_timeline_of_an_async_checkpointer_that_saves_is_refused(tmp_path, st
 @pytest.fixture
 def no_patience(monkeypatch):
     """A save does not wait for `on_timeline` at all."""
-    monkeypatch.setattr(events, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(timeline, "_PATIENCE_S", 0.0)
 
 
 @pytest.mark.usefixtures("no_patience")

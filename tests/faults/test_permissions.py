@@ -19,7 +19,7 @@ from trees import assert_same
 
 import lazy_orbax
 from lazy_orbax.errors import SaveError
-from lazy_orbax.host_budget import HOST_BUDGET
+from lazy_orbax.snapshot.host_budget import HOST_BUDGET
 
 
 def change(directory, how):

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 from trees import assert_same
 
 import lazy_orbax
-from lazy_orbax import pack
 from lazy_orbax.errors import SaveError
+from lazy_orbax.snapshot import pack
 
 NAMES = {"one", "two", "shared", "small", "host", "host2"}
 

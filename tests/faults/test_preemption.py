@@ -18,9 +18,10 @@ from jax.experimental import multihost_utils
 from trees import assert_same
 
 import lazy_orbax
-from lazy_orbax import _machine, preemption
-from lazy_orbax import pace as pacing
+from lazy_orbax import _machine
 from lazy_orbax.errors import OptionError, SaveError
+from lazy_orbax.recovery import preemption
+from lazy_orbax.storage import pace as pacing
 
 _TESTS = pathlib.Path(__file__).parent.parent
 # The least that an option may be: six seconds for the state. The tests make it slower still.

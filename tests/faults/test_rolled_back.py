@@ -11,9 +11,9 @@ import pytest
 from trees import assert_same, on_mesh
 
 import lazy_orbax
-from lazy_orbax import digest_file
-from lazy_orbax.digest_file import DIRECTORY
 from lazy_orbax.errors import CorruptCheckpointError
+from lazy_orbax.integrity import digest_file
+from lazy_orbax.integrity.digest_file import DIRECTORY
 
 
 def state_at(step, mesh):

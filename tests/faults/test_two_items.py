@@ -8,7 +8,7 @@ from faults.gates import within
 from trees import on_mesh
 
 import lazy_orbax
-from lazy_orbax import handler as handler_module
+from lazy_orbax.handlers import lazy as handler_module
 
 
 def test_an_item_that_is_durable_before_the_next_is_enqueued_is_still_told_committed(

@@ -22,7 +22,7 @@ from multihost import states
 from trees import abstract, all_bits, random_array
 
 import lazy_orbax
-from lazy_orbax.host_budget import HOST_BUDGET
+from lazy_orbax.snapshot.host_budget import HOST_BUDGET
 
 __all__ = ["Job", "serve"]
 

@@ -18,7 +18,7 @@ from etils import epath
 from interop.described import contents, description
 
 import lazy_orbax
-from lazy_orbax.digest_file import DIRECTORY
+from lazy_orbax.integrity.digest_file import DIRECTORY
 
 FACES = ("standard", "pytree", "direct")
 MODES = ("stage", "direct")

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from trees import abstract, assert_same, on_mesh, random_array
 
 import lazy_orbax
-from lazy_orbax import jax_context
+from lazy_orbax import _jax_context
 
 pytestmark = STOCK_WARNS
 _COUNT = itertools.count()
@@ -103,7 +103,7 @@ def assert_saved(path, step, tree):
 
 def seen(nan):
     """Everything that this thread has set, and whether JAX does look for NaNs."""
-    values = {name: getattr(jax.config, f"jax_{name}") for name in jax_context._NEUTRAL}
+    values = {name: getattr(jax.config, f"jax_{name}") for name in _jax_context._NEUTRAL}
     mesh = jax.sharding.get_mesh(), jax.sharding.get_abstract_mesh()
     looks = [attempt(lambda f=f: f(nan))[0] == "refused" for f in (jnp.negative, jax.jit(abs))]
     return values, mesh, looks

@@ -18,9 +18,10 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import lazy_orbax
-from lazy_orbax import digest, snapshot
-from lazy_orbax.layout import Leaf, ReplicaPolicy
-from lazy_orbax.plan import make_plan
+from lazy_orbax.integrity import digest
+from lazy_orbax.plan.shards import Leaf, ReplicaPolicy
+from lazy_orbax.plan.slabs import make_plan
+from lazy_orbax.snapshot import device_to_host
 
 pytestmark = [
     pytest.mark.slow,
@@ -114,7 +115,9 @@ def test_the_share_of_one_process_is_cut_out_right():
     slab = dataclasses.replace(slab, pieces=slab.pieces[-1:])
     share = dataclasses.replace(plan.layouts[0], holds_whole_shards=False)
     plan = dataclasses.replace(plan, layouts=(share,), slabs=(slab,))
-    ((piece, found),) = snapshot.views(plan, snapshot.to_host(snapshot.direct(plan, slab, [array])))
+    ((piece, found),) = device_to_host.views(
+        plan, device_to_host.to_host(device_to_host.direct(plan, slab, [array]))
+    )
     assert piece.shape == found.shape == (717_500_000,)
     assert piece.start == (2_152_500_000,)
     assert next(wrong_blocks(found, host[piece.index]), None) is None

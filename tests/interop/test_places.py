@@ -13,8 +13,8 @@ from orbax.checkpoint import checkpoint_utils, handlers
 from trees import abstract, on_mesh
 
 import lazy_orbax
-from lazy_orbax import digest_file, verification
 from lazy_orbax.errors import OptionError
+from lazy_orbax.integrity import digest_file, verify
 
 pytestmark = STOCK_WARNS
 DIRECTORIES = (True, False)
@@ -364,6 +364,6 @@ def test_what_a_run_and_an_item_are_called_hides_no_step(prefix, item, name, mes
     assert [each.same_as for each in timelines] == [None, directories[0]]
     assert lazy_orbax.verify(run).is_whole
     assert len(lazy_orbax.verify(run).items) == 2
-    assert verification.newest_whole_step(directories[1]) == 12
+    assert verify.newest_whole_step(directories[1]) == 12
     parts = (run / names[1] / item / digest_file.DIRECTORY).glob("process_*")
     assert [digest_file.parse(part.read_bytes()).step for part in parts] == [13]

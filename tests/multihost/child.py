@@ -21,9 +21,10 @@ from multihost.jobs import HEARTBEAT_TIMEOUT_S
 from multihost.kill_points import killing
 
 import lazy_orbax
-from lazy_orbax import _machine, commit, write
-from lazy_orbax import pace as pacing
-from lazy_orbax.host_budget import HOST_BUDGET
+from lazy_orbax import _machine
+from lazy_orbax.save import commit, writer
+from lazy_orbax.snapshot.host_budget import HOST_BUDGET
+from lazy_orbax.storage import pace as pacing
 
 Report = dict[str, Any]
 
@@ -58,14 +59,14 @@ def _pointers(state: dict[str, jax.Array]) -> list[int]:
 def twenty_saves(root: str) -> Report:
     """Saves after each of twenty steps that donate the state."""
     n_bytes = [0]
-    write_pieces = write.Writer.write
+    write_pieces = writer.Writer.write
 
     def counted(writer: Any, pieces: Any) -> Any:
         pieces = list(pieces)
         n_bytes[-1] += sum(view.nbytes for _, view in pieces)
         return write_pieces(writer, pieces)
 
-    write.Writer.write = counted  # type: ignore[method-assign]
+    writer.Writer.write = counted  # type: ignore[method-assign]
     state = states.on_mesh(_mesh(), 0)
     step = states.training_step(state)
     moved = []
@@ -217,18 +218,18 @@ def _failing(place: str, here: bool) -> Any:
         finally:
             commit.Commit.__init__ = original  # type: ignore[method-assign]
     elif place == "storage":
-        original_init = write.Writer.__init__
+        original_init = writer.Writer.__init__
 
         def obstructed(self: Any, plan: Any, format_: Any, directory: str, **knobs: Any) -> None:
             # A file where TensorStore wants a directory.
             (pathlib.Path(directory) / f"ocdbt.process_{jax.process_index()}").touch()
             original_init(self, plan, format_, directory, **knobs)
 
-        write.Writer.__init__ = obstructed  # type: ignore[method-assign]
+        writer.Writer.__init__ = obstructed  # type: ignore[method-assign]
         try:
             yield
         finally:
-            write.Writer.__init__ = original_init  # type: ignore[method-assign]
+            writer.Writer.__init__ = original_init  # type: ignore[method-assign]
     else:
         with failing_at(place, error=error):
             yield

@@ -17,15 +17,17 @@ import pytest
 from orbax.checkpoint._src.path import atomicity
 from orbax.checkpoint._src.serialization import ocdbt_utils
 
-from lazy_orbax import agreement, commit, save, snapshot, write
+from lazy_orbax.pods import agreement
+from lazy_orbax.save import commit, pipeline, writer
+from lazy_orbax.snapshot import device_to_host
 
 _WHERE: dict[str, tuple[Any, str]] = {
-    "snapshot": (save.Save, "snapshot"),
-    "copy of a slab": (snapshot, "take"),
-    "transfer of a slab": (snapshot, "to_host"),
-    "opening of the store": (write.Writer, "__init__"),
-    "hand-over of a slab": (write.Writer, "write"),
-    "finish": (write.Writer, "finish"),
+    "snapshot": (pipeline.Save, "snapshot"),
+    "copy of a slab": (device_to_host, "take"),
+    "transfer of a slab": (device_to_host, "to_host"),
+    "opening of the store": (writer.Writer, "__init__"),
+    "hand-over of a slab": (writer.Writer, "write"),
+    "finish": (writer.Writer, "finish"),
     "telling": (agreement.Agreement, "settle"),
     "merge": (commit.Commit, "_merged"),
     "validation of the merge": (ocdbt_utils, "_validate_params"),

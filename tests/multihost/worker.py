@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import lazy_orbax
 from lazy_orbax.errors import TreeError
-from lazy_orbax.host_budget import HOST_BUDGET
+from lazy_orbax.snapshot.host_budget import HOST_BUDGET
 
 
 def values(seed: int) -> dict[str, np.ndarray]:

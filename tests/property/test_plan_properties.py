@@ -10,8 +10,8 @@ from jax.sharding import SingleDeviceSharding
 from property.strategies import DTYPES, divided, meshes
 from unit.fake_devices import FakeDevice
 
-from lazy_orbax.layout import Leaf, ReplicaPolicy
-from lazy_orbax.plan import make_plan
+from lazy_orbax.plan.shards import Leaf, ReplicaPolicy
+from lazy_orbax.plan.slabs import make_plan
 
 policies = st.builds(
     ReplicaPolicy,

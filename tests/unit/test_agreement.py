@@ -10,11 +10,11 @@ import jax
 import pytest
 from orbax.checkpoint._src.futures.signaling_client import ThreadSafeKeyValueSignalingClient
 
-from lazy_orbax import agreement
 from lazy_orbax._orbax import multihost
-from lazy_orbax.agreement import Agreement, agreement_on
 from lazy_orbax.errors import SaveError
-from lazy_orbax.save_error import save_error
+from lazy_orbax.pods import agreement
+from lazy_orbax.pods.agreement import Agreement, agreement_on
+from lazy_orbax.storage.save_error import save_error
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import threading
 
 import pytest
 
-from lazy_orbax.attempt import Attempt, Fate, Part
 from lazy_orbax.errors import SaveError
-from lazy_orbax.events import Recorder
+from lazy_orbax.recovery.attempt import Attempt, Fate, Part
+from lazy_orbax.timeline import Recorder
 
 WAIT_S = 30
 WRITTEN = (Fate.WRITING, Fate.WRITTEN)

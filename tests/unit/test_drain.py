@@ -10,9 +10,11 @@ import orbax.checkpoint as ocp
 import pytest
 
 import lazy_orbax
-from lazy_orbax import _machine, drain, snapshot
-from lazy_orbax import pace as pacing
-from lazy_orbax.host_budget import HOST_BUDGET
+from lazy_orbax import _machine
+from lazy_orbax.save import write_loop
+from lazy_orbax.snapshot import device_to_host
+from lazy_orbax.snapshot.host_budget import HOST_BUDGET
+from lazy_orbax.storage import pace as pacing
 
 
 class Clock(threading.Event):
@@ -91,13 +93,13 @@ def test_a_save_that_is_over_does_not_wait_for_its_turn():
 @pytest.mark.parametrize(("low", "lowered"), [(True, _machine._NICE), (False, 0)])
 def test_only_the_threads_of_a_save_are_lowered(tmp_path, monkeypatch, low, lowered):
     found = {}
-    views = snapshot.views
+    views = device_to_host.views
 
     def note(*args):
         found["writing"] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
         return views(*args)
 
-    monkeypatch.setattr(snapshot, "views", note)
+    monkeypatch.setattr(device_to_host, "views", note)
     mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     options = lazy_orbax.LazyOptions(low_priority=low)
     with ocp.AsyncCheckpointer(lazy_orbax.standard_handler(options=options)) as checkpointer:
@@ -109,7 +111,7 @@ def test_only_the_threads_of_a_save_are_lowered(tmp_path, monkeypatch, low, lowe
 @pytest.mark.parametrize("is_read", [True, False])
 def test_memory_that_somebody_still_reads_is_not_used_again(tmp_path, mesh, monkeypatch, is_read):
     kept = []
-    views = snapshot.views
+    views = device_to_host.views
 
     def keep(*args):
         found = views(*args)
@@ -117,9 +119,9 @@ def test_memory_that_somebody_still_reads_is_not_used_again(tmp_path, mesh, monk
             kept.extend(view for _, view in found)
         return found
 
-    monkeypatch.setattr(snapshot, "views", keep)
+    monkeypatch.setattr(device_to_host, "views", keep)
     # Whoever reads in this test never lets go; who is about to is waited for.
-    monkeypatch.setattr(drain, "_LETTING_GO_S", 0 if is_read else drain._LETTING_GO_S)
+    monkeypatch.setattr(write_loop, "_LETTING_GO_S", 0 if is_read else write_loop._LETTING_GO_S)
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a"))
     state = {"x": jax.device_put(np.ones((8, 6), np.float32), sharding)}
     with ocp.AsyncCheckpointer(lazy_orbax.standard_handler()) as checkpointer:

@@ -12,8 +12,8 @@ from jax._src import monitoring
 from trees import assert_same, on_mesh
 
 import lazy_orbax
-from lazy_orbax import sync
 from lazy_orbax.errors import NotDurableError, OptionError, SaveError
+from lazy_orbax.storage import fsync
 
 
 class Synced:
@@ -45,7 +45,7 @@ def version(path_or_descriptor):
 @pytest.fixture
 def synced(monkeypatch):
     noted = Synced()
-    monkeypatch.setattr(sync.os, "fsync", noted.fsync)
+    monkeypatch.setattr(fsync.os, "fsync", noted.fsync)
     return noted
 
 

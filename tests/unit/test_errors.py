@@ -6,7 +6,7 @@ import pytest
 
 from lazy_orbax import errors
 from lazy_orbax.errors import SaveError, summarize
-from lazy_orbax.save_error import save_error
+from lazy_orbax.storage.save_error import save_error
 
 WHERE = {"step": 7, "leaf": "params.w", "file": "d/abc", "directory": "/run/7/state"}
 
@@ -115,9 +115,9 @@ def test_code_that_catches_what_stock_raises_still_catches(cls, also):
 @pytest.fixture
 def refused():
     import lazy_orbax
-    from lazy_orbax import object_store
-    from lazy_orbax.prepare import prepare
-    from lazy_orbax.tree import Destination
+    from lazy_orbax._orbax.records import Destination
+    from lazy_orbax.save.plan_cache import prepare
+    from lazy_orbax.storage import places
 
     handler = lazy_orbax.LazyCheckpointHandler()
 
@@ -127,7 +127,7 @@ def refused():
                 handler.settings,
                 tree,
                 None,
-                destination=Destination(object_store.stand_in("/"), None),
+                destination=Destination(places.stand_in("/"), None),
                 slab_bytes=2**20,
                 abstract=False,
             )

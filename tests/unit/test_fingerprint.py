@@ -19,9 +19,9 @@ from jax.sharding import (
 from jax.sharding import PartitionSpec as P
 from trees import random_array
 
-from lazy_orbax import fingerprint, fingerprint_traced
-from lazy_orbax.fingerprint import of_host
-from lazy_orbax.proof_programs import Misplaced, Part, Subject, compiled, enqueue, results
+from lazy_orbax.integrity import fingerprint, fingerprint_traced
+from lazy_orbax.integrity.fingerprint import of_host
+from lazy_orbax.integrity.proof_programs import Misplaced, Part, Subject, compiled, enqueue, results
 
 DEVICES = jax.devices()[:8]
 MESH = Mesh(np.array(DEVICES).reshape(4, 2), ("a", "b"))

@@ -4,7 +4,7 @@ import threading
 import pytest
 
 from lazy_orbax.errors import LazyOrbaxError
-from lazy_orbax.host_budget import HostBudget, ReservationAborted
+from lazy_orbax.snapshot.host_budget import HostBudget, ReservationAborted
 
 WAIT_S = 30  # Only ever reached by a test that fails.
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lazy_orbax import host_copies
+from lazy_orbax.snapshot import host_copies
 
 
 def donating(array):

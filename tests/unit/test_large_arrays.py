@@ -18,12 +18,13 @@ import tensorstore as ts
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from lazy_orbax import latest_good, pack
-from lazy_orbax.boxes import Box, parts
-from lazy_orbax.chunk_files import chunk_keys
-from lazy_orbax.digest_file import LeafDigests
-from lazy_orbax.layout import Leaf, ReplicaPolicy
-from lazy_orbax.plan import make_plan
+from lazy_orbax.integrity.chunk_location import chunk_keys
+from lazy_orbax.integrity.digest_file import LeafDigests
+from lazy_orbax.plan.boxes import Box, parts
+from lazy_orbax.plan.shards import Leaf, ReplicaPolicy
+from lazy_orbax.plan.slabs import make_plan
+from lazy_orbax.restore import latest_good
+from lazy_orbax.snapshot import pack
 
 MOST = np.iinfo(np.int32).max
 FOUR = Mesh(np.array(jax.devices()[:4]), ("d",))

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint._src.serialization.replica_slices import get_replica_slices
 from unit.fake_devices import fake_mesh
 
-from lazy_orbax.layout import Layout, Leaf, Region, ReplicaPolicy, layout_of
+from lazy_orbax.plan.shards import Layout, Leaf, Region, ReplicaPolicy, layout_of
 
 DEVICES = np.array(jax.devices()[:8])
 MESH_4X2 = Mesh(DEVICES.reshape(4, 2), ("a", "b"))

@@ -16,9 +16,10 @@ from etils import epath
 from trees import on_mesh
 
 import lazy_orbax
-from lazy_orbax import deadline as deadlines
-from lazy_orbax import object_store, write
 from lazy_orbax.errors import OptionError
+from lazy_orbax.save import writer
+from lazy_orbax.storage import deadline as deadlines
+from lazy_orbax.storage import places
 
 
 def seconds(text):
@@ -27,7 +28,7 @@ def seconds(text):
 
 @pytest.mark.parametrize("timeout_s", [1, 6.0, 60, 300.0, 3600])
 def test_tensorstore_gives_up_before_the_deadline(timeout_s):
-    spec = object_store.context_spec("gs://bucket/run/1", timeout_s)
+    spec = places.context_spec("gs://bucket/run/1", timeout_s)
     retries = spec["gcs_request_retries"]
     ts.Context(spec)  # It knows them all.
     first_s, longest_s = seconds(retries["initial_delay"]), seconds(retries["max_delay"])
@@ -40,8 +41,8 @@ def test_tensorstore_gives_up_before_the_deadline(timeout_s):
 
 
 def test_nothing_is_said_of_local_directories():
-    assert object_store.context_spec("/data/run", 300) == {}
-    assert object_store.scheme_of("/data/run") == ""
+    assert places.context_spec("/data/run", 300) == {}
+    assert places.scheme_of("/data/run") == ""
 
 
 @pytest.mark.parametrize(
@@ -56,19 +57,19 @@ def test_nothing_is_said_of_local_directories():
     ],
 )
 def test_a_directory_takes_the_place_of_its_stand_in(directory, wanted):
-    of = object_store.stand_in(directory)
+    of = places.stand_in(directory)
     bucket, _, path = of.removeprefix("gs://").partition("/")
     if of.startswith("gs://"):
         spec = {"driver": "gcs", "bucket": bucket, "path": f"{path}/d"}
     else:
         spec = {"driver": "file", "path": f"{of}/d"}
-    assert object_store.kvstore_spec(json.dumps(spec), directory) == wanted
+    assert places.kvstore_spec(json.dumps(spec), directory) == wanted
 
 
 def test_a_spec_for_another_kind_of_storage_is_refused():
-    template = json.dumps({"driver": "file", "path": object_store.stand_in("/data")})
+    template = json.dumps({"driver": "file", "path": places.stand_in("/data")})
     with pytest.raises(OptionError, match="gs://bucket/run: Orbax told"):
-        object_store.kvstore_spec(template, "gs://bucket/run")
+        places.kvstore_spec(template, "gs://bucket/run")
 
 
 @pytest.mark.parametrize("scheme", ["s3", "az"])
@@ -195,11 +196,11 @@ def test_a_writer_that_cannot_open_its_stores_holds_up_nobody(monkeypatch):
     def fail(self, spec):
         raise ValueError("no luck")
 
-    monkeypatch.setattr(write.Writer, "_open", fail)
+    monkeypatch.setattr(writer.Writer, "_open", fail)
     format_ = types.SimpleNamespace(is_primary=True, directory="", kvstores=[])
     for _ in range(2):
         with pytest.raises(ValueError, match="no luck"):
-            write.Writer(None, format_, "gs://bucket/late/5/default", timeout_s=1)
+            writer.Writer(None, format_, "gs://bucket/late/5/default", timeout_s=1)
 
 
 def test_a_failed_save_to_a_local_directory_waits_for_its_writes():

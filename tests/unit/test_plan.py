@@ -10,8 +10,8 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from unit.fake_devices import fake_mesh
 
-from lazy_orbax.layout import Leaf, ReplicaPolicy
-from lazy_orbax.plan import make_plan
+from lazy_orbax.plan.shards import Leaf, ReplicaPolicy
+from lazy_orbax.plan.slabs import make_plan
 
 DEVICES = np.array(jax.devices()[:8])
 MESH = Mesh(DEVICES.reshape(4, 2), ("a", "b"))

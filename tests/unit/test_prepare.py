@@ -14,10 +14,11 @@ from jax.sharding import PartitionSpec as P
 from trees import assert_same, on_mesh
 
 import lazy_orbax
-from lazy_orbax import object_store, tree_identity
-from lazy_orbax import prepare as prepare_module
-from lazy_orbax.prepare import PLAN_CACHE, prepare
-from lazy_orbax.tree import Destination
+from lazy_orbax._orbax.records import Destination
+from lazy_orbax.save import plan_cache as prepare_module
+from lazy_orbax.save import tree_identity
+from lazy_orbax.save.plan_cache import PLAN_CACHE, prepare
+from lazy_orbax.storage import places
 
 MIB = 2**20
 BF16 = np.dtype(jnp.bfloat16)
@@ -47,7 +48,7 @@ def prepared_of(handler, tree, save_args=None, *, target=None, slab_bytes=MIB):
         handler.settings,
         tree,
         save_args,
-        destination=Destination(object_store.stand_in("/"), target),
+        destination=Destination(places.stand_in("/"), target),
         slab_bytes=slab_bytes,
         abstract=False,
     )

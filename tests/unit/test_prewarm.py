@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec as P
 from trees import assert_same, on_mesh
 
 import lazy_orbax
-from lazy_orbax import pack
 from lazy_orbax.errors import OptionError, TreeError
-from lazy_orbax.host_budget import HOST_BUDGET
-from lazy_orbax.prepare import PLAN_CACHE, PlanCache
+from lazy_orbax.save.plan_cache import PLAN_CACHE, PlanCache
+from lazy_orbax.snapshot import pack
+from lazy_orbax.snapshot.host_budget import HOST_BUDGET
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 

@@ -13,10 +13,11 @@ from jax.sharding import PartitionSpec as P
 from trees import abstract, assert_same, on_mesh, random_array
 
 import lazy_orbax
-from lazy_orbax import digest_file, fingerprint, proof, proof_restored, restored
-from lazy_orbax.digest_file import DigestError
 from lazy_orbax.errors import OptionError
-from lazy_orbax.stored import StoredItem
+from lazy_orbax.integrity import digest_file, fingerprint, proof, proof_restored
+from lazy_orbax.integrity.digest_file import DigestError
+from lazy_orbax.integrity.stored_item import StoredItem
+from lazy_orbax.restore import compare_arrays
 
 
 def state_of(mesh, step=0):
@@ -237,11 +238,11 @@ def test_a_wrong_replica_is_found_on_its_device(saved, mesh, monkeypatch):
     stored, state = saved
     device = mesh.devices[2, 1]
     wrong = with_one_wrong(state["all"], device, lambda data: data + 1)
-    assert restored.check_restored(stored, {"all": wrong}) == []
+    assert compare_arrays.check_restored(stored, {"all": wrong}) == []
     found = proof_restored.look(stored.leaves, {"all": wrong}).wrong
     assert str(device) in found["all"]
-    monkeypatch.setattr(restored, "_far_from_the_host", dict)  # As on an accelerator.
-    (problem,) = restored.check_restored(stored, {"all": wrong})
+    monkeypatch.setattr(compare_arrays, "_far_from_the_host", dict)  # As on an accelerator.
+    (problem,) = compare_arrays.check_restored(stored, {"all": wrong})
     assert (problem.leaf, str(device) in problem.what) == ("all", True)
 
 
@@ -262,10 +263,10 @@ def test_a_restore_is_verified_where_the_arrays_are(mesh, tmp_path, monkeypatch)
     with ocp.CheckpointManager(tmp_path / "run", item_handlers=handler_with(1)) as manager:
         manager.save(0, args=ocp.args.StandardSave(state))
         manager.wait_until_finished()
-        monkeypatch.setattr(restored, "_far_from_the_host", dict)
+        monkeypatch.setattr(compare_arrays, "_far_from_the_host", dict)
         looked = []
-        on_host = restored._on_host
-        monkeypatch.setattr(restored, "_on_host", lambda p: on_host(looked.extend(p) or p))
+        on_host = compare_arrays._on_host
+        monkeypatch.setattr(compare_arrays, "_on_host", lambda p: on_host(looked.extend(p) or p))
         args = ocp.args.StandardRestore(abstract(state))
         assert_same(manager.restore(0, args=args), state)
         assert looked == []

@@ -9,10 +9,10 @@ import pytest
 from jax.sharding import Mesh
 from unit.fake_devices import fake_mesh
 
-from lazy_orbax import room
 from lazy_orbax._machine import free_device_bytes
-from lazy_orbax.plan import Slab
-from lazy_orbax.room import Room
+from lazy_orbax.plan.slabs import Slab
+from lazy_orbax.snapshot import choose_mode
+from lazy_orbax.snapshot.choose_mode import Room
 
 DEVICES = np.array(jax.devices()[:8])
 MESH = Mesh(DEVICES.reshape(4, 2), ("a", "b"))
@@ -32,8 +32,8 @@ def accelerator(monkeypatch):
         asked.append(device)
         return free.get(device, math.inf)
 
-    monkeypatch.setattr(room, "is_in_host_memory", lambda slab: False)
-    monkeypatch.setattr(room, "free_device_bytes", free_bytes)
+    monkeypatch.setattr(choose_mode, "is_in_host_memory", lambda slab: False)
+    monkeypatch.setattr(choose_mode, "free_device_bytes", free_bytes)
     return SimpleNamespace(free=free, asked=asked)
 
 
@@ -105,7 +105,7 @@ def test_slabs_that_cannot_be_packed_have_one_mode(mode, kind, expected):
 
 
 def test_on_cpu_auto_stages(monkeypatch):
-    monkeypatch.setattr(room, "free_device_bytes", lambda device: 0)
+    monkeypatch.setattr(choose_mode, "free_device_bytes", lambda device: 0)
     assert Room("auto").mode_for(slabs_of(1)[0]) == "stage"
 
 

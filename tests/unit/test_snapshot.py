@@ -17,11 +17,12 @@ from jax.sharding import PartitionSpec as P
 from trees import assert_same, on_mesh, random_array
 
 import lazy_orbax
-from lazy_orbax import host_copies, in_flight, pack, snapshot
-from lazy_orbax import room as room_module
-from lazy_orbax.layout import Leaf, ReplicaPolicy
-from lazy_orbax.plan import Plan, Slab, make_plan
-from lazy_orbax.room import Room
+from lazy_orbax.plan.shards import Leaf, ReplicaPolicy
+from lazy_orbax.plan.slabs import Plan, Slab, make_plan
+from lazy_orbax.save import in_flight
+from lazy_orbax.snapshot import choose_mode as room_module
+from lazy_orbax.snapshot import device_to_host, host_copies, pack
+from lazy_orbax.snapshot.choose_mode import Room
 
 DEVICES = np.array(jax.devices()[:8])
 MESH = Mesh(DEVICES.reshape(4, 2), ("a", "b"))
@@ -42,7 +43,7 @@ BACKENDS = {
 def backend(request, monkeypatch):
     pinned, in_host_memory = BACKENDS[request.param]
     monkeypatch.setattr(host_copies, "has_pinned_host", lambda device: pinned)
-    for module in (snapshot, room_module):
+    for module in (device_to_host, room_module):
         monkeypatch.setattr(module, "is_in_host_memory", lambda slab: in_host_memory)
     return SimpleNamespace(pinned=pinned, in_host_memory=in_host_memory)
 
@@ -90,7 +91,7 @@ def collected(plan, held_slabs):
     found = [np.zeros(leaf.shape, leaf.dtype) for leaf in plan.leaves]
     times = [np.zeros(leaf.shape, int) for leaf in plan.leaves]
     for held in held_slabs:
-        for piece, view in snapshot.views(plan, snapshot.to_host(held)):
+        for piece, view in device_to_host.views(plan, device_to_host.to_host(held)):
             assert view.shape == piece.shape
             found[piece.leaf][piece.index] = view
             times[piece.leaf][piece.index] += 1
@@ -122,7 +123,7 @@ def test_every_path_gives_the_same_bits_after_the_arrays_are_gone(backend, mode,
     plan = plan_of(leaves, slab_bytes=KIB, policy=POLICIES[policy])
     assert {slab.kind for slab in plan.slabs} == {"mesh", "shards", "host"}
     room = Room(mode)
-    held = [snapshot.take(plan, slab, leaves, room.mode_for(slab)) for slab in plan.slabs]
+    held = [device_to_host.take(plan, slab, leaves, room.mode_for(slab)) for slab in plan.slabs]
     spoil(leaves)
     assert_same(collected(plan, held), wanted)
 
@@ -131,9 +132,9 @@ def test_every_path_gives_the_same_bits_after_the_arrays_are_gone(backend, mode,
 def test_a_slab_taken_by_either_mode_says_where_it_is(backend, mode):
     leaves = [on_mesh(np.ones((8, 6), np.float32), MESH, "a")]
     plan = plan_of(leaves)
-    held = snapshot.take(plan, plan.slabs[0], leaves, mode)
+    held = device_to_host.take(plan, plan.slabs[0], leaves, mode)
     assert held.on_host == (mode == "direct" or backend.in_host_memory)
-    assert snapshot.to_host(held).on_host
+    assert device_to_host.to_host(held).on_host
 
 
 @pytest.mark.parametrize("mode", ["stage", "direct"])
@@ -147,7 +148,7 @@ def test_the_next_step_may_donate_and_still_aliases(backend, mode):
     step = jax.jit(lambda tree: [x + 1 for x in tree], donate_argnums=0)
     plan = plan_of(state)
     before = [[s.data.unsafe_buffer_pointer() for s in x.addressable_shards] for x in state]
-    held = [snapshot.take(plan, slab, state, mode) for slab in plan.slabs]
+    held = [device_to_host.take(plan, slab, state, mode) for slab in plan.slabs]
     # While the copy still runs the CPU backend may give the step another buffer.
     jax.block_until_ready([x.arrays for x in held])
     donated, state = state, step(state)
@@ -167,26 +168,26 @@ def test_staging_lets_go_of_the_device_copy_without_pinned_memory_too(monkeypatc
 
 def _check_device_copy_is_dropped(monkeypatch, *, pinned):
     monkeypatch.setattr(host_copies, "has_pinned_host", lambda device: pinned)
-    monkeypatch.setattr(snapshot, "is_in_host_memory", lambda slab: False)
+    monkeypatch.setattr(device_to_host, "is_in_host_memory", lambda slab: False)
     leaves = [on_mesh(np.ones((8, 6), np.float32), MESH, "a")]
     plan = plan_of(leaves)
-    held = snapshot.stage(plan, plan.slabs[0], leaves)
+    held = device_to_host.stage(plan, plan.slabs[0], leaves)
     device_copy = weakref.ref(held.arrays[0])
-    held = snapshot.to_host(held)
+    held = device_to_host.to_host(held)
     gc.collect()
     assert device_copy() is None
-    assert len(snapshot.views(plan, held)) == len(plan.slabs[0].pieces)
+    assert len(device_to_host.views(plan, held)) == len(plan.slabs[0].pieces)
 
 
 def test_staging_into_a_buffer_uses_its_memory_again():
     first, second = ([on_mesh(np.full((8, 6), i, np.float32), MESH, "a")] for i in (1, 2))
     plan = plan_of(first)
     (slab,) = plan.slabs
-    held = snapshot.stage(plan, slab, first)
+    held = device_to_host.stage(plan, slab, first)
     jax.block_until_ready(held.arrays)
     before = pointers(held.buffer)
     assert_same(collected(plan, [held]), [np.full((8, 6), 1, np.float32)])
-    again = snapshot.stage(plan, slab, second, held.buffer)
+    again = device_to_host.stage(plan, slab, second, held.buffer)
     assert held.buffer.is_deleted()
     assert pointers(again.buffer) == before
     assert_same(collected(plan, [again]), [np.full((8, 6), 2, np.float32)])
@@ -206,10 +207,10 @@ def test_large_leaves_whose_type_changes_are_written_into_the_buffer_one_by_one(
     first, second = ([on_mesh(one, MESH, "a", "b") for one in each] for each in hosts)
     plan = plan_of(first, slab_bytes=128 * MIB)
     (slab,) = plan.slabs
-    held = snapshot.stage(plan, slab, first)
+    held = device_to_host.stage(plan, slab, first)
     assert_same(collected(plan, [held]), hosts[0])
     before = pointers(held.buffer)
-    again = snapshot.stage(plan, slab, second, held.buffer)
+    again = device_to_host.stage(plan, slab, second, held.buffer)
     assert pointers(again.buffer) == before
     assert_same(collected(plan, [again]), hosts[1])
     program, table = pack.program(plan, slab, into=True)
@@ -221,9 +222,9 @@ def test_a_buffer_that_somebody_still_reads_is_not_written_over():
     first, second = ([on_mesh(np.full((8, 6), i, np.float32), MESH, "a")] for i in (1, 2))
     plan = plan_of(first)
     (slab,) = plan.slabs
-    held = snapshot.to_host(snapshot.stage(plan, slab, first))
-    kept = snapshot.views(plan, held)
-    again = snapshot.stage(plan, slab, second, held.buffer)
+    held = device_to_host.to_host(device_to_host.stage(plan, slab, first))
+    kept = device_to_host.views(plan, held)
+    again = device_to_host.stage(plan, slab, second, held.buffer)
     assert_same(collected(plan, [again]), [np.full((8, 6), 2, np.float32)])
     assert all((view == 1).all() for _, view in kept)
 
@@ -251,11 +252,11 @@ def test_a_copy_that_is_just_being_used_again_has_arrived(is_deleted):
 
     def wait():
         try:
-            snapshot.await_arrival(array)
+            device_to_host.await_arrival(array)
         except RuntimeError as error:
             failures.append(error)
 
-    with snapshot._DONATING:
+    with device_to_host._DONATING:
         snapshot_is_donating.set()
         waiter = threading.Thread(target=wait)
         waiter.start()
@@ -283,7 +284,7 @@ class AbortedDonation:
 
 def test_a_copy_that_was_not_used_again_after_all_is_waited_for():
     array = AbortedDonation()
-    snapshot.await_arrival(array)
+    device_to_host.await_arrival(array)
     assert array.attempts == 2
 
 
@@ -291,17 +292,17 @@ def test_buffers_are_of_a_kind_when_their_slabs_look_alike():
     leaves = [on_mesh(np.ones((8, 6), np.float32), MESH, "a") for _ in range(4)]
     leaves += [on_mesh(np.ones((8, 7), np.float32), MESH, "a")]
     plan = plan_of(leaves, slab_bytes=2 * leaves[0].nbytes)
-    first, second, other = (snapshot.reusable(plan, slab) for slab in plan.slabs)
+    first, second, other = (device_to_host.reusable(plan, slab) for slab in plan.slabs)
     assert first == second != other
     assert first.fresh().nbytes == plan.slabs[0].n_bytes
 
 
 def test_device_memory_is_not_kept_for_the_next_save(monkeypatch):
-    monkeypatch.setattr(snapshot, "is_in_host_memory", lambda slab: False)
+    monkeypatch.setattr(device_to_host, "is_in_host_memory", lambda slab: False)
     leaves = [on_mesh(np.ones((8, 6), np.float32), MESH, "a")]
     plan = plan_of(leaves)
-    assert snapshot.reusable(plan, plan.slabs[0]) is None
-    assert snapshot.stage(plan, plan.slabs[0], leaves).buffer is None
+    assert device_to_host.reusable(plan, plan.slabs[0]) is None
+    assert device_to_host.stage(plan, plan.slabs[0], leaves).buffer is None
 
 
 def pointers(array):
@@ -311,12 +312,12 @@ def pointers(array):
 @pytest.mark.parametrize("mode", ["stage", "direct"])
 def test_where_pinned_memory_is_refused_pageable_memory_is_used(monkeypatch, caplog, mode):
     monkeypatch.setattr(host_copies, "has_pinned_host", lambda device: True)
-    monkeypatch.setattr(snapshot, "is_in_host_memory", lambda slab: False)
+    monkeypatch.setattr(device_to_host, "is_in_host_memory", lambda slab: False)
     monkeypatch.setattr(host_copies, "in_pinned_host", refuse("RESOURCE_EXHAUSTED: pinned pool"))
     wanted = np.arange(48, dtype=np.float32).reshape(8, 6)
     leaves = [on_mesh(wanted, MESH, "a"), on_mesh(wanted, MESH)]
     plan = plan_of(leaves)
-    held = [snapshot.take(plan, slab, leaves, mode) for slab in plan.slabs]
+    held = [device_to_host.take(plan, slab, leaves, mode) for slab in plan.slabs]
     spoil(leaves)
     assert_same(collected(plan, held), [wanted, wanted])
     assert "pageable" in caplog.text
@@ -325,12 +326,12 @@ def test_where_pinned_memory_is_refused_pageable_memory_is_used(monkeypatch, cap
 @pytest.mark.parametrize("mode", ["stage", "direct"])
 def test_another_failure_of_the_copy_is_not_hidden(monkeypatch, mode):
     monkeypatch.setattr(host_copies, "has_pinned_host", lambda device: True)
-    monkeypatch.setattr(snapshot, "is_in_host_memory", lambda slab: False)
+    monkeypatch.setattr(device_to_host, "is_in_host_memory", lambda slab: False)
     monkeypatch.setattr(host_copies, "in_pinned_host", refuse("INTERNAL: broken"))
     leaves = [on_mesh(np.ones((8, 6), np.float32), MESH, "a")]
     plan = plan_of(leaves)
     with pytest.raises(RuntimeError, match="broken"):
-        snapshot.to_host(snapshot.take(plan, plan.slabs[0], leaves, mode))
+        device_to_host.to_host(device_to_host.take(plan, plan.slabs[0], leaves, mode))
 
 
 def refuse(text):
@@ -345,7 +346,7 @@ def test_direct_takes_no_device_memory_without_pinned_memory(monkeypatch):
     monkeypatch.setattr(host_copies, "has_pinned_host", lambda device: False)
     leaves = [on_mesh(np.ones((8, 6), np.float32), MESH, "a", "b")]
     plan = plan_of(leaves)
-    held = snapshot.direct(plan, plan.slabs[0], leaves)
+    held = device_to_host.direct(plan, plan.slabs[0], leaves)
     on_device = [
         x for x in held.arrays if isinstance(x, jax.Array) and x.sharding.memory_kind == "device"
     ]
@@ -360,7 +361,7 @@ def test_a_slab_takes_no_more_host_memory_than_the_budget_is_told(mode, spec):
     leaves = [on_mesh(np.ones((64, 64), np.float32), MESH, *spec)]
     plan = plan_of(leaves)
     (slab,) = plan.slabs
-    held = snapshot.to_host(snapshot.take(plan, slab, leaves, mode))
+    held = device_to_host.to_host(device_to_host.take(plan, slab, leaves, mode))
     assert _held_bytes(held) <= slab.n_bytes
 
 
@@ -397,7 +398,7 @@ def test_every_bit_pattern_of_every_dtype_arrives(name, mode):
     with jax.enable_x64(wanted.dtype.itemsize >= 8):
         leaves = [on_mesh(wanted, MESH, *specs[i % len(specs)]) for i in range(n_leaves)]
         plan = plan_of(leaves, slab_bytes=64 * MIB)
-        held = [snapshot.take(plan, slab, leaves, mode) for slab in plan.slabs]
+        held = [device_to_host.take(plan, slab, leaves, mode) for slab in plan.slabs]
         assert_same(collected(plan, held), [wanted] * n_leaves)
 
 
@@ -409,7 +410,7 @@ def test_every_bit_pattern_of_a_share_arrives(name):
         plan = plan_of(leaves)
         share = dataclasses.replace(plan.layouts[0], holds_whole_shards=False)
         plan = Plan(plan.leaves, (share,), plan.slabs)
-        assert_same(collected(plan, [snapshot.direct(plan, plan.slabs[0], leaves)]), [wanted])
+        assert_same(collected(plan, [device_to_host.direct(plan, plan.slabs[0], leaves)]), [wanted])
 
 
 def test_direct_takes_only_the_share_that_this_process_writes():
@@ -419,7 +420,7 @@ def test_direct_takes_only_the_share_that_this_process_writes():
     (slab,) = plan.slabs
     mine = Slab(slab.kind, slab.leaves, slab.cuts, slab.pieces[:1], slab.n_bytes // 8, 0, slab.mesh)
     share = dataclasses.replace(plan.layouts[0], holds_whole_shards=False)
-    held = snapshot.direct(Plan(plan.leaves, (share,), (mine,)), mine, leaves)
+    held = device_to_host.direct(Plan(plan.leaves, (share,), (mine,)), mine, leaves)
     assert _held_bytes(held) <= mine.n_bytes
 
 
@@ -440,7 +441,7 @@ def test_slabs_that_look_alike_share_a_program():
     for plan in plans:
         assert len(plan.slabs) == 4
         for slab in plan.slabs:
-            snapshot.stage(plan, slab, leaves)
+            device_to_host.stage(plan, slab, leaves)
             programs.add(pack.program(plan, slab, into=True)[0])
     (program,) = programs
     assert program._cache_size() == 1
@@ -448,11 +449,11 @@ def test_slabs_that_look_alike_share_a_program():
 
 @pytest.mark.parametrize("into", [True, False])
 def test_a_program_dies_with_the_last_plan_that_uses_it(into, monkeypatch):
-    monkeypatch.setattr(snapshot, "is_in_host_memory", lambda slab: into)
+    monkeypatch.setattr(device_to_host, "is_in_host_memory", lambda slab: into)
     leaves = [on_mesh(np.ones((8, 6), np.float32), MESH, "a")]
     plans = [plan_of(leaves) for _ in range(2)]
     for plan in plans:
-        snapshot.to_host(snapshot.stage(plan, plan.slabs[0], leaves))
+        device_to_host.to_host(device_to_host.stage(plan, plan.slabs[0], leaves))
     program = weakref.ref(pack.program(plan, plan.slabs[0], into=into)[0])
     del plan
     plans.pop()

@@ -13,8 +13,8 @@ from etils import epath
 from trees import on_mesh
 
 import lazy_orbax
-from lazy_orbax import sync
 from lazy_orbax._orbax import multihost
+from lazy_orbax.storage import fsync
 
 WAIT_S = 30
 
@@ -36,13 +36,13 @@ class Synced:
 @pytest.fixture
 def synced(monkeypatch):
     noted = Synced()
-    monkeypatch.setattr(sync.os, "fsync", noted.fsync)
+    monkeypatch.setattr(fsync.os, "fsync", noted.fsync)
     return noted
 
 
 @pytest.fixture
 def syncer(tmp_path):
-    syncer = sync.Syncer(str(tmp_path), (), timeout_s=WAIT_S)
+    syncer = fsync.Syncer(str(tmp_path), (), timeout_s=WAIT_S)
     yield syncer
     syncer.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("lazy_orbax-sync")]
@@ -108,13 +108,13 @@ def test_a_temporary_file_that_is_gone_is_no_error(tmp_path, synced, syncer, mon
             os.unlink(path)
         return opened(path, *args)
 
-    monkeypatch.setattr(sync.os, "open", vanish)
+    monkeypatch.setattr(fsync.os, "open", vanish)
     syncer.finish()
     assert synced.paths == [str(tmp_path)]
 
 
 def test_a_directory_of_very_many_files_is_looked_through_once(tmp_path, synced, syncer):
-    for i in range(sync._MOST_WATCHED + 1):
+    for i in range(fsync._MOST_WATCHED + 1):
         (tmp_path / f"{i}").touch()
     syncer.begin()
     assert synced.began.acquire(timeout=WAIT_S)
@@ -134,7 +134,7 @@ def test_each_process_syncs_its_own(tmp_path, synced):
     for file in files:
         file.parent.mkdir(parents=True)
         file.write_text("x")
-    syncer = sync.Syncer(
+    syncer = fsync.Syncer(
         str(tmp_path), {"ocdbt.process_1", "ocdbt.process_replica_1"}, timeout_s=WAIT_S
     )
     syncer.finish()

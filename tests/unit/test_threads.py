@@ -7,9 +7,9 @@ import threading
 
 import pytest
 
-from lazy_orbax import threads
 from lazy_orbax._machine import priority_of_this_thread, yield_to_training
-from lazy_orbax.threads import Crew, await_progress
+from lazy_orbax.storage import threads
+from lazy_orbax.storage.threads import Crew, await_progress
 
 WAIT_S = 30
 

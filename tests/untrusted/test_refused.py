@@ -21,13 +21,14 @@ from trees import abstract, assert_same
 from untrusted import ocdbt_codec
 
 import lazy_orbax
-from lazy_orbax import digest_file, ocdbt_checks, untrusted
 from lazy_orbax.errors import (
     CorruptCheckpointError,
     MalformedCheckpointError,
     RestoreError,
     TreeError,
 )
+from lazy_orbax.integrity import digest_file
+from lazy_orbax.trust import malformed, ocdbt_nodes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning"),
@@ -198,8 +199,8 @@ def test_files_that_are_no_json_object(name, content, copy):
 
 def test_a_file_of_metadata_that_is_too_large(copy, monkeypatch):
     directory = copy("ocdbt")
-    monkeypatch.setattr(untrusted, "_LEAST_JSON_BYTES", 2**20)
-    monkeypatch.setattr(untrusted, "memory_bytes", lambda: 2**28)
+    monkeypatch.setattr(malformed, "_LEAST_JSON_BYTES", 2**20)
+    monkeypatch.setattr(malformed, "memory_bytes", lambda: 2**28)
     change(directory / "_METADATA", lambda m: m.update(custom_metadata="x" * 2**21))
     refused(directory, "_METADATA", f"more than {2**20} bytes")
 
@@ -245,7 +246,7 @@ def test_a_sharding_that_nobody_reads_is_not_looked_at(copy):
 def test_more_than_the_machine_holds(form, copy):
     directory = copy(form)
     change_array(directory, "a.w", shape=[2**50], chunks=[2**20])
-    refused(directory, "a.w", str(2**52 + 20), str(untrusted.memory_bytes()), "target")
+    refused(directory, "a.w", str(2**52 + 20), str(malformed.memory_bytes()), "target")
     target = abstract(tree())
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)
     with pytest.raises(RestoreError, match=r"\['a'\]\['w'\]: found \[1125899906842624\]"):
@@ -388,8 +389,8 @@ def test_the_bound_on_a_node_holds_for_what_zstd_writes():
         ):
             for codec in (numcodecs.Zstd(1), numcodecs.Zstd(9, checksum=True)):
                 encoded = bytes(codec.encode(data))
-                assert ocdbt_checks.decoded_bytes(encoded) >= length
-                assert ocdbt_checks.decoded_bytes(encoded) <= length + 2**18
+                assert ocdbt_nodes.decoded_bytes(encoded) >= length
+                assert ocdbt_nodes.decoded_bytes(encoded) <= length + 2**18
 
 
 # The other ways in.

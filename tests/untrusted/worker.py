@@ -29,7 +29,7 @@ from orbax.checkpoint import msgpack_utils
 from trees import abstract, all_bits, on_mesh
 
 import lazy_orbax
-from lazy_orbax import size_checks, untrusted
+from lazy_orbax.trust import declared_sizes, malformed
 
 # What the library is told that this machine has.
 MEMORY_BYTES = 256 * 2**20
@@ -191,7 +191,7 @@ def main() -> None:
     if not root.exists():
         build(root)
     resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE_BYTES,) * 2)
-    untrusted.memory_bytes = size_checks.memory_bytes = lambda: MEMORY_BYTES
+    malformed.memory_bytes = declared_sizes.memory_bytes = lambda: MEMORY_BYTES
     restorer = Restorer(root)
     replies.write(json.dumps({"ready": _peak_bytes()}) + "\n")
     for number, line in enumerate(sys.stdin):

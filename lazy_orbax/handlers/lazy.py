@@ -1,0 +1,240 @@
+"""The custom handler: Orbax's protocol, and nothing else. `faces.py` puts it inside Orbax's own.
+
+The story of a save is in `begin`, its end in `finish`, a restore in `restore`. Orbax does the rest:
+temporary directories, barriers, publishing, retention; and reading.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from etils import epath
+
+from lazy_orbax import _paths
+from lazy_orbax._orbax import describe, handed_in, symbols
+from lazy_orbax._orbax.operations import tell_threads_apart
+from lazy_orbax._orbax.records import Destination, Settings
+from lazy_orbax._orbax.symbols import ocp
+from lazy_orbax._orbax.waiting import leaving_nobody_waiting
+from lazy_orbax.errors import OptionError
+from lazy_orbax.options import LazyOptions
+from lazy_orbax.plan.slabs import Plan
+from lazy_orbax.restore.verified import examined, restore
+from lazy_orbax.save.begin import Saver, begin
+from lazy_orbax.save.finish import end_all, finish
+from lazy_orbax.save.merge import merge
+from lazy_orbax.save.plan_cache import prepare
+from lazy_orbax.storage.pace import Pace
+from lazy_orbax.trust.malformed import checked
+
+_GB = 10**9
+_STOCK_CONCURRENT_GB = 96
+# Slabs that fit the budget at once: some are copied while others are written.
+_LEAST_SLABS = 4
+
+
+class LazyCheckpointHandler(symbols.HANDLER_BASE):
+    """Saves trees of `jax.Array`s lazily, in Orbax's own format.
+
+    Use it with `lazy_orbax.args.LazySave` and `LazyRestore`, or through `pytree_handler()` and
+    `standard_handler()`, which take stock args. One handler may serve several items.
+    """
+
+    def __init__(
+        self,
+        *,
+        options: LazyOptions | None = None,
+        save_concurrent_gb: int | None = None,
+        restore_concurrent_gb: int | None = None,
+        save_device_host_concurrent_gb: int | str | None = None,
+        use_compression: bool = False,
+        **keywords: Any,
+    ):
+        """Creates a handler.
+
+        Args:
+            options: how to take a snapshot; `None` is `LazyOptions()`.
+            save_concurrent_gb: most GB (10**9 bytes) of snapshot in host memory, as is
+                `options.host_bytes`; the smaller counts.
+            restore_concurrent_gb: as in stock Orbax, most GB being restored at once.
+            save_device_host_concurrent_gb: as `save_concurrent_gb`.
+            use_compression: compress with zstd, as stock Orbax does by default. Why not here:
+                `examples/guides/differences.md`.
+            **keywords: every other keyword of `ocp.PyTreeCheckpointHandler`.
+
+        Raises:
+            OptionError: a value is out of range.
+        """
+        self.options = options or LazyOptions()
+        if not isinstance(self.options, LazyOptions):
+            raise OptionError(f"options={options!r} is not a lazy_orbax.LazyOptions.")
+        self.limit_bytes = _limit_bytes(
+            self.options,
+            save_concurrent_gb=save_concurrent_gb,
+            save_device_host_concurrent_gb=save_device_host_concurrent_gb,
+            restore_concurrent_gb=restore_concurrent_gb,
+            memory_limits=keywords.get("memory_limit_options"),
+        )
+        self._slab_bytes = min(
+            self.options.slab_bytes,
+            self.limit_bytes // _LEAST_SLABS,
+            self.options.write_bytes_per_s or self.options.slab_bytes,
+        )
+        restore_gb = restore_concurrent_gb or _STOCK_CONCURRENT_GB
+        given = {**keywords, "use_compression": use_compression}
+        if symbols.warn_if_stock():
+            super().__init__(**given, restore_concurrent_gb=restore_gb)
+        else:
+            super().__init__(**given, restore_concurrent_bytes=restore_gb * _GB)
+            tell_threads_apart()
+            self._saver = Saver(
+                settings=describe.settings_of(self, given),
+                options=self.options,
+                limit_bytes=self.limit_bytes,
+                slab_bytes=self._slab_bytes,
+                processes=keywords.get("multiprocessing_options"),
+                merge=self._merge,
+                pace=Pace(self.options.write_bytes_per_s),
+            )
+        self._processes = keywords.get("multiprocessing_options")
+        # What is written into the checkpoint: the stock name, so that stock Orbax reads it without
+        # being told how. On the class it would clash with the stock handler's registration.
+        self.typestr = ocp.PyTreeCheckpointHandler.typestr
+
+    @leaving_nobody_waiting
+    async def async_save(self, directory: Any, args: Any) -> list[Any] | None:
+        """Puts `args.item` out of reach of donation and starts writing it.
+
+        Args:
+            directory: where Orbax wants the item. It may come into being later.
+            args: `LazySave`, or Orbax's own arguments of the same fields.
+
+        Returns:
+            Futures that are running already. The caller may donate, delete or change what is in
+            `args.item` when this returned.
+
+        Raises:
+            OptionError: Orbax cannot write to such a directory.
+            TreeError: the tree cannot be saved. Nothing was written.
+            SaveError: the save failed while it waited for host memory.
+            NotDurableError: an earlier step was published unheard, and cannot be synced any more.
+        """
+        if symbols.MISSING or getattr(args, "partial_save_mode", False):
+            stock_args = handed_in.save_args(args) if symbols.MISSING else args
+            return await super().async_save(directory, args=stock_args)
+        return await begin(self._saver, directory, args)  # type: ignore[return-value]
+
+    @property
+    def settings(self) -> Settings:
+        """How the handler saves, in Orbax's terms."""
+        return self._saver.settings
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether all processes of the job save and restore together, in one directory."""
+        options = self._processes
+        alone = getattr(options, "primary_host", 0) is None
+        return not alone and getattr(options, "active_processes", None) is None
+
+    def plan_for(self, item: Any, save_args: Any, destination: Destination) -> Plan:
+        """Returns the plan with which a tree like `item`, whose values are not read, is saved.
+
+        Raises:
+            TreeError: such a tree cannot be saved.
+        """
+        prepared, _ = prepare(
+            self.settings,
+            item,
+            save_args,
+            destination=destination,
+            slab_bytes=self._slab_bytes,
+            abstract=True,
+        )
+        return prepared.plan
+
+    def restore(self, directory: Any, args: Any = None) -> Any:
+        """Restores a tree, by Orbax's own path, and verifies it (`LazyOptions.verify_restore`).
+
+        Args:
+            directory: the item's directory.
+            args: `LazyRestore`, Orbax's own arguments of the same fields, or `None`.
+
+        Returns:
+            A tree with the structure of `args.item`, or of nested dictionaries and lists.
+
+        Raises:
+            RestoreError: the target does not fit what is stored; every misfit leaf is named.
+            CorruptCheckpointError: what is stored, or was restored, is not what was saved.
+            MalformedCheckpointError: it is not a checkpoint that Orbax wrote.
+        """
+        directory = handed_in.without_dots(directory)
+        stock_args = handed_in.restore_args(args) if args and symbols.MISSING else args
+        by_orbax = functools.partial(super().restore, directory, args=stock_args)
+        with examined(directory, args, verifies=self.options.verify_restore):
+            return restore(
+                directory,
+                args,
+                by_orbax,
+                metadata=self.metadata,
+                verifies=self.options.verify_restore,
+                is_shared=self.is_shared,
+            )
+
+    def metadata(self, directory: Any) -> Any:
+        """Returns what Orbax says about the leaves of a checkpoint.
+
+        Raises:
+            MalformedCheckpointError: it is not a checkpoint that Orbax wrote.
+        """
+        directory = handed_in.without_dots(directory)
+        with checked(directory, None):
+            return super().metadata(directory)
+
+    def finalize(self, directory: Any) -> None:
+        """Lets Orbax merge what the processes wrote, and syncs it. Orbax publishes the step then.
+
+        Raises:
+            SaveError: the storage refused it, or did nothing for too long.
+        """
+        if symbols.MISSING:
+            self._merge(directory)
+        else:
+            finish(self._saver, directory)
+
+    def _merge(self, directory: Any) -> None:
+        by_orbax = functools.partial(
+            super().finalize, epath.Path(_paths.without_dots(str(directory)))
+        )
+        settings = None if symbols.MISSING else self.settings
+        merge(settings, directory, by_orbax, timeout_s=self.options.storage_timeout_s)
+
+    def close(self) -> None:
+        """Waits for what is being saved, and gives host memory back. A second call does nothing.
+
+        Raises:
+            SaveError: a save failed, and nobody was told yet.
+        """
+        try:
+            if not symbols.MISSING:
+                end_all(self._saver)
+        finally:
+            super().close()
+
+
+def _limit_bytes(options: LazyOptions, *, memory_limits: Any, **gb: Any) -> int:
+    """Returns the most bytes of snapshot in host memory; the smallest of all limits counts.
+
+    Raises:
+        OptionError: a limit is no positive number.
+    """
+    limit_bytes = options.host_limit_bytes
+    gb["max_transfer_concurrent_gb"] = getattr(memory_limits, "max_transfer_concurrent_gb", None)
+    for name, value in gb.items():
+        if value is None or value == "auto":
+            continue
+        if not isinstance(value, int | float) or value <= 0:
+            raise OptionError(f"{name}={value!r} must be a positive number of GB.")
+        if not name.startswith("restore"):
+            limit_bytes = min(limit_bytes, int(value * _GB))
+    return limit_bytes

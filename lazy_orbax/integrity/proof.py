@@ -1,0 +1,259 @@
+"""Whether what is written is what the caller's arrays held: fingerprints, piece by piece.
+
+Programs of their own read the arrays on their devices before `save()` returns, and leave a few
+words for each leaf and device. What is handed to the storage has to have the same fingerprint, at
+the place where TensorStore was told to put it.
+
+Not looked at are arrays that the caller holds in host memory which devices can reach: no program of
+ours makes what is written of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lazy_orbax.integrity import fingerprint
+from lazy_orbax.integrity.proof_programs import (
+    Misplaced,
+    Part,
+    Run,
+    Subject,
+    compiled,
+    enqueue,
+    results,
+)
+from lazy_orbax.plan.shards import Device, Leaf, Shape
+from lazy_orbax.plan.slabs import Piece, Plan, Slab
+
+# The save of a plan whose programs are begun: who saves once does not pay for them.
+_COMPILED_AT = 2
+_LOG = logging.getLogger("lazy_orbax")
+
+
+class Prover:
+    """The programs that look at what a plan saves, and which saves are looked at.
+
+    Invariant, under the lock: `_n_saves` saves have begun; the last one that was looked at was
+    number `_looked_at`, if any was; at most one thread compiles.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._compiling = threading.Lock(), threading.Lock()
+        self._n_saves = 0
+        self._looked_at: int | None = None
+        self._runs: list[Run] | None = None
+        self._failure: Exception | None = None
+        self._is_begun = False
+
+    def due(self, plan: Plan, every: int) -> Evidence | None:
+        """Returns what becomes the evidence for a save that begins, or `None`.
+
+        Args:
+            plan: the plan of the save.
+            every: `LazyOptions.verify_snapshot`. Where it is 1 the first save waits until the
+                programs are compiled; else none does.
+        """
+        with self._lock:
+            self._n_saves += 1
+            misplaced = isinstance(self._failure, Misplaced)
+            if not every or not (every == 1 or self._runs is not None or misplaced):
+                return None
+            if self._looked_at is not None and self._n_saves - self._looked_at < every:
+                return None
+            self._looked_at = self._n_saves
+        return Evidence(plan, self)
+
+    def begin_to_prepare(
+        self, plan: Plan, every: int, *, lower_priority: Callable[[], None]
+    ) -> None:
+        """Compiles the programs in a thread, if later saves will use them.
+
+        Args:
+            plan: the plan.
+            every: `LazyOptions.verify_snapshot`.
+            lower_priority: called in that thread.
+        """
+        with self._lock:
+            if not every or self._is_begun or self._n_saves < _COMPILED_AT:
+                return
+            self._is_begun = True
+
+        def prepare() -> None:
+            lower_priority()
+            try:
+                self.prepare(plan)
+            except Exception:  # noqa: BLE001 - Saves go on; the log has it.
+                _LOG.exception("Snapshots cannot be verified (LazyOptions.verify_snapshot).")
+
+        # The interpreter waits for it: a compiler must not run while the process is taken down.
+        threading.Thread(target=prepare, name="lazy_orbax-proof", daemon=False).start()
+
+    def prepare(self, plan: Plan) -> list[Run]:
+        """Returns the calls that look at a plan's leaves; compiles them, if that was not done.
+
+        Raises:
+            Misplaced: the plan does not cover a leaf, or names a device that does not hold it.
+        """
+        with self._compiling:
+            if self._failure is not None:
+                raise self._failure
+            if self._runs is None:
+                try:
+                    _check_cover(plan)
+                    self._runs = _all_while_it_lasts(plan)
+                except Exception as error:
+                    self._failure = error
+                    raise
+            return self._runs or []
+
+
+def _all_while_it_lasts(plan: Plan) -> list[Run] | None:
+    """Compiles program after program; stops where the main thread has ended."""
+    runs = []
+    for run in compiled(_subjects(plan)):
+        runs.append(run)
+        if not threading.main_thread().is_alive():
+            return None
+    return runs
+
+
+class Evidence:
+    """The fingerprints of one save's pieces, in the caller's arrays and as they are written.
+
+    Attributes:
+        found: the fingerprint of what is on storage of each piece, by the `id` of the piece.
+    """
+
+    def __init__(self, plan: Plan, prover: Prover):
+        """Does nothing yet; `take` does."""
+        self._plan, self._prover = plan, prover
+        self._enqueued: list[tuple[Run, jax.Array]] = []
+        self._wanted: dict[Any, int] = {}
+        self.found: dict[int, int] = {}
+
+    def take(self, leaves: Sequence[Any]) -> None:
+        """Enqueues programs that read the caller's arrays; those in host memory are read at once.
+
+        Args:
+            leaves: the values of `plan.leaves`. They may be donated or changed when this returned.
+
+        Raises:
+            Misplaced: the plan does not fit the arrays.
+        """
+        self._enqueued = enqueue(self._prover.prepare(self._plan), leaves)
+        for slab in self._plan.slabs:
+            for piece in slab.pieces if slab.kind == "host" else ():
+                value = np.asarray(leaves[piece.leaf])
+                self._wanted[id(piece)] = fingerprint.of_host(value, (0,) * value.ndim)
+
+    def differs(self, piece: Piece, index: tuple[slice, ...], view: np.ndarray) -> str | None:
+        """Returns what is wrong with what is written, or `None`.
+
+        Args:
+            piece: which piece it is said to be.
+            index: where it goes in the leaf.
+            view: what is written there, before it is cast.
+        """
+        self._collect()
+        found = self._note(piece, index, view)
+        wanted = self._wanted.get(id(piece), found)
+        if wanted == found:
+            return None
+        place = ", ".join(f"{part.start}:{part.stop}" for part in index)
+        return (
+            f"what is written at [{place}] is not what the array held: its fingerprint is "
+            f"{found:016x}, the array's is {wanted:016x}"
+        )
+
+    def is_cast(self, piece: Piece, index: tuple[slice, ...], view: np.ndarray) -> None:
+        """Notes what is stored of a piece, where that is not what was given."""
+        self._note(piece, index, view)
+
+    def missing(self) -> str | None:
+        """Returns the name of a leaf of which not every piece was written, if there is one."""
+        pieces = (piece for slab in self._plan.slabs for piece in slab.pieces)
+        absent = (piece.leaf for piece in pieces if id(piece) not in self.found)
+        return next((self._plan.leaves[leaf].name for leaf in absent), None)
+
+    def _note(self, piece: Piece, index: tuple[slice, ...], view: np.ndarray) -> int:
+        found = fingerprint.of_host(view, [part.start for part in index])
+        self.found[id(piece)] = found
+        return found
+
+    def _collect(self) -> None:
+        """Waits for the devices."""
+        if self._enqueued:
+            self._wanted |= results(self._enqueued)
+            self._enqueued = []
+
+
+def prover_of(plan: Plan) -> Prover:
+    """Returns the one prover of a plan."""
+    return plan.kept.setdefault(Prover, Prover())
+
+
+def _subjects(plan: Plan) -> dict[int, Subject]:
+    """Returns the leaves that programs can look at, with the pieces that this process writes."""
+    parts: dict[int, list[Part]] = {}
+    shapes: dict[int, Shape] = {}
+    for slab in plan.slabs:
+        for piece in slab.pieces if slab.kind in ("mesh", "shards") else ():
+            device = _device_of(slab, plan.leaves[piece.leaf], piece)
+            parts.setdefault(piece.leaf, []).append(Part(id(piece), device, piece.start))
+            shapes[piece.leaf] = piece.shape
+    subjects = {}
+    for i, some in parts.items():
+        leaf = plan.leaves[i]
+        assert leaf.sharding is not None
+        memory = some[0].device.default_memory().kind
+        if leaf.sharding.memory_kind in (None, memory):
+            about = leaf.name, leaf.shape, leaf.dtype, leaf.sharding
+            subjects[i] = Subject(*about, shapes[i], tuple(some))
+    return subjects
+
+
+def _device_of(slab: Slab, leaf: Leaf, piece: Piece) -> Device:
+    if slab.mesh is not None:
+        return slab.mesh.devices.flat[piece.device]
+    assert leaf.sharding is not None
+    return list(leaf.sharding.devices_indices_map(leaf.shape))[piece.device]
+
+
+def _check_cover(plan: Plan) -> None:
+    """Looks whether the pieces cover each leaf that is all here, exactly once.
+
+    Raises:
+        Misplaced: they do not.
+    """
+    pieces: dict[int, list[Piece]] = {}
+    for slab in plan.slabs:
+        for piece in slab.pieces:
+            pieces.setdefault(piece.leaf, []).append(piece)
+    for i, leaf in enumerate(plan.leaves):
+        mine = pieces.get(i, [])
+        if leaf.sharding is None and not mine:
+            continue  # Another process writes it.
+        if leaf.sharding is not None and not leaf.sharding.is_fully_addressable:
+            continue  # Other processes write the rest.
+        if not _is_grid(leaf.shape, mine):
+            raise Misplaced(leaf.name, f"its {len(mine)} pieces do not cover it exactly once")
+
+
+def _is_grid(shape: Shape, pieces: Sequence[Piece]) -> bool:
+    """Whether pieces of one shape fill each cell of a grid over the leaf once."""
+    shapes = {piece.shape for piece in pieces}
+    if len(shapes) != 1:
+        return False
+    (cell,) = shapes
+    axes = [range(0, n, step) for n, step in zip(shape, cell, strict=True)]
+    fits = not any(n % step for n, step in zip(shape, cell, strict=True))
+    starts = {piece.start for piece in pieces}
+    on_grid = all(at in axis for start in starts for at, axis in zip(start, axes, strict=True))
+    return fits and on_grid and len(starts) == len(pieces) == math.prod(map(len, axes))

@@ -1,0 +1,275 @@
+"""Programs that find the fingerprints of parts of arrays, each on the device that holds it.
+
+They take nothing from the pack and its plan: JAX is asked where the shards of an array lie.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lazy_orbax.integrity.fingerprint import u64
+from lazy_orbax.integrity.fingerprint_traced import as_integers, of_traced
+from lazy_orbax.plan.shards import Device, Shape
+
+# Leaves of one program. Those that look alike share programs, so more would be compiled for less.
+_MOST_LEAVES = 16
+
+
+class Misplaced(ValueError):
+    """Something is said of a leaf that is not so.
+
+    Attributes:
+        leaf: its name.
+    """
+
+    def __init__(self, leaf: str, what: str):
+        super().__init__(what)
+        self.leaf = leaf
+
+
+class Part(NamedTuple):
+    """A rectangle of a leaf that one device of this process holds.
+
+    Attributes:
+        key: what its fingerprint will be found under.
+        device: the device.
+        start: where it starts in the leaf.
+    """
+
+    key: Hashable
+    device: Device
+    start: Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A leaf on devices, and the parts to look at: at most one a device, all of one shape.
+
+    Attributes:
+        name: for messages.
+        shape: the leaf's.
+        dtype: the leaf's.
+        sharding: the leaf's.
+        part_shape: the parts'.
+        parts: the parts.
+    """
+
+    name: str
+    shape: Shape
+    dtype: np.dtype
+    sharding: jax.sharding.Sharding
+    part_shape: Shape
+    parts: tuple[Part, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Look:
+    """How a program looks at a leaf: leaves that look alike can take each other's place.
+
+    Attributes:
+        shape: of the array that the program is given.
+        dtype: its dtype.
+        spec: how it is divided over the mesh.
+        part: the shape of what is read on each device, if that is not all.
+    """
+
+    shape: Shape
+    dtype: np.dtype
+    spec: PartitionSpec
+    part: Shape | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """One call of a program.
+
+    Attributes:
+        mesh: devices of this process.
+        leaves: indices of the leaves that it looks at.
+        program: what is called.
+        starts: its first argument: for each device and leaf, where the part starts in the shard
+            and in the leaf.
+        places: row and column of each part's fingerprint in what is returned, by its key.
+    """
+
+    mesh: Mesh
+    leaves: tuple[int, ...]
+    program: Any
+    starts: jax.Array
+    places: Mapping[Hashable, tuple[int, int]]
+
+
+def compiled(subjects: Mapping[int, Subject]) -> Iterator[Run]:
+    """Compiles programs, few for many leaves, and yields the calls that look at all leaves.
+
+    Args:
+        subjects: the leaves, by their index among the arrays that `enqueue` will be given.
+
+    Raises:
+        Misplaced: a device does not hold the part that it is said to hold.
+    """
+    programs: dict[Hashable, Any] = {}
+    tables: dict[Hashable, jax.Array] = {}
+    for mesh, looks, leaves in _batches(subjects):
+        starts, places = _starts(mesh, [subjects[i] for i in leaves])
+        content, kind = (mesh, starts.shape, starts.tobytes()), (mesh, looks, starts.shape)
+        with _exact(mesh):
+            if content not in tables:
+                tables[content] = _on_devices(mesh, starts)
+            if kind not in programs:
+                programs[kind] = _compiled(mesh, looks, tables[content])
+        yield Run(mesh, leaves, programs[kind], tables[content], places)
+
+
+def enqueue(runs: Iterable[Run], arrays: Sequence[Any]) -> list[tuple[Run, jax.Array]]:
+    """Enqueues the programs. The arrays may be donated, deleted or dropped when this returned."""
+    enqueued = []
+    for run in runs:
+        operands = [_operand(arrays[i], run.mesh) for i in run.leaves]
+        with _exact(run.mesh):
+            enqueued.append((run, run.program(run.starts, *operands)))
+    return enqueued
+
+
+def results(enqueued: Iterable[tuple[Run, jax.Array]]) -> dict[Hashable, int]:
+    """Waits for the devices, and returns the fingerprints of the parts by their keys."""
+    found: dict[Hashable, int] = {}
+    for run, result in enqueued:
+        with jax.transfer_guard("allow"):
+            rows = {shard.index[0].start or 0: shard.data for shard in result.addressable_shards}
+            words = np.concatenate([np.asarray(rows[i]) for i in sorted(rows)]).astype(np.uint64)
+        whole = words[..., 0] | words[..., 1] << np.uint64(32)
+        found |= {key: int(whole[place]) for key, place in run.places.items()}
+    return found
+
+
+@contextlib.contextmanager
+def _exact(mesh: Mesh) -> Iterator[None]:
+    """Runs a program of ours, which counts in 64 bits, whatever the caller has set."""
+    with jax.enable_x64(True), jax.set_mesh(mesh):
+        yield
+
+
+def _batches(
+    subjects: Mapping[int, Subject],
+) -> Iterator[tuple[Mesh, tuple[_Look, ...], tuple[int, ...]]]:
+    """Divides leaves among calls: first those that look alike, then what is left over."""
+    alike: dict[tuple[Mesh, _Look], list[int]] = {}
+    for i, subject in subjects.items():
+        alike.setdefault(_look(subject), []).append(i)
+    rest: dict[Mesh, list[tuple[_Look, int]]] = {}
+    for (mesh, look), members in alike.items():
+        whole = len(members) // _MOST_LEAVES * _MOST_LEAVES
+        for first in range(0, whole, _MOST_LEAVES):
+            yield mesh, (look,) * _MOST_LEAVES, tuple(members[first : first + _MOST_LEAVES])
+        rest.setdefault(mesh, []).extend((look, i) for i in members[whole:])
+    for mesh, left in rest.items():
+        for first in range(0, len(left), _MOST_LEAVES):
+            looks, members = zip(*left[first : first + _MOST_LEAVES], strict=True)
+            yield mesh, looks, members
+
+
+def _look(subject: Subject) -> tuple[Mesh, _Look]:
+    sharding = subject.sharding
+    shard_shape = tuple(sharding.shard_shape(subject.shape))
+    part = subject.part_shape if subject.part_shape != shard_shape else None
+    if _is_ready(sharding):
+        return sharding.mesh, _Look(subject.shape, subject.dtype, sharding.spec, part)  # type: ignore[attr-defined]
+    devices = sorted(sharding.addressable_devices, key=lambda device: device.id)
+    return _mesh_of(tuple(devices)), _Look(shard_shape, subject.dtype, PartitionSpec(), part)
+
+
+def _is_ready(sharding: jax.sharding.Sharding) -> bool:
+    """Whether a program of this process alone can take arrays that are placed so."""
+    is_named = isinstance(sharding, NamedSharding) and bool(sharding.mesh.axis_names)
+    return is_named and sharding.is_fully_addressable
+
+
+@functools.lru_cache(maxsize=64)
+def _mesh_of(devices: tuple[Device, ...]) -> Mesh:
+    return Mesh(np.array(devices), ("device",))
+
+
+def _operand(array: jax.Array, mesh: Mesh) -> jax.Array:
+    """Returns an array that a program on `mesh` can take, whose shards are the array's own.
+
+    Where it is a new one it is declared to be replicated, which it need not be: each device brings
+    the shard that it has.
+    """
+    is_ready = _is_ready(array.sharding) or len(array.sharding.device_set) == 1
+    if is_ready and not array.weak_type:  # A program for weak types would be another one.
+        return array
+    data = {shard.device: shard.data for shard in array.addressable_shards}
+    if is_ready:
+        shape, sharding = array.shape, array.sharding
+        return jax.make_array_from_single_device_arrays(shape, sharding, list(data.values()))
+    shards = [data[device] for device in mesh.devices.flat]
+    anyhow = NamedSharding(mesh, PartitionSpec())
+    return jax.make_array_from_single_device_arrays(shards[0].shape, anyhow, shards)
+
+
+def _starts(
+    mesh: Mesh, subjects: Sequence[Subject]
+) -> tuple[np.ndarray, dict[Hashable, tuple[int, int]]]:
+    """Returns `Run.starts`, still on the host, and `Run.places`."""
+    row_of = {device: row for row, device in enumerate(mesh.devices.flat)}
+    n_axes = max(len(subject.shape) for subject in subjects)
+    starts = np.zeros((len(row_of), len(subjects), 2, n_axes), np.int64)
+    places: dict[Hashable, tuple[int, int]] = {}
+    for column, subject in enumerate(subjects):
+        shape = subject.shape
+        where = subject.sharding.devices_indices_map(shape)
+        for key, device, start in subject.parts:
+            shard = [part.indices(n) for part, n in zip(where[device], shape, strict=True)]
+            within = [at - part[0] for at, part in zip(start, shard, strict=True)]
+            sizes = zip(within, subject.part_shape, shard, strict=True)
+            if not all(at >= 0 and at + n <= part[1] - part[0] for at, n, part in sizes):
+                raise Misplaced(subject.name, f"{device} does not hold the part at {start}")
+            row = row_of[device]
+            starts[row, column, :, : len(shape)] = within, start
+            places[key] = row, column
+    return starts, places
+
+
+def _on_devices(mesh: Mesh, table: np.ndarray) -> jax.Array:
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return jax.make_array_from_callback(table.shape, sharding, lambda index: table[index])
+
+
+def _compiled(mesh: Mesh, looks: tuple[_Look, ...], starts: jax.Array) -> Any:
+    """Returns a program of `starts` and leaves: for each device, two words for each leaf."""
+    folds = mesh.devices.flat[0].platform == "cpu"
+
+    def look_at(starts: Any, *shards: Any) -> Any:
+        found = []
+        for i, (shard, look) in enumerate(zip(shards, looks, strict=True)):
+            within, start = starts[0, i, 0, : shard.ndim], starts[0, i, 1, : shard.ndim]
+            shard = as_integers(shard)
+            if look.part is not None:
+                shard = lax.dynamic_slice(shard, list(within), look.part)
+            found.append(of_traced(shard, start, folds=folds))
+        both = jnp.stack(found)
+        halves = both & u64(2**32 - 1), both >> u64(32)
+        return jnp.stack(halves, axis=1).astype(jnp.uint32)[None]
+
+    by_device = PartitionSpec(mesh.axis_names)
+    specs = (by_device, *(look.spec for look in looks))
+    mapped = jax.shard_map(look_at, mesh=mesh, in_specs=specs, out_specs=by_device, check_vma=False)
+    places = [NamedSharding(mesh, spec) for spec in specs]
+    jitted = jax.jit(mapped, in_shardings=tuple(places), out_shardings=places[0])
+    stand_ins = [
+        jax.ShapeDtypeStruct(look.shape, look.dtype, sharding=place)
+        for look, place in zip(looks, places[1:], strict=True)
+    ]
+    jitted.lower(starts, *stand_ins).compile()  # It is found again when it is called.
+    return jitted

@@ -1,0 +1,160 @@
+"""What Orbax keeps of a step beside its items, against digests of ours.
+
+Orbax writes that file three times: empty; with everything that matters before it finalizes the
+items, which is when its digests are taken; and with the time of the commit, as it publishes. It
+may be changed later with Orbax's own `ocp.metadata.metadata_store`, so what differs is told of,
+and refuses nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from lazy_orbax import _paths
+from lazy_orbax._paths import STEP_METADATA
+from lazy_orbax.errors import Problem
+from lazy_orbax.integrity import digest_file
+from lazy_orbax.integrity.digest import digest_of_text
+from lazy_orbax.integrity.digest_file import DigestError
+from lazy_orbax.integrity.step_place import metadata_beside
+from lazy_orbax.storage import small_files
+from lazy_orbax.storage.deadline import Deadline
+from lazy_orbax.storage.fsync import Inode, inode_of
+from lazy_orbax.storage.places import open_store, scheme_of
+from lazy_orbax.storage.save_error import save_error
+
+DIGESTS = f"{digest_file.DIRECTORY}/step"
+_FORMAT = 1
+_TIME_OF_COMMIT = "commit_timestamp_nsecs"
+# Orbax writes in a thread of its own, which began before it finalizes the items.
+_WRITTEN_S, _WRITTEN_REMOTELY_S = 0.5, 5.0
+_LOOK_AGAIN_S = 0.01
+
+
+def record(item_directory: str, *, timeout_s: float) -> set[Inode]:
+    """Writes the digests of the metadata of the step that an item is of, before it is published.
+
+    Does nothing where Orbax has no such metadata by then.
+
+    Args:
+        item_directory: the item's directory, or its address. It has digests of its own.
+        timeout_s: most seconds in which the storage may do nothing.
+
+    Returns:
+        The directories in which something was written, where they are local.
+
+    Raises:
+        SaveError: the storage refused, or did nothing for too long.
+    """
+    changed: set[Inode] = set()
+    file = os.path.join(item_directory, DIGESTS)
+
+    def locally() -> None:
+        if not os.path.isdir(os.path.dirname(file)):
+            return
+        if content := _digests_when_written(lambda: _content_beside(item_directory), _WRITTEN_S):
+            with open(file, "wb") as opened:
+                opened.write(content)
+            changed.add(inode_of(os.path.dirname(file)))
+
+    def remotely() -> None:
+        stores = [open_store(place, timeout_s) for place in _paths.places_of_step(item_directory)]
+        item = stores[0]
+        if not (item / f"{digest_file.DIRECTORY}/").list().result():
+            return
+
+        def read() -> bytes | None:
+            found = (store.read(STEP_METADATA).result() for store in stores)
+            return next((each.value for each in found if each.state == "value"), None)
+
+        within_s = min(_WRITTEN_REMOTELY_S, timeout_s / 2)
+        if content := _digests_when_written(read, within_s):
+            item.write(DIGESTS, content).result()
+
+    try:
+        work = remotely if scheme_of(item_directory) else locally
+        Deadline(item_directory, timeout_s).run(work, "lazy_orbax-step")
+    except (OSError, ValueError) as error:
+        raise save_error(item_directory, error, file=file) from error
+    return changed
+
+
+def check(item_directory: str, step_directory: str) -> list[Problem]:
+    """Returns what of a step's metadata is not what was saved with one of its items.
+
+    Args:
+        item_directory: the item's directory. Without digests in it nothing is wrong.
+        step_directory: the step's, which may be the same.
+    """
+    if small_files.size_of(item_directory, DIGESTS) is None:
+        return []
+    try:
+        wanted = digest_file.unseal(small_files.read(item_directory, DIGESTS))
+        if wanted["format"] != _FORMAT:
+            raise DigestError(
+                f"it has form {wanted['format']!r}, which a later lazy_orbax can read"
+            )
+        fields = dict(wanted["fields"])
+    except (ValueError, OSError, KeyError, TypeError, RecursionError) as error:
+        return [Problem(f"cannot be used: {error}", DIGESTS)]
+    try:
+        found = _digests_of(json.loads(small_files.read(step_directory, STEP_METADATA)))
+    except (ValueError, OSError, RecursionError) as error:
+        return [Problem(f"cannot be read: {error}", STEP_METADATA)]
+    advice = f"If it was changed on purpose, remove {DIGESTS} of the item"
+    return [
+        Problem(f"{name} is not what was saved. {advice}", STEP_METADATA)
+        for name, digest in fields.items()
+        if found.get(name) != digest
+    ]
+
+
+def check_beside(item_directory: str) -> list[Problem]:
+    """Returns what `check` does, where the metadata are found. An item may have been copied alone.
+
+    Args:
+        item_directory: the item's directory.
+    """
+    place = metadata_beside(item_directory)
+    return [] if place is None else check(item_directory, place)
+
+
+def _digests_when_written(read: Callable[[], bytes | None], within_s: float) -> bytes | None:
+    """Returns the digests of metadata once they are complete; `None` where they will not be.
+
+    Args:
+        read: returns the metadata as they are now, or `None` where there are none.
+        within_s: for how long to wait, in seconds.
+    """
+    deadline_s = time.monotonic() + within_s
+    while time.monotonic() < deadline_s:
+        with contextlib.suppress(OSError, ValueError):  # Just being written.
+            if (content := read()) is None:
+                return None
+            found = json.loads(content)
+            if isinstance(found, dict) and found.get("item_handlers") is not None:
+                fields = {"format": _FORMAT, "fields": _digests_of(found)}
+                return digest_file.seal(json.dumps(fields).encode()[1:])
+        time.sleep(_LOOK_AGAIN_S)
+    return None
+
+
+def _content_beside(item_directory: str) -> bytes | None:
+    place = metadata_beside(item_directory)
+    return None if place is None else small_files.read(place, STEP_METADATA)
+
+
+def _digests_of(metadata: Any) -> dict[str, str]:
+    """Returns the digest of each field: of its value, not of how that is written."""
+    if not isinstance(metadata, dict):
+        raise ValueError("it is not an object")
+    values = {**metadata, _TIME_OF_COMMIT: metadata.get(_TIME_OF_COMMIT, "missing") != "missing"}
+    return {
+        name: f"{digest_of_text(json.dumps(value, sort_keys=True)):016x}"
+        for name, value in values.items()
+    }

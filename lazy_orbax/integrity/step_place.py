@@ -1,0 +1,117 @@
+"""What is an item, a step or a run, and which step an item is of.
+
+Orbax names a step by its number, behind a prefix that is the same for all steps of a run. An item
+that lies in another step of such a name than it was saved in holds another state than who asks for
+that step expects: a backup that went wrong, say. What else is copied or renamed is as good as
+before: to another run, to a name that is no step's or has another prefix, or an item alone, to a
+directory that has no metadata of a step.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+from etils import epath
+
+from lazy_orbax import _paths
+from lazy_orbax._paths import MANIFEST, STEP_METADATA, TREE
+from lazy_orbax.errors import Problem
+from lazy_orbax.integrity import digest_file
+from lazy_orbax.integrity.digest_file import ProcessDigests
+from lazy_orbax.storage import small_files
+from lazy_orbax.storage.places import scheme_of
+
+_ITEM_FILES = (TREE, MANIFEST, digest_file.DIRECTORY)
+_STEP = re.compile(r"(?:(.*)[_-])?(\d+)")
+
+
+def metadata_beside(item_directory: str) -> str | None:
+    """Returns which of them has the metadata of the step, if one has."""
+    return next(filter(_has_metadata, _paths.places_of_step(item_directory)), None)
+
+
+def _has_metadata(place: str) -> bool:
+    if scheme_of(place):
+        return small_files.size_of(place, STEP_METADATA) is not None
+    return os.path.lexists(os.path.join(place, STEP_METADATA))
+
+
+def is_item(children: list[str]) -> bool:
+    """Whether a directory in which these lie is an item's."""
+    return any(name in children for name in _ITEM_FILES)
+
+
+def is_step(place: epath.Path, children: list[str]) -> bool:
+    """Whether a directory in which these lie is a step's, perhaps of one item that is the step."""
+    return is_item(children) or STEP_METADATA in children or _has_items(place, children)
+
+
+def is_run(place: epath.Path, children: list[str]) -> bool:
+    """Whether steps lie in a directory that is none itself."""
+    if is_step(place, children):
+        return False
+    for child in (place / name for name in children if _paths.step_of(name) is not None):
+        parts = [part.name for part in child.iterdir()] if child.is_dir() else []
+        if STEP_METADATA in parts or _has_items(child, parts):  # Not an item with such a name.
+            return True
+    return False
+
+
+def _has_items(place: epath.Path, children: list[str]) -> bool:
+    found = [place / name for name in children if _paths.step_of(name) is None]
+    return any(
+        child.is_dir() and is_item([part.name for part in child.iterdir()]) for child in found
+    )
+
+
+def wrong_step(saved: ProcessDigests, item_directory: str) -> Problem | None:
+    """Returns what is wrong if an item lies in another step than it was saved in.
+
+    Args:
+        saved: the digests of one process.
+        item_directory: where they lie.
+    """
+    local = not scheme_of(item_directory)
+    directory = os.path.abspath(item_directory) if local else item_directory
+    names = digest_file.names_of(directory)
+    for level in range(-1, -1 - len(names), -1):
+        found = _differing(saved, names, level)
+        if found is not None and _is_named(directory, names, level):
+            what = (
+                f"says that this item was saved at step {found[0]}, and it lies in step "
+                f"{found[1]}: the files of another step are in place of its own. If they were "
+                "copied on purpose, restore with LazyOptions(verify_restore=False)"
+            )
+            return Problem(what, f"{digest_file.DIRECTORY}/process_{saved.process}")
+    return None
+
+
+def _differing(saved: ProcessDigests, names: tuple[str, ...], level: int) -> tuple[int, int] | None:
+    """Returns the step under which an item was saved and the one where it lies, if they differ.
+
+    Args:
+        saved: its digests.
+        names: of its directory and the one above it, the latter first.
+        level: which of the names is looked at.
+    """
+    here = _STEP.fullmatch(names[level])
+    if here is None:
+        return None
+    if not saved.place:
+        # An older lazy_orbax noted a number of one of the two names, and not of which.
+        numbers = [int(found[2]) for name in names if (found := _STEP.fullmatch(name))]
+        is_other = saved.step is not None and here[1] is None and saved.step not in numbers
+        return (saved.step, int(here[2])) if saved.step is not None and is_other else None
+    there = _STEP.fullmatch(saved.place[level]) if len(saved.place) >= -level else None
+    if there is None or there[1] != here[1] or int(there[2]) == int(here[2]):
+        return None
+    return int(there[2]), int(here[2])
+
+
+def _is_named(directory: str, names: tuple[str, ...], level: int) -> bool:
+    """Whether it is this name that is the step's."""
+    place = metadata_beside(directory)
+    if place is None:
+        return level == -2 and names[level].isdigit()
+    return place == _paths.places_of_step(directory)[-1 - level]

@@ -1,0 +1,260 @@
+"""What is on storage, against its digests. No devices, no model, a bounded amount of memory."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorstore as ts
+
+from lazy_orbax import _paths
+from lazy_orbax.errors import Problem
+from lazy_orbax.integrity import digest, digest_file, sidecar_files
+from lazy_orbax.integrity.chunk_location import chunk_keys, file_of
+from lazy_orbax.integrity.digest_file import DigestError, LeafDigests
+from lazy_orbax.integrity.digest_in_parts import PART_BYTES, digest_in_parts
+from lazy_orbax.integrity.step_place import wrong_step
+from lazy_orbax.plan.boxes import Box
+from lazy_orbax.plan.slabs import runs
+from lazy_orbax.storage import places, small_files
+from lazy_orbax.storage.small_files import MOST_BYTES
+
+# Pieces that are read at once, and how much of a large one.
+_BATCH_BYTES = PART_BYTES
+_BATCH_PIECES = 256
+_CACHE_BYTES = 2**27
+
+
+class Piece(NamedTuple):
+    """A piece that was saved, and its digest."""
+
+    leaf: str
+    box: Box
+    digest: int
+
+
+class StoredItem:
+    """One saved item: its digests, and what they are of. Reads only when it is asked to.
+
+    Attributes:
+        directory: the item's directory.
+        leaves: what was saved of each leaf, by its name.
+        strings: digests of the leaves that are strings, by name.
+        others: names of leaves that have no digest.
+        problems: what is wrong with the digests themselves.
+    """
+
+    def __init__(self, directory: str):
+        """Reads the files of digests, if there are any.
+
+        Args:
+            directory: an item's directory, or its `gs://` address.
+        """
+        self.directory = directory
+        remote = places.context_spec(directory, places.STORAGE_TIMEOUT_S)
+        cache = {"total_bytes_limit": _CACHE_BYTES}
+        self._context = ts.Context({"cache_pool": cache, "cache_pool#ocdbt": cache, **remote})
+        self._base = places.plain_kvstore_spec(directory)
+        self._small = ts.KvStore.open(self._base, context=self._context).result()
+        self.leaves: dict[str, LeafDigests] = {}
+        self.strings: dict[str, int] = {}
+        self.others: tuple[str, ...] = ()
+        self.problems: list[Problem] = []
+        self._files: dict[str, tuple[int, int]] = {}
+        self._driver, self._use_ocdbt = "zarr", True
+        self._kvstore: ts.KvStore | None = None
+        self._read_digests()
+
+    @property
+    def is_covered(self) -> bool:
+        """Whether there are digests, readable or not."""
+        return bool(self.leaves or self._files or self.problems)
+
+    @property
+    def pieces(self) -> Iterator[Piece]:
+        """Every piece that was saved."""
+        for leaf in self.leaves.values():
+            for box, found in zip(leaf.boxes, leaf.digests, strict=True):
+                yield Piece(leaf.name, box, found)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all pieces, in bytes."""
+        return sum(map(self._bytes_of, self.pieces))
+
+    def _read_digests(self) -> None:
+        here = self._small / f"{digest_file.DIRECTORY}/"
+        names = sorted(name.decode() for name in here.list().result())
+        names = [name for name in names if re.fullmatch(r"process_\d+", name)]
+        found: list[digest_file.ProcessDigests] = []
+        for name in names:
+            file = f"{digest_file.DIRECTORY}/{name}"
+            if (size := small_files.size_of(self.directory, file)) is None or size > MOST_BYTES:
+                what = f"cannot be used: found {size} bytes, wanted at most {MOST_BYTES}"
+                self.problems.append(Problem(what, file))
+                continue
+            try:
+                found.append(digest_file.parse(here.read(name).result().value))
+            except DigestError as error:
+                self.problems.append(Problem(f"cannot be used: {error}", file))
+        missing = {n for part in found for n in part.processes} - {part.process for part in found}
+        for process in sorted(missing) if not self.problems else ():
+            file = f"{digest_file.DIRECTORY}/process_{process}"
+            self.problems.append(Problem("is missing; that process took part in the save", file))
+        for part in found:
+            self._add(part)
+        self.problems += filter(None, (wrong_step(part, self.directory) for part in found))
+
+    def _add(self, part: digest_file.ProcessDigests) -> None:
+        self._files |= part.files
+        self.strings |= part.strings
+        self.others += tuple(name for name in part.others if name not in part.strings)
+        self._driver, self._use_ocdbt = part.driver, part.use_ocdbt
+        for leaf in part.leaves:
+            known = self.leaves.get(leaf.name, leaf)
+            if (known.dtype, known.shape) != (leaf.dtype, leaf.shape):
+                file = f"{digest_file.DIRECTORY}/process_{part.process}"
+                what = "differs in dtype or shape from what another process wrote"
+                self.problems.append(Problem(what, file, leaf.name))
+            elif known is not leaf:
+                leaf = known.joined(leaf)
+            self.leaves[leaf.name] = leaf
+
+    def check_files(self) -> list[Problem]:
+        """Returns what is wrong with the small files beside the arrays."""
+        files = sidecar_files.changed_files(self.directory, self._small, self._files)
+        return files + sidecar_files.changed_strings(self.directory, self._small, self.strings)
+
+    def check_arrays(self, names: Iterable[str] | None = None) -> list[Problem]:
+        """Returns which leaves are not there in the dtype and shape in which they were saved.
+
+        Args:
+            names: the leaves; `None` is all of them.
+        """
+        problems = []
+        todo = list(self.leaves if names is None else names)
+        for i in range(0, len(todo), _BATCH_PIECES):
+            opening = {name: self.open_leaf(name) for name in todo[i : i + _BATCH_PIECES]}
+            problems += [p for name, store in opening.items() if (p := self._misfit(name, store))]
+        return problems
+
+    def _misfit(self, name: str, opening: Any) -> Problem | None:
+        leaf = self.leaves[name]
+        try:
+            store = opening.result()
+        except (ValueError, OSError) as error:
+            return Problem(f"cannot be opened: {error}", self._file_in(str(error)), name)
+        found, wanted = (store.dtype.name, tuple(store.shape)), (leaf.dtype, leaf.shape)
+        if found == wanted:
+            return None
+        what = f"found {found[0]}{list(found[1])}, saved was {wanted[0]}{list(wanted[1])}"
+        return Problem(what, self._metadata_file(name), name)
+
+    def open_leaf(self, name: str) -> Any:
+        """Returns a future of TensorStore's array of a leaf."""
+        prefix = name if name.endswith("/") or not name else f"{name}/"
+        try:
+            if self._kvstore is None:
+                spec = {"driver": "ocdbt", "base": self._base} if self._use_ocdbt else self._base
+                self._kvstore = ts.KvStore.open(spec, context=self._context).result()
+            spec = {"driver": self._driver}
+            return ts.open(
+                spec, kvstore=self._kvstore + prefix, context=self._context, open=True, read=True
+            )
+        except (ValueError, OSError) as error:
+            return _Failed(error)
+
+    def check_pieces(self, pieces: Iterable[Piece]) -> Iterator[Problem]:
+        """Reads pieces again and tells which are not what was saved."""
+        for _, found in self.read(pieces):
+            if isinstance(found, Problem):
+                yield found
+
+    def read(self, pieces: Iterable[Piece], *, whole: bool = False) -> Iterator[tuple[Piece, Any]]:
+        """Reads pieces, and gives for each its data, or what is wrong with it.
+
+        Args:
+            pieces: what to read.
+            whole: whether the data of large ones is wanted, too. Else they are read in parts, and
+                `None` stands for the data.
+        """
+        for batch in runs(pieces, self._bytes_of, _BATCH_BYTES, _BATCH_PIECES):
+            stores = {piece.leaf: self.open_leaf(piece.leaf) for piece in batch}
+            misfits = {name: self._misfit(name, store) for name, store in stores.items()}
+            reading = [
+                stores[piece.leaf].result()[piece.box.index].read()
+                if misfits[piece.leaf] is None and (whole or self._bytes_of(piece) <= _BATCH_BYTES)
+                else None
+                for piece in batch
+            ]
+            for piece, future in zip(batch, reading, strict=True):
+                if (misfit := misfits[piece.leaf]) is not None:
+                    yield piece, misfit
+                else:
+                    yield piece, self._checked(piece, stores[piece.leaf].result(), future)
+
+    def _checked(self, piece: Piece, store: Any, future: Any) -> np.ndarray | Problem | None:
+        data = None
+        try:
+            if future is not None:
+                data = future.result()
+                found = digest.digest_of(data)
+            else:
+                found = digest_in_parts(store, piece.box)
+        except (ValueError, OSError) as error:
+            what = f"cannot be read: {error}"
+            file = self._file_in(str(error)) or self.file_of(piece)
+            return Problem(what, file, piece.leaf, str(piece.box))
+        if found == piece.digest:
+            return data
+        what = f"its digest is {found:016x}, but {piece.digest:016x} was saved"
+        return Problem(what, self.file_of(piece), piece.leaf, str(piece.box))
+
+    def _bytes_of(self, piece: Piece) -> int:
+        dtype = ts.dtype(self.leaves[piece.leaf].dtype).numpy_dtype
+        return math.prod(piece.box.shape) * dtype.itemsize
+
+    def file_of(self, piece: Piece) -> str | None:
+        """Returns the file that holds a piece, or the first of them; `None` where none is found."""
+        try:
+            store = self.open_leaf(piece.leaf).result()
+            keys = chunk_keys(store, piece.box)
+            key = store.kvstore.path + keys[0]
+            file = file_of(self._small, key, self._context) if self._use_ocdbt else keys[0]
+        except (ValueError, OSError, KeyError, IndexError):
+            return None
+        if not self._use_ocdbt:
+            file = f"{piece.leaf}/{keys[0]}"
+        return file
+
+    def _metadata_file(self, name: str) -> str | None:
+        metadata = _paths.ZARR_V2 if self._driver == "zarr" else _paths.ZARR_V3
+        key = f"{name}/{metadata}".lstrip("/")
+        if not self._use_ocdbt:
+            return key
+        try:
+            return file_of(self._small, key, self._context)
+        except (ValueError, OSError, KeyError):
+            return None
+
+    def _file_in(self, text: str) -> str | None:
+        """Returns the last file that an error of TensorStore names, relative to the item."""
+        here = self.directory.partition("://")[2].partition("/")[2] or self.directory
+        found = [
+            name.partition(here.strip("/"))[2].strip("/")
+            for name in re.findall(r"[\"']([^\"']*/[^\"']*)[\"']", text)
+            if here.strip("/") in name
+        ]
+        return next((name for name in reversed(found) if name), None)
+
+
+class _Failed(NamedTuple):
+    """A future that has failed."""
+
+    error: Exception
+
+    def result(self) -> Any:
+        raise self.error

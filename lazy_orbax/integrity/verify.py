@@ -1,0 +1,279 @@
+"""Whether a checkpoint is what was saved: without a model, without devices, out of core."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from lazy_orbax import _paths
+from lazy_orbax._paths import COMMITTED, STEP_METADATA
+from lazy_orbax.errors import (
+    CorruptCheckpointError,
+    MalformedCheckpointError,
+    OptionError,
+    Problem,
+    summarize,
+)
+from lazy_orbax.integrity import step_metadata
+from lazy_orbax.integrity.step_place import is_item, is_run, is_step, metadata_beside
+from lazy_orbax.integrity.stored_item import Piece, StoredItem
+from lazy_orbax.storage import small_files
+from lazy_orbax.storage.places import scheme_of
+from lazy_orbax.trust.malformed import refuse_malformed
+
+# How long an error that names the newest whole step may take to find it.
+_SEARCH_S = 60.0
+_GIVE = "Give the directory of an item, a step or a run."
+_OWN_RUN = "it is a run of its own: verify that"
+_NO_DIGESTS = (
+    "it has no digests: saved by stock Orbax, by another handler or by an older lazy_orbax"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ItemReport:
+    """What was found of one item.
+
+    Attributes:
+        directory: the item's directory.
+        n_leaves: leaves that were read and compared with their digests.
+        n_bytes: their size, in bytes.
+        not_covered: what has no digest, and was therefore not looked at.
+        problems: what is not as it was saved.
+    """
+
+    directory: str
+    n_leaves: int
+    n_bytes: int
+    not_covered: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def is_covered(self) -> bool:
+        """Whether there are digests."""
+        return self.n_leaves > 0 or bool(self.problems)
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyReport:
+    """What `verify` found.
+
+    Attributes:
+        path: what was verified.
+        items: the items, one after the other.
+        problems: what is wrong beside them: not committed, no item, broken metadata of a step.
+    """
+
+    path: str
+    items: tuple[ItemReport, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def all_problems(self) -> tuple[Problem, ...]:
+        """Everything that is wrong."""
+        return self.problems + tuple(p for item in self.items for p in item.problems)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong with what is covered. See `ItemReport.not_covered`."""
+        return not self.all_problems
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is wrong, and something is covered."""
+        return self.ok and any(item.is_covered for item in self.items)
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {problem}" for problem in self.problems]
+        for item in self.items:
+            state = "CORRUPT" if item.problems else "ok" if item.is_covered else "not covered"
+            lines.append(f"{item.directory}: {state}, {item.n_leaves} leaves, {item.n_bytes} bytes")
+            lines += [f"  {problem}" for problem in item.problems]
+            lines += [f"  not covered: {name}" for name in item.not_covered]
+        return "\n".join(lines)
+
+
+def verify(path: Any) -> VerifyReport:
+    """Reads a checkpoint and compares it with its digests. Changes nothing.
+
+    It needs no model and no devices, and little memory: parts of 64 MiB, or a chunk where chunks
+    are compressed or larger than that and in an encoding of their own.
+
+    Args:
+        path: an item, a step, or a run with many steps; a directory or a `gs://` address.
+
+    Returns:
+        What was found, the problems included: nothing is raised for those.
+
+    Raises:
+        OptionError: there is no checkpoint, or it is no path. Where the directory holds runs, they
+            are named.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise OptionError(f"verify takes a path, and found {path!r}. {_GIVE}")
+    place = epath.Path(path)
+    if not place.is_dir():
+        raise OptionError(f"{place} is not a directory. {_GIVE}")
+    children = sorted(child.name for child in place.iterdir())
+    if is_item(children):
+        step = _step_problems(place, children, is_item=True) if STEP_METADATA in children else []
+        return VerifyReport(str(place), (_verify_item(place),), tuple(step))
+    if is_step(place, children):
+        items, problems = _verify_step(place, children)
+        return VerifyReport(str(place), tuple(items), tuple(problems))
+    items, problems = _verify_run(place, children)
+    if not problems and all(item.not_covered == (_OWN_RUN,) for item in items):
+        runs = summarize(_runs_in(place, children))
+        found = f"is not a run, but holds runs. Give one:{runs}" if runs else "holds no checkpoint."
+        raise OptionError(f"{place} {found}" + ("" if runs else f" {_GIVE}"))
+    return VerifyReport(str(place), tuple(items), tuple(problems))
+
+
+def _runs_in(place: epath.Path, children: list[str]) -> list[str]:
+    inside = [place / name for name in children if (place / name).is_dir()]
+    return [str(d) for d in inside if is_run(d, [part.name for part in d.iterdir()])]
+
+
+def newest_whole_step(directory: str) -> int | None:
+    """Returns the newest other step of the same run whose item of this name is whole.
+
+    Args:
+        directory: the directory of an item that is not.
+
+    Raises:
+        TimeoutError: for so long none was found. A step is read as a whole to know.
+    """
+    until_s = time.monotonic() + _SEARCH_S
+    place = epath.Path(directory)
+    step = epath.Path(metadata_beside(directory) or _paths.step_directory(directory))
+    inner = "" if step == place else place.name
+    if _paths.step_of(step.name) is None:
+        return None
+    for path, number, is_temporary in reversed(_paths.steps_in(step.parent)):
+        if is_temporary or path.name == step.name:
+            continue
+        candidate = path / inner if inner else path
+        if candidate.is_dir():
+            found = _verify_item(candidate, until_s)
+            if found.is_covered and not found.problems:
+                return number
+    return None
+
+
+def raise_corrupt(
+    directory: str, problems: list[Problem], cause: BaseException | None = None, *, look: bool
+) -> None:
+    """Raises, where there are problems, the error that names them and the newest whole step.
+
+    Args:
+        directory: the item's directory.
+        problems: what is wrong with it.
+        cause: what brought it up, if it was an error.
+        look: whether to look for another step that is whole.
+
+    Raises:
+        CorruptCheckpointError: there are problems.
+    """
+    if problems:
+        newest = None
+        try:
+            newest = newest_whole_step(directory) if look else None
+        except TimeoutError:
+            look = False
+        raise CorruptCheckpointError(
+            directory, problems, newest_whole_step=newest, looked=look
+        ) from cause
+
+
+def _verify_step(place: epath.Path, children: list[str]) -> tuple[list[ItemReport], list[Problem]]:
+    if is_item(children):
+        return [_verify_item(place)], _step_problems(place, children, is_item=True)
+    problems = _step_problems(place, children, is_item=False)
+    items = [
+        _verify_item(place / name)
+        for name in children
+        if not name.startswith(".") and (place / name).is_dir()
+    ]
+    if not items:
+        problems.append(Problem("holds no item"))
+    return items, problems
+
+
+def _verify_run(place: epath.Path, children: list[str]) -> tuple[list[ItemReport], list[Problem]]:
+    items, problems = [], []
+    for name in sorted(children, key=lambda name: (_paths.step_of(name) or 0, name)):
+        child = place / name
+        if not child.is_dir() or (_paths.step_of(name) is None and _paths.TEMPORARY not in name):
+            continue
+        if _paths.TEMPORARY in name:
+            problems.append(Problem("was never committed", str(child)))
+            continue
+        parts = sorted(part.name for part in child.iterdir())
+        if is_run(child, parts):
+            items.append(ItemReport(str(child), 0, 0, (_OWN_RUN,), ()))
+            continue
+        found, wrong = _verify_step(child, parts)
+        items += found
+        problems += [
+            dataclasses.replace(p, file="/".join(filter(None, (str(child), p.file)))) for p in wrong
+        ]
+    return items, problems
+
+
+def _step_problems(place: epath.Path, children: list[str], *, is_item: bool) -> list[Problem]:
+    """Returns what is wrong with what Orbax keeps of a step beside its items."""
+    problems = []
+    if _paths.is_temporary(str(place)):
+        problems.append(Problem("was never committed"))
+    if scheme_of(str(place)) and COMMITTED not in children:
+        problems.append(Problem("is missing: the step was never committed", COMMITTED))
+    items = [place] if is_item else [place / name for name in children if (place / name).is_dir()]
+    if STEP_METADATA in children:
+        problems += _broken(place, children, is_item=is_item)
+    told = [problem for item in items for problem in step_metadata.check(str(item), str(place))]
+    return problems + [p for p in dict.fromkeys(told) if not problems or p.file != STEP_METADATA]
+
+
+def _broken(place: epath.Path, children: list[str], *, is_item: bool) -> list[Problem]:
+    """Returns what is wrong with a step's metadata, without any digest."""
+    try:
+        found = json.loads(small_files.read(str(place), STEP_METADATA))
+        if not isinstance(found, dict):
+            raise ValueError("it is not an object")
+    except (ValueError, OSError, RecursionError) as error:
+        return [Problem(f"cannot be read: {error}", STEP_METADATA)]
+    items = found.get("item_handlers")
+    if not isinstance(items, dict) or is_item:
+        return []
+    missing = [name for name in items if name not in children]
+    return [Problem("is missing; it was saved as an item of this step", n) for n in missing]
+
+
+def _verify_item(place: epath.Path, until_s: float = math.inf) -> ItemReport:
+    directory = str(place)
+    try:
+        refuse_malformed(place, None)
+    except MalformedCheckpointError as error:
+        return ItemReport(directory, 0, 0, (), (error.problem,))
+    stored = StoredItem(directory)
+    if not stored.is_covered:
+        return ItemReport(directory, 0, 0, (_NO_DIGESTS,), ())
+    pieces = _in_time(stored.pieces, until_s)
+    problems = [*stored.problems, *stored.check_files(), *stored.check_pieces(pieces)]
+    others = tuple(f"leaf {name}: its own type handler wrote it" for name in stored.others)
+    n_leaves = len(stored.leaves) + len(stored.strings)
+    return ItemReport(directory, n_leaves, stored.n_bytes, others, tuple(problems))
+
+
+def _in_time(pieces: Iterator[Piece], until_s: float) -> Iterator[Piece]:
+    for piece in pieces:
+        if time.monotonic() >= until_s:
+            raise TimeoutError("There was no time to read all of it.")
+        yield piece

@@ -1,0 +1,267 @@
+"""Restores a step of which some leaves are lost, with others in their place: only when told to."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from lazy_orbax import _paths
+from lazy_orbax._jax_context import neutral
+from lazy_orbax._orbax import handed_in
+from lazy_orbax._orbax.symbols import ocp
+from lazy_orbax.args import LazyRestore
+from lazy_orbax.errors import OptionError, Problem
+from lazy_orbax.handlers.lazy import LazyCheckpointHandler
+from lazy_orbax.integrity.stored_item import StoredItem
+from lazy_orbax.integrity.verify import raise_corrupt
+from lazy_orbax.restore.latest_good import refuse_no_manager
+
+_LOG = logging.getLogger("lazy_orbax")
+
+
+@dataclasses.dataclass(frozen=True)
+class FromStep:
+    """A replacement: the leaf as an older step has it.
+
+    Attributes:
+        step: that step.
+
+    Raises:
+        OptionError: it is no step.
+    """
+
+    step: int
+
+    def __post_init__(self) -> None:
+        is_number = isinstance(self.step, int | np.integer) and not isinstance(self.step, bool)
+        if not is_number or self.step < 0:
+            raise OptionError(f"FromStep({self.step!r}): a step is a whole number, at least 0.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Replaced:
+    """A leaf that was replaced.
+
+    Attributes:
+        leaf: the leaf, as Orbax names it.
+        by: what it was replaced by.
+        why: what is wrong with what was saved.
+    """
+
+    leaf: str
+    by: str
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RestoredWithReplacements:
+    """What `restore_replacing` restored.
+
+    Attributes:
+        value: the tree.
+        replaced: every leaf that is not what was saved at that step. Keep it with the run.
+        not_needed: leaves for which a replacement was given, and which were restored as saved.
+    """
+
+    value: Any
+    replaced: tuple[Replaced, ...]
+    not_needed: tuple[str, ...]
+
+
+def restore_replacing(
+    manager: ocp.CheckpointManager,
+    step: int,
+    *,
+    args: Any,
+    replacements: Mapping[str, Any],
+    item: str | None = None,
+) -> RestoredWithReplacements:
+    """Restores a step, and replaces leaves of it that cannot be read or are not what was saved.
+
+    Only leaves that are named are replaced, and of these only the ones that need it. The step is
+    read twice: to see which do, and to restore the others. Every process must call it.
+
+    Args:
+        manager: the manager.
+        step: the step to restore.
+        args: what `manager.restore` takes for the item, with the whole target in `item`.
+        replacements: by name of the leaf, as `CorruptCheckpointError.leaf` has it: `FromStep`, or
+            an array of the same shape and dtype.
+        item: the item's name, where the manager has several.
+
+    Returns:
+        The tree, and what was replaced in it. Each replacement is a warning in the log as well.
+
+    Raises:
+        CorruptCheckpointError: something else is wrong: a leaf that is not named, a file that is
+            not one leaf's, or the leaf of the older step as well.
+        OptionError: a replacement does not fit, the step it is from does not exist or is the one
+            to restore, or the step to restore has no digests.
+        FileNotFoundError: there is no such step.
+    """
+    refuse_no_manager("restore_replacing", manager)
+    target = getattr(args, "item", None)
+    if target is None:
+        raise OptionError("restore_replacing needs the whole target in args.item.")
+    leaves = handed_in.named_leaves(target)
+    _refuse_misfits(leaves, replacements)
+    directory = _item_directory(manager, step, item)
+    _refuse_absent(manager, step, replacements, item)
+    stored = StoredItem(directory)
+    if not stored.is_covered:
+        raise OptionError(f"{directory} has no digests, so no leaf of it is known to be wrong.")
+    wrong = _needed(stored, replacements)
+    needed = list(wrong)
+
+    def restored(of_step: int, names: Iterable[str]) -> dict[str, Any]:
+        wanted = set(names)
+        partial = _without(target, leaves, [name for name in leaves if name not in wanted])
+        if isinstance(args, ocp.args.StandardRestore):  # It takes no placeholders.
+            return _by_ourselves(_item_directory(manager, of_step, item), partial, args)
+        own = dataclasses.replace(args, item=partial)
+        if item is None:
+            return handed_in.named_leaves(manager.restore(of_step, args=own))
+        whole = ocp.args.Composite(**{item: own})
+        return handed_in.named_leaves(manager.restore(of_step, args=whole)[item])
+
+    found = restored(step, set(leaves) - set(needed))
+    records = []
+    from_steps = {n: r.step for n in needed if isinstance(r := replacements[n], FromStep)}
+    for older in sorted(set(from_steps.values())):
+        names = [name for name, of_step in from_steps.items() if of_step == older]
+        theirs = restored(older, names)
+        found |= {name: theirs[name] for name in names}
+    for name in needed:
+        if isinstance(replacements[name], FromStep):
+            by = f"step {replacements[name].step}"
+        else:
+            found[name], by = _placed(replacements[name], leaves[name]), "a given value"
+        _LOG.warning("%s: leaf %s is replaced by %s: %s", directory, name, by, wrong[name])
+        records.append(Replaced(name, by, wrong[name]))
+    not_needed = tuple(name for name in replacements if name not in needed)
+    for name in not_needed:
+        _LOG.warning("%s: leaf %s is as it was saved and was not replaced.", directory, name)
+    names = ocp.tree.get_param_names(target)
+    value = jax.tree.map(lambda name: found[name], names)
+    return RestoredWithReplacements(value, tuple(records), not_needed)
+
+
+def _needed(stored: StoredItem, replacements: Mapping[str, Any]) -> dict[str, str]:
+    """Returns which replacements are needed, and why: the same on all processes.
+
+    Raises:
+        CorruptCheckpointError: something is wrong that no replacement is given for.
+    """
+    wrong: dict[str | None, Problem] = {}
+    for problem in stored.check_pieces(stored.pieces):
+        wrong.setdefault(problem.leaf, problem)
+    problems = [*stored.problems, *stored.check_files()]
+    problems += [problem for leaf, problem in wrong.items() if leaf not in replacements]
+    if _agreed(["any"] if problems else [], ["any"]):
+        elsewhere = Problem("another process found it to be not what was saved")
+        look = jax.process_index() == 0
+        raise_corrupt(stored.directory, problems or [elsewhere], look=look)
+    needed = _agreed([name for name in replacements if name in wrong], list(replacements))
+    return {name: str(wrong.get(name, "another process could not read it")) for name in needed}
+
+
+def _refuse_absent(
+    manager: ocp.CheckpointManager, step: int, replacements: Mapping[str, Any], item: str | None
+) -> None:
+    """Refuses steps that no leaf can be from, whether or not it will be needed."""
+    others = _steps_in(manager)
+    del others[step]
+    for name, replacement in replacements.items():
+        if not isinstance(replacement, FromStep):
+            continue
+        place = others.get(replacement.step)
+        if place is None or not (place / (item or "default")).is_dir():
+            raise OptionError(
+                f"The replacement of {name} is FromStep({replacement.step}). It must be another "
+                f"step than {step} in {manager.directory}: {', '.join(map(str, sorted(others)))}."
+            )
+
+
+def _refuse_misfits(leaves: Mapping[str, Any], replacements: Any) -> None:
+    is_mapping = isinstance(replacements, Mapping)
+    if not is_mapping or not all(isinstance(name, str) for name in replacements):
+        raise OptionError(
+            f"replacements={replacements!r} does not name leaves. Give a mapping, such as "
+            '{"params.head": FromStep(11)}, or with an array in place of FromStep.'
+        )
+    for name, replacement in replacements.items():
+        if name not in leaves:
+            raise OptionError(f"The target has no leaf {name!r}; it has {', '.join(leaves)}.")
+        if isinstance(replacement, FromStep):
+            continue
+        found = (np.shape(replacement), getattr(replacement, "dtype", type(replacement)))
+        wanted = (np.shape(leaves[name]), getattr(leaves[name], "dtype", type(leaves[name])))
+        if found != wanted:
+            raise OptionError(
+                f"The replacement of {name} is {found[1]}{list(found[0])}, the target wants "
+                f"{wanted[1]}{list(wanted[0])}; give that, or FromStep."
+            )
+
+
+def _by_ourselves(directory: str, partial: Any, args: Any) -> dict[str, Any]:
+    restore_args = ocp.checkpoint_utils.construct_restore_args(args.item)
+    for arg in jax.tree.leaves(restore_args):
+        if hasattr(arg, "strict"):
+            arg.strict = args.strict
+    handler = LazyCheckpointHandler()
+    try:
+        whole = LazyRestore(partial, restore_args)
+        return handed_in.named_leaves(handler.restore(epath.Path(directory), whole))
+    finally:
+        handler.close()
+
+
+def _item_directory(manager: ocp.CheckpointManager, step: int, item: str | None) -> str:
+    place = _steps_in(manager).get(step)
+    if place is None:
+        raise FileNotFoundError(f"There is no step {step} in {manager.directory}.")
+    return str(place / (item or "default"))
+
+
+def _steps_in(manager: ocp.CheckpointManager) -> dict[int, epath.Path]:
+    """Returns the directory of each step."""
+    found = [
+        each for each in _paths.steps_in(epath.Path(manager.directory)) if not each.is_temporary
+    ]
+    return {each.step: each.path for each in found if each.step is not None}
+
+
+def _agreed(needed: list[str], names: list[str]) -> list[str]:
+    """Returns what any process needs: all must restore the same."""
+    if jax.process_count() == 1 or not names:
+        return needed
+    mine = np.array([name in needed for name in names])
+    with neutral():
+        any_needs = np.any(np.asarray(multihost_utils.process_allgather(mine)), axis=0)
+    return [name for name, needs in zip(names, any_needs, strict=True) if needs]
+
+
+def _without(target: Any, leaves: Mapping[str, Any], names: Iterable[str]) -> Any:
+    """Returns the target with Orbax's placeholder for these leaves."""
+    gone = set(names)
+    kept = {name: ocp.PLACEHOLDER if name in gone else leaf for name, leaf in leaves.items()}
+    return jax.tree.map(lambda name: kept[name], ocp.tree.get_param_names(target))
+
+
+def _placed(value: Any, target: Any) -> Any:
+    """Puts a given value where the target wants it."""
+    sharding = getattr(target, "sharding", None)
+    if sharding is None:
+        return value
+    if isinstance(value, jax.Array) and value.sharding == sharding:
+        return value
+    with neutral():
+        host = np.asarray(value)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

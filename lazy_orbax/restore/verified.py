@@ -1,0 +1,217 @@
+"""Restore is Orbax's own; what it restored is verified, and its complaints name the leaf."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from lazy_orbax._jax_context import neutral
+from lazy_orbax._orbax import handed_in, symbols
+from lazy_orbax.errors import MalformedCheckpointError, Problem, RestoreError, summarize
+from lazy_orbax.integrity import step_metadata
+from lazy_orbax.integrity.stored_item import StoredItem
+from lazy_orbax.integrity.verify import raise_corrupt
+from lazy_orbax.plan.shards import is_key
+from lazy_orbax.restore.compare_arrays import check_restored
+from lazy_orbax.trust.malformed import checked
+
+# Where it is set, what goes wrong is put there, and not raised: the other processes are in the
+# middle of the restore, and this one must go through it too.
+_DEFERRED: contextvars.ContextVar[list[Exception] | None] = contextvars.ContextVar(
+    "lazy_orbax_deferred", default=None
+)
+_LOG = logging.getLogger("lazy_orbax")
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[list[Exception]]:
+    """Collects what goes wrong in `restore`, which then returns what it was given as a target."""
+    errors: list[Exception] = []
+    token = _DEFERRED.set(errors)
+    try:
+        yield errors
+    finally:
+        _DEFERRED.reset(token)
+
+
+@contextlib.contextmanager
+def examined(
+    directory: Any, args: Any, aggregate: str | None = None, *, verifies: bool
+) -> Iterator[None]:
+    """Refuses a malformed checkpoint; as a corrupt one, where its digests say that it is that.
+
+    Args:
+        directory: the item's directory.
+        args: what is to be restored; `None` for metadata alone.
+        aggregate: the file in which older checkpoints keep small arrays, if it has another name.
+        verifies: whether to ask the digests.
+
+    Raises:
+        MalformedCheckpointError: it is not a checkpoint that Orbax wrote.
+        CorruptCheckpointError: it was one.
+    """
+    try:
+        with checked(directory, args, aggregate):
+            yield
+    except MalformedCheckpointError as error:
+        if verifies and not symbols.MISSING:
+            stored = StoredItem(str(directory))
+            # Its data may be what is dangerous.
+            problems = [*stored.problems, *stored.check_files()]
+            if stored.is_covered and error.file != str(directory):  # Else it is only too large.
+                problems = problems or [error.problem]
+            raise_corrupt(str(directory), problems, error, look=True)
+        raise
+
+
+def restore(
+    directory: Any,
+    args: Any,
+    by_orbax: Callable[[], Any],
+    *,
+    metadata: Callable[[Any], Any],
+    verifies: bool,
+    is_shared: bool,
+) -> Any:
+    """Restores an item, and verifies it if it is told to.
+
+    Args:
+        directory: the item's directory.
+        args: what was asked for, or `None`.
+        by_orbax: restores it.
+        metadata: returns what Orbax says of what is in a directory.
+        verifies: whether to verify what was restored.
+        is_shared: whether all processes restore it together.
+
+    Raises:
+        RestoreError: the target does not fit what is stored.
+        CorruptCheckpointError: what is stored, or was restored, is not what was saved.
+    """
+
+    def read() -> Any:
+        with explained(metadata, directory, args):
+            return by_orbax()
+
+    errors, failure, value = _DEFERRED.get(), None, None
+    try:
+        if verifies and not symbols.MISSING:
+            value = _verified(directory, read, look=errors is None)
+        else:
+            value = read()
+    except Exception as error:  # noqa: BLE001 - Raised below, or put where it is waited for.
+        failure = error
+    if errors is not None:
+        errors += [failure] if failure is not None else []
+        return getattr(args, "item", None) if failure is not None else value
+    failed = _agree(failure is not None) if verifies and is_shared else []
+    if failure is not None:
+        raise failure
+    if failed:
+        raise RestoreError(f"{directory} was not restored: process {failed[0]} failed; see there.")
+    return value
+
+
+def _agree(has_failed: bool) -> list[int]:
+    """Returns which processes failed. Who did not would wait for them in Orbax's barrier."""
+    if jax.process_count() == 1:
+        return []
+    with neutral():
+        found = multihost_utils.process_allgather(np.array(has_failed))
+    return np.flatnonzero(found).tolist()
+
+
+def _verified(directory: Any, read: Callable[[], Any], *, look: bool) -> Any:
+    # With several processes one looks for another step: each would read all of it.
+    look = look and jax.process_index() == 0
+    place = str(directory)
+    stored = StoredItem(place)
+    if not stored.is_covered:
+        return read()
+    raise_corrupt(place, [*stored.problems, *stored.check_files()], look=look)
+    for problem in step_metadata.check_beside(place) if jax.process_index() == 0 else ():
+        _LOG.warning("Of the step of %s, %s. The item itself is whole.", place, problem)
+    try:
+        value = read()
+    except Exception as error:
+        raise_corrupt(place, _reasons(stored, error), error, look=look)
+        raise
+    raise_corrupt(place, check_restored(stored, handed_in.named_leaves(value)), look=look)
+    return value
+
+
+def _reasons(stored: StoredItem, error: Exception) -> list[Problem]:
+    """Returns what is wrong with a checkpoint that could not be restored. Nothing, if it is whole.
+
+    Where the target is what does not fit, no data is read.
+    """
+    problems = stored.check_arrays()
+    if not problems and not isinstance(error, RestoreError):
+        problems = list(stored.check_pieces(stored.pieces))
+    return problems
+
+
+@contextlib.contextmanager
+def explained(metadata: Callable[[Any], Any], directory: Any, args: Any) -> Iterator[None]:
+    """Turns a misfit between target and checkpoint into a `RestoreError`.
+
+    Args:
+        metadata: returns what Orbax says of what is in a directory.
+        directory: the item's directory.
+        args: what was asked for, or `None`.
+
+    Raises:
+        RestoreError: leaves of the target have another shape than what is stored, or the trees
+            differ.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        misfits = _misfits(metadata, directory, getattr(args, "item", None))
+        if misfits:
+            raise RestoreError(
+                f"The restore target does not fit the checkpoint {directory}:{summarize(misfits)}"
+            ) from error
+        if "do not match" in str(error):
+            raise RestoreError(f"{error}\nThe checkpoint is {directory}.") from error
+        raise
+
+
+def _misfits(metadata: Callable[[Any], Any], directory: Any, target: Any) -> list[str]:
+    """Names the leaves whose shape differs from what is stored."""
+    if target is None:
+        return []
+    try:
+        tree = metadata(directory).tree
+    except Exception:  # noqa: BLE001 - A broken checkpoint: what restoring said of it is raised.
+        return []
+    stored = {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    problems = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(target):
+        found = getattr(stored.get(_names(path)), "shape", None)
+        wanted = getattr(leaf, "shape", None)
+        if wanted is not None and is_key(leaf):  # Its data is what is stored.
+            with neutral():
+                wanted = jax.eval_shape(jax.random.key_data, leaf).shape
+        if found is None or wanted is None or tuple(found) == tuple(wanted):
+            continue
+        problems.append(
+            f"{jax.tree_util.keystr(path)}: found {list(found)}, wanted {list(wanted)}; give the "
+            "stored shape, or strict=False to cut or pad"
+        )
+    return problems
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    """Returns a key path as the names that Orbax stores, whatever the containers are."""
+    return tuple(
+        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
+    )

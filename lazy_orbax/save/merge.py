@@ -1,0 +1,50 @@
+"""Lets Orbax merge what the processes wrote, within a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import tensorstore as ts
+
+from lazy_orbax import _paths
+from lazy_orbax._orbax import on_disk
+from lazy_orbax._orbax.records import Settings
+from lazy_orbax.save.writer import CONTEXT
+from lazy_orbax.storage import places
+from lazy_orbax.storage.deadline import Deadline
+from lazy_orbax.storage.save_error import save_error
+
+
+def merge(
+    settings: Settings | None, directory: Any, by_orbax: Callable[[], None], *, timeout_s: float
+) -> None:
+    """Lets Orbax merge what the processes wrote.
+
+    Args:
+        settings: how the handler saved; `None` where Orbax is not known.
+        directory: the item's directory.
+        by_orbax: does it in a local directory.
+        timeout_s: most seconds in which the storage may do nothing.
+
+    Raises:
+        SaveError: the storage refused something, or did not answer in time.
+    """
+    place = str(directory)
+    merging = by_orbax
+    if places.scheme_of(place) and settings is not None:
+        merging = functools.partial(_merge_remotely, settings, directory, timeout_s)
+    try:
+        Deadline(place, timeout_s).run(merging, "lazy_orbax-merge")
+    except Exception as error:  # Each storage client has errors of its own.
+        raise save_error(place, error, file=f"{place}/{_paths.MANIFEST}") from error
+
+
+def _merge_remotely(settings: Settings, directory: Any, timeout_s: float) -> None:
+    context = ts.Context({**CONTEXT, **places.context_spec(str(directory), timeout_s)})
+    # Not `asyncio.run`: it cancels what other threads run.
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        loop.run_until_complete(on_disk.finalize(settings, directory, context))

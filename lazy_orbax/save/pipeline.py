@@ -1,0 +1,279 @@
+"""One save in flight: what was snapshotted goes to the host, then to storage, slab by slab.
+
+Three threads meet here. The caller's puts the bytes out of reach of donation, ours brings them to
+the host, Orbax's commit thread writes them. What one has finished waits for the next in a queue.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import threading
+import time
+import traceback
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lazy_orbax._machine import give_back_memory, yield_to_training
+from lazy_orbax.errors import SaveError
+from lazy_orbax.integrity.proof import Evidence, prover_of
+from lazy_orbax.options import LazyOptions
+from lazy_orbax.plan.slabs import Plan, Slab
+from lazy_orbax.save import in_flight
+from lazy_orbax.save.holding import Holding
+from lazy_orbax.save.plan_cache import Prepared
+from lazy_orbax.save.unchanged_state import Fingerprints
+from lazy_orbax.save.write_loop import drain
+from lazy_orbax.save.writer import Writer
+from lazy_orbax.snapshot import device_to_host
+from lazy_orbax.snapshot.choose_mode import Room
+from lazy_orbax.snapshot.host_budget import HOST_BUDGET, Lease, ReservationAborted
+from lazy_orbax.storage.fsync import Inode
+from lazy_orbax.storage.pace import Pace
+from lazy_orbax.storage.save_error import save_error
+from lazy_orbax.timeline import Recorder
+
+
+class State(enum.Enum):
+    """Where the bytes of an item are."""
+
+    SNAPSHOT = "on their way to host memory"
+    STAGED = "all in host memory, or on storage already"
+    DURABLE = "all on storage, synced; nothing is held"
+    FAILED = "no more are copied or written; what is held is being returned"
+
+
+_OVER = (State.DURABLE, State.FAILED)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is saved, how and where.
+
+    Attributes:
+        prepared: the plan.
+        texts: leaves that are strings, by name. Orbax writes them; their digests are ours.
+        options: how to take the snapshot.
+        limit_bytes: most bytes of snapshot in host memory.
+        pace: how fast it may be written.
+        path: the item's directory, which need not exist yet.
+        fingerprints: what the saves before held.
+        evidence: for a save that is verified, of what the caller's arrays held.
+    """
+
+    prepared: Prepared
+    texts: Mapping[str, str]
+    options: LazyOptions
+    limit_bytes: int
+    pace: Pace
+    path: str
+    fingerprints: Fingerprints
+    evidence: Evidence | None
+
+
+class Save:
+    """One save of one item.
+
+    Invariant, under the lock: the state only moves forward, and once it is `DURABLE` or `FAILED`
+    no lease of host memory is added.
+
+    Attributes:
+        recorder: its timeline, with what it failed with.
+        synced_directories: where everything is synced when it is durable, below a local directory.
+    """
+
+    def __init__(self, job: Job):
+        """Starts the clock; `snapshot` starts the work."""
+        self.recorder = Recorder(job.path, job.options.on_timeline)
+        self.synced_directories: set[Inode] = set()
+        self._job, self._holding = job, Holding()
+        self._lock = threading.Lock()
+        self._state = State.SNAPSHOT
+        self._past_staging, self._ended = threading.Event(), threading.Event()
+        self._stager = threading.Thread(
+            target=self._bring_to_host, name="lazy_orbax-stage", daemon=True
+        )
+
+    @property
+    def path(self) -> str:
+        """The item's directory, as Orbax named it before it existed."""
+        return self._job.path
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is durable or has failed."""
+        return self._state in _OVER
+
+    @property
+    def failure(self) -> SaveError | None:
+        """What the save failed with, if it has."""
+        error = self.recorder.timeline.error
+        return error if isinstance(error, SaveError) else None
+
+    @property
+    def own_directories(self) -> Sequence[str]:
+        """Names of the directories in the item's that only this process writes to."""
+        return self._job.prepared.format.own_directories
+
+    def _move(self, state: State, failure: SaveError | None = None) -> bool:
+        """Moves the state forward. Returns whether the save was not over yet."""
+        with self._lock:
+            if self._state in _OVER:
+                return False
+            if failure is not None:
+                self.recorder.note(error=failure)
+            self._state = state
+            if state in _OVER:
+                self._ended.set()
+        self._past_staging.set()
+        HOST_BUDGET.wake()
+        return True
+
+    def fail(self, error: BaseException) -> None:
+        """Ends the save with `error` as its cause, unless it is over."""
+        failure = error if isinstance(error, SaveError) else save_error(self.path, error)
+        if failure is not error:
+            failure.__cause__ = error
+        if self._move(State.FAILED, failure):
+            self.recorder.end(error=failure)
+
+    def drop(self) -> None:
+        """Returns every byte of a save that is over and that nobody will write."""
+        if self._stager.ident is not None:
+            self._stager.join()
+        self._holding.drop()
+
+    def forget(self) -> None:
+        """Takes the save off the list that `wait_until_staged` goes through: it was told of."""
+        in_flight.discard(self)
+
+    def wait_until_staged(self, timeout_s: float | None) -> None:
+        """Waits until every byte is in host memory.
+
+        Raises:
+            SaveError: the save has failed.
+            TimeoutError: it is not staged yet.
+        """
+        if not self._past_staging.wait(timeout_s):
+            raise TimeoutError(f"{self.path} was not staged within {timeout_s} s.")
+        self.forget()
+        if self.failure is not None:
+            raise self.failure
+
+    # The caller's thread.
+
+    def snapshot(self, arrays: Sequence[Any]) -> None:
+        """Puts every byte out of reach of donation. The caller may donate when this returned.
+
+        Where it raises, the save goes on holding what it has until it is failed and dropped.
+
+        Args:
+            arrays: the values of the plan's leaves, in order.
+        """
+        plan, room, modes = self._job.prepared.plan, Room(self._job.options.mode), set()
+        in_flight.add(self)
+        self._stager.start()
+        try:
+            if self._job.evidence is not None:
+                self._job.evidence.take(arrays)
+            for slab in plan.slabs:
+                modes.add(mode := room.mode_for(slab))
+                self._put_out_of_reach(plan, slab, arrays, mode)
+        finally:
+            self._holding.on_device.put(None)
+        mode = "+".join(sorted(modes - {"host"}, reverse=True)) or "host"
+        self.recorder.note(mode=mode, reason=room.reason, bytes_written=plan.n_bytes)
+        self.recorder.mark("enqueued")
+
+    def _put_out_of_reach(self, plan: Plan, slab: Slab, arrays: Sequence[Any], mode: str) -> None:
+        if mode == "stage" and not device_to_host.is_in_host_memory(slab):
+            self._holding.on_device.put(device_to_host.take(plan, slab, arrays, mode))
+            return
+        # Not through our thread: it may be waiting for the very bytes of this slab.
+        kind = device_to_host.reusable(plan, slab) if mode == "stage" else None
+        start_s = time.perf_counter()
+        lease = self._reserve(slab, kind, exists=mode == "in_step")
+        waited_s = self.recorder.timeline.waited_s + time.perf_counter() - start_s
+        self.recorder.note(waited_s=waited_s)
+        held = device_to_host.take(plan, slab, arrays, mode, lease.buffer)
+        self._holding.arriving += [weakref.ref(array) for array in held.arrays]
+        self._holding.on_host.put((held, lease))
+
+    def _reserve(self, slab: Slab, kind: Any = None, *, exists: bool = False) -> Lease:
+        limit_bytes = self._job.limit_bytes
+        if exists:
+            lease = HOST_BUDGET.count(slab.n_bytes, limit_bytes=limit_bytes)
+        else:
+            lease = HOST_BUDGET.reserve(
+                slab.n_bytes, limit_bytes=limit_bytes, aborted=lambda: self.is_over, kind=kind
+            )
+        with self._lock:
+            if self._state not in _OVER:
+                self._holding.leases.append(lease)
+                return lease
+        lease.release()
+        raise ReservationAborted("The save is over.")
+
+    # Our thread.
+
+    def _bring_to_host(self) -> None:
+        """Copies what was staged on the device to the host, as the budget lets it."""
+        if self._job.options.low_priority:
+            yield_to_training()
+        holding = self._holding
+        try:
+            while (held := holding.on_device.get()) is not None:
+                lease = self._reserve(held.slab)
+                holding.on_host.put((device_to_host.to_host(held), lease))
+                del held  # The device copy dies here.
+            for arriving in holding.arriving:
+                device_to_host.await_arrival(arriving())
+            if self._move(State.STAGED):
+                self.recorder.mark("staged")
+        except BaseException as error:  # noqa: BLE001 - `write` raises it, in Orbax's thread.
+            self.fail(error)
+        finally:
+            holding.on_host.put(None)
+        plan, every = self._job.prepared.plan, self._job.options.verify_snapshot
+        prover_of(plan).begin_to_prepare(plan, every, lower_priority=yield_to_training)
+
+    # Orbax's commit thread.
+
+    def write(self, directory: str, custom_metadata: Any) -> None:
+        """Writes the snapshot to `directory`, and drops it. It is durable when this returned.
+
+        Args:
+            directory: the item's directory, which exists.
+            custom_metadata: JSON-serializable, stored beside the tree.
+
+        Raises:
+            SaveError: something failed, here or on the way to the host.
+        """
+        if self._job.options.low_priority:
+            yield_to_training()
+        try:
+            if not self.is_over:
+                self._write(directory, custom_metadata)
+                self._move(State.DURABLE)
+        except BaseException as error:  # noqa: BLE001 - Raised below.
+            self.fail(error)
+            traceback.clear_frames(error.__traceback__)  # They hold slabs.
+        self.drop()
+        give_back_memory()
+        if self.failure is not None:
+            raise self.failure
+        self.recorder.mark("durable")
+
+    def _write(self, directory: str, custom_metadata: Any) -> None:
+        job = self._job
+        plan, timeout_s = job.prepared.plan, job.options.storage_timeout_s
+        writer = Writer(plan, job.prepared.format, directory, timeout_s=timeout_s)
+        writer.evidence = job.evidence
+        with contextlib.closing(writer):
+            drain(self._holding.on_host, writer, plan, pace=job.pace, ended=self._ended)
+            if not self.is_over:
+                fingerprint = writer.finish(custom_metadata, job.texts)
+                job.fingerprints.compare(self.recorder, fingerprint)
+                self.synced_directories = writer.synced_directories

@@ -1,0 +1,199 @@
+"""A checkpoint is data from somewhere: checked before Orbax and TensorStore act on what it says.
+
+Refused is what would take memory without bound, hang, crash, or read outside the directory. What is
+merely wrong (missing arrays, checksums, shapes that do not fit the target) is found by Orbax.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import tensorstore as ts
+from etils import epath
+
+from lazy_orbax import _paths
+from lazy_orbax._machine import memory_bytes
+from lazy_orbax._orbax.symbols import ocp
+from lazy_orbax.errors import MalformedCheckpointError
+from lazy_orbax.storage.places import open_store, scheme_of
+from lazy_orbax.trust import ocdbt_nodes, sidecar_json, tree_file, zarr_arrays
+from lazy_orbax.trust.declared_sizes import Arrays, refuse_oversize
+from lazy_orbax.trust.files import Files, brief, read_small, survey
+
+# Parsed JSON takes up to 25 times its text: this is a tenth of memory. `_METADATA` has about 220
+# bytes a leaf, and 16 MiB are 76,000 leaves.
+_LEAST_JSON_BYTES = 16 * 2**20
+_JSON_SHARE = 256
+# `_sharding` lists every device of the mesh for every leaf, in strings that stay strings.
+_SHARDING_SHARE = 32
+# Small arrays are in the file of older checkpoints itself.
+_AGGREGATE_SHARE = 8
+_ZARR_NAMES = frozenset({_paths.ZARR_V2, _paths.ZARR_V3})
+_AGGREGATE_FILE = "checkpoint"
+
+# The directory that a face has checked already, while it restores through the handler inside.
+_CHECKED: contextvars.ContextVar[str] = contextvars.ContextVar("lazy_orbax_checked", default="")
+
+
+@contextlib.contextmanager
+def checked(directory: Any, args: Any, aggregate: str | None = None) -> Iterator[None]:
+    """Refuses a malformed checkpoint once, whatever is nested within.
+
+    Args:
+        directory: the item's directory.
+        args: what is to be restored; `None` for metadata alone.
+        aggregate: the file in which older checkpoints keep small arrays, if not `checkpoint`.
+
+    Raises:
+        MalformedCheckpointError: it is not a checkpoint that Orbax wrote.
+    """
+    if _CHECKED.get() == str(directory):
+        yield
+        return
+    refuse_malformed(directory, args, aggregate or _AGGREGATE_FILE)
+    token = _CHECKED.set(str(directory))
+    try:
+        yield
+    except Exception as error:
+        if str(directory) not in str(error):
+            error.add_note(f"This was while reading the checkpoint {directory}.")
+        raise
+    finally:
+        _CHECKED.reset(token)
+
+
+def refuse_malformed(directory: Any, args: Any, aggregate: str = _AGGREGATE_FILE) -> None:
+    """Checks the files of an item, what they declare, and whether this machine could hold it.
+
+    Args:
+        directory: the item's directory, local or `gs://`. Where there is none, nothing is checked.
+        args: what is to be restored; `None` for metadata alone.
+        aggregate: the file in which older checkpoints keep small arrays.
+
+    Raises:
+        MalformedCheckpointError: it is not a checkpoint that Orbax wrote, or is too large for this
+            machine and no target says that so much is wanted.
+    """
+    directory, files = epath.Path(directory), None
+    if not scheme_of(str(directory)):
+        if not directory.is_dir():
+            return
+        files = survey(str(directory), _ZARR_NAMES)
+    limit_bytes = max(_LEAST_JSON_BYTES, memory_bytes() // _JSON_SHARE)
+    _check_aggregate(directory, aggregate, memory_bytes() // _AGGREGATE_SHARE)
+    tree = _check_json(directory, limit_bytes, args)
+    arrays = _declared(directory, files, tree)
+    names = arrays.declared.keys() & tree.leaves.keys() if tree else arrays.declared.keys()
+    refuse_oversize(directory, arrays, set(names), args)
+
+
+def _check_aggregate(directory: epath.Path, name: str, limit_bytes: int) -> None:
+    """Checks the file in which older checkpoints keep their structure, if there is one.
+
+    Raises:
+        MalformedCheckpointError: it is too large, or not what Orbax can read.
+    """
+    if (content := read_small(directory, name, limit_bytes)) is None:
+        return
+    try:
+        ocp.msgpack_utils.msgpack_restore(content)
+    except Exception as error:
+        raise MalformedCheckpointError(
+            directory / name,
+            f"{len(content)} bytes that are no tree in msgpack ({brief(repr(error))})",
+            "what Orbax wrote",
+        ) from error
+
+
+def _check_json(directory: epath.Path, limit_bytes: int, args: Any) -> tree_file.Tree | None:
+    """Checks those of Orbax's JSON files that will be read."""
+
+    def content(name: str, most_bytes: int = limit_bytes) -> bytes | None:
+        return read_small(directory, name, most_bytes)
+
+    tree = None
+    if (found := content(_paths.TREE)) is not None:
+        path = directory / _paths.TREE
+        tree = tree_file.check_tree(found, path)
+    if _needs_shardings(args):
+        most_bytes = max(limit_bytes, memory_bytes() // _SHARDING_SHARE)
+        if (found := content(_paths.SHARDINGS, most_bytes)) is not None:
+            sidecar_json.check_shardings(found, directory / _paths.SHARDINGS)
+    for path in (directory / _paths.ARRAY_METADATAS).glob("process_*"):
+        name = f"{_paths.ARRAY_METADATAS}/{path.name}"
+        if (found := content(name)) is not None:
+            sidecar_json.check_array_metadatas(found, path)
+    strings = [name for name, kind in (tree.leaves if tree else {}).items() if kind == "string"]
+    if strings and (found := content(_paths.STRINGS)) is not None:
+        path = directory / _paths.STRINGS
+        sidecar_json.check_strings(found, path, strings)
+    return tree
+
+
+def _needs_shardings(args: Any) -> bool:
+    """Whether Orbax will read `_sharding`: for metadata, and for what has no target."""
+    is_leaf = lambda leaf: hasattr(leaf, "restore_type")  # noqa: E731
+    leaves = jax.tree.leaves(getattr(args, "restore_args", None), is_leaf=is_leaf)
+    return not leaves or any(
+        getattr(leaf, "restore_type", None) in (None, jax.Array)
+        and getattr(leaf, "sharding", None) is None
+        and getattr(leaf, "mesh", None) is None
+        for leaf in leaves
+    )
+
+
+def _declared(directory: epath.Path, files: Files | None, tree: tree_file.Tree | None) -> Arrays:
+    base = open_store(str(directory))
+    # Orbax goes by `_METADATA`, and by the manifest where that does not say.
+    if tree is None or tree.use_ocdbt is not False:
+        suffixes = tuple(f"/{name}" for name in _ZARR_NAMES)
+        database = ocdbt_nodes.contents(directory, base, suffixes)
+        if database is not None:
+            where = directory / _paths.MANIFEST
+            found = zarr_arrays.declared_by_all(
+                database.metadata.items(), lambda key: f"{where}, key {brief(key)}"
+            )
+            return Arrays(found, database.keys, database.longest_value)
+    if tree is not None:
+        _refuse_paths(directory, tree)
+    if files is not None:
+        names = [name for name in files.names if name.rpartition("/")[2] in _ZARR_NAMES]
+    else:
+        leaves = tree.leaves if tree else {}
+        names = [f"{leaf}/{name}" for leaf in leaves for name in _ZARR_NAMES]
+    contents = _contents(directory, base, names, files is not None)
+    found = zarr_arrays.declared_by_all(contents, lambda name: str(directory / name))
+    count, longest = (files.count, files.longest_chunk) if files else (None, ("", 0))
+    return Arrays(found, count, longest)
+
+
+def _contents(
+    directory: epath.Path, base: ts.KvStore, names: Iterable[str], is_local: bool
+) -> Iterator[tuple[str, bytes]]:
+    """Yields what there is of some small files: one after the other, or all requests at once."""
+    if is_local:
+        for name in names:
+            if (
+                content := read_small(directory, name, zarr_arrays.MOST_METADATA_BYTES)
+            ) is not None:
+                yield name, content
+        return
+    reads = [(name, base.read(name)) for name in names]
+    for name, read in reads:
+        if (result := read.result()).state == "value":
+            yield name, bytes(result.value)
+
+
+def _refuse_paths(directory: epath.Path, tree: tree_file.Tree) -> None:
+    """In plain Zarr a name is a path."""
+    problems = [
+        f"leaf {brief(name)}: found a path out of the directory, wanted one within"
+        for name in tree.leaves
+        if name.startswith("/") or "\0" in name or ".." in name.split("/")
+    ]
+    if problems:
+        raise MalformedCheckpointError.of(directory / _paths.TREE, problems)
