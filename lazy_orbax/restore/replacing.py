@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,14 +15,13 @@ from jax.experimental import multihost_utils
 
 from lazy_orbax import _paths
 from lazy_orbax._jax_context import neutral
-from lazy_orbax._orbax import handed_in
+from lazy_orbax._orbax import handed_in, symbols
 from lazy_orbax._orbax.symbols import ocp
-from lazy_orbax.args import LazyRestore
 from lazy_orbax.errors import OptionError, Problem
-from lazy_orbax.handlers.lazy import LazyCheckpointHandler
 from lazy_orbax.integrity.stored_item import StoredItem
 from lazy_orbax.integrity.verify import raise_corrupt
 from lazy_orbax.restore.latest_good import refuse_no_manager
+from lazy_orbax.restore.verified import examined, restore
 
 _LOG = logging.getLogger("lazy_orbax")
 
@@ -118,39 +118,47 @@ def restore_replacing(
     if not stored.is_covered:
         raise OptionError(f"{directory} has no digests, so no leaf of it is known to be wrong.")
     wrong = _needed(stored, replacements)
-    needed = list(wrong)
-
-    def restored(of_step: int, names: Iterable[str]) -> dict[str, Any]:
-        wanted = set(names)
-        partial = _without(target, leaves, [name for name in leaves if name not in wanted])
-        if isinstance(args, ocp.args.StandardRestore):  # It takes no placeholders.
-            return _by_ourselves(_item_directory(manager, of_step, item), partial, args)
-        own = dataclasses.replace(args, item=partial)
-        if item is None:
-            return handed_in.named_leaves(manager.restore(of_step, args=own))
-        whole = ocp.args.Composite(**{item: own})
-        return handed_in.named_leaves(manager.restore(of_step, args=whole)[item])
-
-    found = restored(step, set(leaves) - set(needed))
-    records = []
-    from_steps = {n: r.step for n in needed if isinstance(r := replacements[n], FromStep)}
+    steps = _Steps(manager, item, args, leaves)
+    found = steps.read(step, set(leaves) - set(wrong))
+    from_steps = {n: r.step for n in wrong if isinstance(r := replacements[n], FromStep)}
     for older in sorted(set(from_steps.values())):
-        names = [name for name, of_step in from_steps.items() if of_step == older]
-        theirs = restored(older, names)
-        found |= {name: theirs[name] for name in names}
-    for name in needed:
+        found |= steps.read(older, {n for n, of_step in from_steps.items() if of_step == older})
+    records = []
+    for name, why in wrong.items():
         if isinstance(replacements[name], FromStep):
             by = f"step {replacements[name].step}"
         else:
             found[name], by = _placed(replacements[name], leaves[name]), "a given value"
-        _LOG.warning("%s: leaf %s is replaced by %s: %s", directory, name, by, wrong[name])
-        records.append(Replaced(name, by, wrong[name]))
-    not_needed = tuple(name for name in replacements if name not in needed)
+        _LOG.warning("%s: leaf %s is replaced by %s: %s", directory, name, by, why)
+        records.append(Replaced(name, by, why))
+    not_needed = tuple(name for name in replacements if name not in wrong)
     for name in not_needed:
         _LOG.warning("%s: leaf %s is as it was saved and was not replaced.", directory, name)
     names = ocp.tree.get_param_names(target)
     value = jax.tree.map(lambda name: found[name], names)
     return RestoredWithReplacements(value, tuple(records), not_needed)
+
+
+class _Steps(NamedTuple):
+    """The steps that leaves are taken from, and how they are read."""
+
+    manager: ocp.CheckpointManager
+    item: str | None
+    args: Any
+    leaves: Mapping[str, Any]
+
+    def read(self, step: int, names: Collection[str]) -> dict[str, Any]:
+        """Restores the leaves of these names."""
+        args, item = self.args, self.item
+        others = [name for name in self.leaves if name not in names]
+        partial = _without(args.item, self.leaves, others)
+        if isinstance(args, ocp.args.StandardRestore):  # It takes no placeholders.
+            return _by_ourselves(_item_directory(self.manager, step, item), partial, args)
+        own = dataclasses.replace(args, item=partial)
+        if item is None:
+            return handed_in.named_leaves(self.manager.restore(step, args=own))
+        whole = ocp.args.Composite(**{item: own})
+        return handed_in.named_leaves(self.manager.restore(step, args=whole)[item])
 
 
 def _needed(stored: StoredItem, replacements: Mapping[str, Any]) -> dict[str, str]:
@@ -215,10 +223,15 @@ def _by_ourselves(directory: str, partial: Any, args: Any) -> dict[str, Any]:
     for arg in jax.tree.leaves(restore_args):
         if hasattr(arg, "strict"):
             arg.strict = args.strict
-    handler = LazyCheckpointHandler()
+    whole = ocp.args.PyTreeRestore(partial, restore_args)
+    handler = symbols.HANDLER_BASE()
+    read = functools.partial(handler.restore, epath.Path(directory), args=whole)
     try:
-        whole = LazyRestore(partial, restore_args)
-        return handed_in.named_leaves(handler.restore(epath.Path(directory), whole))
+        with examined(directory, whole, verifies=True):
+            metadata = handler.metadata
+            return handed_in.named_leaves(
+                restore(directory, whole, read, metadata=metadata, verifies=True, is_shared=True)
+            )
     finally:
         handler.close()
 

@@ -10,117 +10,51 @@ import pytest
 import lazy_orbax
 
 PACKAGE = pathlib.Path(lazy_orbax.__file__).parent
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
-MOST_LINES = 300
-
-# A module imports modules of lower rank only. A new module gets its rank here.
-RANKS = {
-    "errors": 0,
-    "_machine": 0,
-    "_paths": 0,
-    "threads": 1,
-    "pace": 1,
-    "events": 1,
-    "jax_context": 1,
-    "options": 2,
-    "publication": 2,
-    "host_budget": 2,
-    "boxes": 1,
-    "layout": 2,
-    "in_flight": 2,
-    "interrupted": 2,
-    "operations": 2,
-    "tree": 2,
-    "tree_identity": 2,
-    "given": 2,
-    "split": 2,
-    "_orbax": 3,
-    "stock": 3,
-    "sync": 3,
-    "file_checks": 1,
-    "zarr_checks": 3,
-    "json_checks": 2,
-    "metadata_checks": 3,
-    "tree_checks": 3,
-    "ocdbt_checks": 4,
-    "size_checks": 4,
-    "leftovers": 1,
-    "save_error": 2,
-    "attempt": 2,
-    "cleaning": 6,
-    "agreement": 4,
-    "failures": 7,
-    "forgotten": 5,
-    "node_local": 4,
-    "pack": 4,
-    "host_copies": 3,
-    "plan": 3,
-    "fingerprint": 0,
-    "fingerprint_traced": 1,
-    "proof_programs": 3,
-    "proof": 4,
-    "proof_restored": 5,
-    "digest": 3,
-    "stale": 3,
-    "digest_file": 4,
-    "format": 5,
-    "refuse": 4,
-    "object_store": 4,
-    "deadline": 5,
-    "snapshot": 5,
-    "chunk_files": 4,
-    "large_pieces": 5,
-    "small_files": 5,
-    "sidecar_files": 5,
-    "prepare": 6,
-    "write": 6,
-    "step_place": 6,
-    "stored": 7,
-    "durable": 7,
-    "step_metadata": 7,
-    "room": 6,
-    "drain": 7,
-    "in_step": 6,
-    "restored": 8,
-    "preemption": 9,
-    "untrusted": 6,
-    "verification": 8,
-    "save": 8,
-    "restore": 9,
-    "latest_good": 10,
-    "commit": 9,
-    "handler": 10,
-    "args": 11,
-    "faces": 11,
-    "prewarm": 12,
-    "replaced": 12,
-    "__init__": 13,
-    "__main__": 13,
+PATHS = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
 }
+MODULES = [name for name in PATHS if not name.endswith(".__init__")]
+ROOMS = sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists())
+MOST_LINES, MOST_FUNCTION_LINES, MOST_ATTRIBUTES = 300, 60, 9
+
+# A room imports only rooms of lower floors; anyone may stand on the ground.
+GROUND = {"errors", "_paths", "_machine", "_jax_context"}
+FLOORS = [
+    {"plan", "timeline"},
+    {"options", "snapshot", "_orbax"},
+    {"storage", "pods"},
+    {"trust", "recovery"},
+    {"integrity"},
+    {"save", "restore"},
+    {"handlers"},
+    {"args", "reports", "cli", "__init__", "__main__"},
+]
+# What a room may import beside the standard library; the others take what they need.
 LEAST_IMPORTS = {
-    # Pure planning: neither Orbax nor storage.
-    "layout": {"jax", "numpy"},
-    "plan": {"jax", "numpy"},
-    "_paths": set(),
     "errors": set(),
-    "host_budget": set(),
-    "sync": set(),
+    "_paths": set(),
+    "_machine": set(),
+    "_jax_context": {"jax"},
+    "plan": {"jax", "numpy"},
+    "timeline": set(),
     "options": set(),
-    "events": set(),
-    "publication": {"jax"},
     "snapshot": {"jax", "numpy"},
-    "host_copies": {"jax", "numpy"},
-    "pack": {"jax", "numpy"},
-    "room": {"jax"},
-    "given": {"jax"},
-    "jax_context": {"jax"},
-    "split": {"jax"},
-    "in_step": {"jax"},
+    "recovery": {"jax"},
 }
 
 
 def tree_of(module):
-    return ast.parse((PACKAGE / f"{module}.py").read_text())
+    return ast.parse(PATHS[module].read_text())
+
+
+def room_of(module):
+    return module.split(".")[0]
+
+
+def floor_of(room):
+    (floor,) = [n for n, rooms in enumerate(FLOORS) if room in rooms]
+    return floor
 
 
 def imports_of(module):
@@ -136,38 +70,131 @@ def imports_of(module):
 
 
 def own_imports_of(module):
-    parts = [name.split(".") for name in imports_of(module)]
-    return {name[1] for name in parts if name[0] == "lazy_orbax"}
+    """The modules of lazy_orbax that a module imports."""
+    found = set()
+    for name in imports_of(module):
+        inner = name.removeprefix("lazy_orbax.")
+        if inner != name:
+            known = [m for m in PATHS if inner == m or inner.startswith(f"{m}.")]
+            assert known, f"{module} imports {name}, which is no module"
+            found.add(max(known, key=len))
+    return found
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_point_one_way(module):
-    assert module in RANKS, f"give {module} a rank: which modules may it import?"
-    higher = {name for name in own_imports_of(module) if RANKS[name] >= RANKS[module]}
+def test_every_room_has_its_floor():
+    flat = {module for module in PATHS if "." not in module}
+    placed = GROUND.union(*FLOORS)
+    assert set(ROOMS) | flat <= placed, "give it a floor: which rooms may it import?"
+    assert {room for rooms in FLOORS[1:-1] for room in rooms} <= set(ROOMS) | flat
+
+
+@pytest.mark.parametrize("module", PATHS)
+def test_imports_point_down(module):
+    rooms = {room_of(name) for name in own_imports_of(module)} - GROUND - {room_of(module)}
+    if room_of(module) in GROUND:
+        assert not rooms
+        return
+    higher = {room for room in rooms if floor_of(room) >= floor_of(room_of(module))}
+    if floor_of(room_of(module)) == len(FLOORS) - 1:  # The faces may know each other.
+        higher -= FLOORS[-1]
     assert not higher
 
 
-def test_the_ranks_are_of_modules_that_exist():
-    assert set(RANKS) == set(MODULES)
-    # The test above reads imports as they are written: it must see them.
-    assert {"save", "prepare", "options", "_orbax"} <= own_imports_of("handler")
+@pytest.mark.parametrize("room", [*ROOMS, ""])
+def test_there_is_no_circle_in_a_room(room):
+    arrows = {
+        module: {name for name in own_imports_of(module) if room_of(name) == room or not room}
+        for module in PATHS
+        if room_of(module) == room or not room
+    }
+    while arrows:
+        free = {module for module, targets in arrows.items() if not targets & set(arrows)}
+        assert free, f"each of these imports another of them: {sorted(arrows)}"
+        arrows = {module: targets for module, targets in arrows.items() if module not in free}
 
 
-@pytest.mark.parametrize("module", LEAST_IMPORTS)
-def test_pure_modules_stay_pure(module):
+def test_imports_are_seen():
+    # The tests above read imports as they are written: they must see them.
+    assert {"save.begin", "save.finish", "options", "_orbax.symbols"} <= own_imports_of(
+        "handlers.lazy"
+    )
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_says_which_question_it_answers_and_imports_nothing(room):
+    tree = tree_of(f"{room}.__init__")
+    assert len(tree.body) == 1
+    assert "?" in ast.get_docstring(tree) or "story" in ast.get_docstring(tree)
+
+
+@pytest.mark.parametrize("module", [m for m in PATHS if room_of(m) in LEAST_IMPORTS])
+def test_pure_rooms_stay_pure(module):
     foreign = {"jax", "numpy", "tensorstore", "orbax", "etils", "flax", "optax"}
-    assert {name.split(".")[0] for name in imports_of(module)} & foreign <= LEAST_IMPORTS[module]
+    found = {name.split(".")[0] for name in imports_of(module)} & foreign
+    assert found <= LEAST_IMPORTS[room_of(module)]
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", PATHS)
 def test_a_module_is_short(module):
-    assert len((PACKAGE / f"{module}.py").read_text().splitlines()) <= MOST_LINES
+    assert len(PATHS[module].read_text().splitlines()) <= MOST_LINES
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", PATHS)
+def test_functions_are_short(module):
+    long = {
+        node.name: node.end_lineno - node.lineno + 1
+        for node in ast.walk(tree_of(module))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.end_lineno - node.lineno + 1 > MOST_FUNCTION_LINES
+    }
+    assert not long
+
+
+def attributes_of(cls):
+    """What instances of a class have; of a record, nothing is counted."""
+    if any("dataclass" in ast.dump(decorator) for decorator in cls.decorator_list):
+        return set()
+    return {
+        node.attr
+        for node in ast.walk(cls)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and getattr(node.value, "id", "") == "self"
+    }
+
+
+@pytest.mark.parametrize("module", PATHS)
+def test_a_class_has_few_attributes(module):
+    many = {
+        node.name: sorted(attributes_of(node))
+        for node in ast.walk(tree_of(module))
+        if isinstance(node, ast.ClassDef) and len(attributes_of(node)) > MOST_ATTRIBUTES
+    }
+    # What an error says is a record.
+    assert {name for name in many if not name.endswith("Error")} <= set(), many
+
+
+@pytest.mark.parametrize("module", PATHS)
 def test_a_name_says_what_a_module_does(module):
     vague = {"utils", "util", "helpers", "helper", "common", "base", "manager", "misc"}
-    assert not vague & set(module.strip("_").split("_"))
+    assert not vague & set(module.replace(".", "_").strip("_").split("_"))
+
+
+INSIDE_OF_ORBAX = ("currentframe", "threading.enumerate", "/jax/orbax/", "awaitable_signals")
+
+
+@pytest.mark.parametrize("module", [m for m in PATHS if room_of(m) != "_orbax"])
+def test_the_inside_of_orbax_stays_in_one_room(module):
+    text = PATHS[module].read_text()
+    assert not [word for word in (*INSIDE_OF_ORBAX, "._src") if word in text]
+
+
+def test_that_room_has_the_inside_of_orbax():
+    text = "".join(PATHS[m].read_text() for m in PATHS if room_of(m) == "_orbax")
+    assert all(word in text for word in (*INSIDE_OF_ORBAX, "._src"))
+
+
+OWN = {"_orbax", *GROUND}
 
 
 def private(name):
@@ -193,16 +220,16 @@ def foreign_privates(source):
         elif isinstance(node, ast.Import | ast.ImportFrom):
             whole = [getattr(node, "module", None) or "", *[alias.name for alias in node.names]]
             for part in ".".join(whole).split("."):
-                if private(part) and part not in RANKS:
+                if private(part) and part not in OWN:
                     used.setdefault(part, node.lineno)
         elif isinstance(node, ast.Constant) and "._src" in str(node.value):
             used.setdefault("_src", node.lineno)
     return {name: line for name, line in used.items() if name not in defined}
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name != "_orbax"])
-def test_only_one_module_touches_what_is_not_public(module):
-    assert foreign_privates((PACKAGE / f"{module}.py").read_text()) == {}
+@pytest.mark.parametrize("module", [name for name in PATHS if room_of(name) != "_orbax"])
+def test_only_one_room_touches_what_is_not_public(module):
+    assert foreign_privates(PATHS[module].read_text()) == {}
 
 
 @pytest.mark.parametrize(
@@ -221,9 +248,9 @@ def test_the_rule_sees_what_it_forbids(source, found):
     assert set(foreign_privates(source)) == found
 
 
-def test_the_rule_is_broken_by_the_one_module_that_may():
-    found = foreign_privates((PACKAGE / "_orbax.py").read_text())
-    assert {"_src", "_use_ocdbt"} <= set(found)
+def test_the_rule_is_broken_by_the_one_room_that_may():
+    texts = [PATHS[name].read_text() for name in PATHS if room_of(name) == "_orbax"]
+    assert {"_src", "_use_ocdbt"} <= set().union(*map(foreign_privates, texts))
 
 
 def test_our_attributes_do_not_hide_those_of_the_stock_handler():
@@ -232,7 +259,7 @@ def test_our_attributes_do_not_hide_those_of_the_stock_handler():
     theirs = set(vars(base())) | {name for name in dir(base) if not name.startswith("__")}
     (cls,) = [
         node
-        for node in tree_of("handler").body
+        for node in tree_of("handlers.lazy").body
         if isinstance(node, ast.ClassDef) and node.name == "LazyCheckpointHandler"
     ]
     methods = {n.name for n in cls.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
@@ -314,11 +341,11 @@ def test_every_parameter_and_error_of_a_public_function_is_documented(name):
 
 
 def test_every_module_says_what_it_is_for():
-    for module in MODULES:
+    for module in PATHS:
         assert ast.get_docstring(tree_of(module)), module
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", PATHS)
 def test_nothing_prints_exits_or_relies_on_the_garbage_collector(module):
     names = {
         getattr(node.func, "id", getattr(node.func, "attr", ""))
