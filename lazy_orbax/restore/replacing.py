@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -123,20 +123,34 @@ def restore_replacing(
     from_steps = {n: r.step for n in wrong if isinstance(r := replacements[n], FromStep)}
     for older in sorted(set(from_steps.values())):
         found |= steps.read(older, {n for n, of_step in from_steps.items() if of_step == older})
+    records = _replace(found, wrong, replacements, leaves)
+    for record in records:
+        _LOG.warning(
+            "%s: leaf %s is replaced by %s: %s", directory, record.leaf, record.by, record.why
+        )
+    not_needed = tuple(name for name in replacements if name not in wrong)
+    for name in not_needed:
+        _LOG.warning("%s: leaf %s is as it was saved and was not replaced.", directory, name)
+    names = ocp.tree.get_param_names(target)
+    value = jax.tree.map(lambda name: found[name], names)
+    return RestoredWithReplacements(value, records, not_needed)
+
+
+def _replace(
+    found: dict[str, Any],
+    wrong: Mapping[str, str],
+    replacements: Mapping[str, Any],
+    leaves: Mapping[str, Any],
+) -> tuple[Replaced, ...]:
+    """Puts the values that were given for wrong leaves in their place. Returns all replacements."""
     records = []
     for name, why in wrong.items():
         if isinstance(replacements[name], FromStep):
             by = f"step {replacements[name].step}"
         else:
             found[name], by = _placed(replacements[name], leaves[name]), "a given value"
-        _LOG.warning("%s: leaf %s is replaced by %s: %s", directory, name, by, why)
         records.append(Replaced(name, by, why))
-    not_needed = tuple(name for name in replacements if name not in wrong)
-    for name in not_needed:
-        _LOG.warning("%s: leaf %s is as it was saved and was not replaced.", directory, name)
-    names = ocp.tree.get_param_names(target)
-    value = jax.tree.map(lambda name: found[name], names)
-    return RestoredWithReplacements(value, tuple(records), not_needed)
+    return tuple(records)
 
 
 class _Steps(NamedTuple):
@@ -149,9 +163,13 @@ class _Steps(NamedTuple):
 
     def read(self, step: int, names: Collection[str]) -> dict[str, Any]:
         """Restores the leaves of these names."""
-        args, item = self.args, self.item
         others = [name for name in self.leaves if name not in names]
-        partial = _without(args.item, self.leaves, others)
+        partial = _without(self.args.item, self.leaves, others)
+        found = self._restore(step, partial)  # With placeholders for the others.
+        return {name: found[name] for name in names}
+
+    def _restore(self, step: int, partial: Any) -> dict[str, Any]:
+        args, item = self.args, self.item
         if isinstance(args, ocp.args.StandardRestore):  # It takes no placeholders.
             return _by_ourselves(_item_directory(self.manager, step, item), partial, args)
         own = dataclasses.replace(args, item=partial)
