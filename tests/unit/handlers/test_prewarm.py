@@ -112,7 +112,7 @@ def test_the_first_save_plans_compiles_and_allocates_nothing(
 
 
 def test_nothing_is_kept_that_only_a_rehearsal_needs(mesh):
-    module = importlib.import_module("lazy_orbax.prewarm")  # The package has its function there.
+    module = importlib.import_module("lazy_orbax.handlers.prewarm")
     lazy_orbax.prewarm(lazy_orbax.standard_handler(), abstract_of(make_state(mesh)))
     assert module._zeros.cache_info().currsize == module._like.cache_info().currsize == 0
 
