@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lazy_orbax._jax_context import neutral
-from lazy_orbax._orbax import handed_in, symbols
+from lazy_orbax._orbax import handed_in
 from lazy_orbax.errors import MalformedCheckpointError, Problem, RestoreError, summarize
 from lazy_orbax.integrity import step_metadata
 from lazy_orbax.integrity.stored_item import StoredItem
@@ -61,7 +61,7 @@ def examined(
         with checked(directory, args, aggregate):
             yield
     except MalformedCheckpointError as error:
-        if verifies and not symbols.MISSING:
+        if verifies:
             stored = StoredItem(str(directory))
             # Its data may be what is dangerous.
             problems = [*stored.problems, *stored.check_files()]
@@ -101,10 +101,7 @@ def restore(
 
     errors, failure, value = _DEFERRED.get(), None, None
     try:
-        if verifies and not symbols.MISSING:
-            value = _verified(directory, read, look=errors is None)
-        else:
-            value = read()
+        value = _verified(directory, read, look=errors is None) if verifies else read()
     except Exception as error:  # noqa: BLE001 - Raised below, or put where it is waited for.
         failure = error
     if errors is not None:

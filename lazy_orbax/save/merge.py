@@ -20,12 +20,12 @@ from lazy_orbax.storage.save_error import save_error
 
 
 def merge(
-    settings: Settings | None, directory: Any, by_orbax: Callable[[], None], *, timeout_s: float
+    settings: Settings, directory: Any, by_orbax: Callable[[], None], *, timeout_s: float
 ) -> None:
     """Lets Orbax merge what the processes wrote.
 
     Args:
-        settings: how the handler saved; `None` where Orbax is not known.
+        settings: how the handler saved.
         directory: the item's directory.
         by_orbax: does it in a local directory.
         timeout_s: most seconds in which the storage may do nothing.
@@ -35,7 +35,7 @@ def merge(
     """
     place = str(directory)
     merging = by_orbax
-    if places.scheme_of(place) and settings is not None:
+    if places.scheme_of(place):
         merging = functools.partial(_merge_remotely, settings, directory, timeout_s)
     try:
         Deadline(place, timeout_s).run(merging, "lazy_orbax-merge")
