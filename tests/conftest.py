@@ -21,6 +21,7 @@ import pytest
 
 from lazy_orbax.save.plan_cache import PLAN_CACHE
 from lazy_orbax.snapshot.host_budget import HOST_BUDGET
+from lazy_orbax.storage.threads import dismiss_idle
 
 
 @pytest.fixture
@@ -34,6 +35,7 @@ def nothing_left_behind():
     """After each test no host memory is reserved and none of our threads is alive."""
     PLAN_CACHE.clear()
     yield
+    dismiss_idle()
     for thread in threading.enumerate():
         if thread.name.startswith("lazy_orbax"):
             threading.Thread.join(thread, 30)  # Orbax overrides join: it raises what failed.
