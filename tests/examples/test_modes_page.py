@@ -2,8 +2,8 @@
 
 import numpy as np
 import orbax.checkpoint as ocp
-import pages
 import pytest
+from equipment import pages
 
 import lazy_orbax
 

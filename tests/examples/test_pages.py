@@ -1,7 +1,7 @@
 """Every block of code in the README and in the guides runs, or says why no test can run it."""
 
-import pages
 import pytest
+from equipment import pages
 
 NOT_RUN = [block for page in pages.PAGES for block in pages.blocks(page) if block.not_run]
 

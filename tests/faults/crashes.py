@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from equipment.trees import assert_same
 from faults.crash_state import make_state
-from trees import assert_same
 
 import lazy_orbax
 

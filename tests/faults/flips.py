@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from trees import abstract, on_mesh, random_array
+from equipment.trees import abstract, on_mesh, random_array
 
 import lazy_orbax
 

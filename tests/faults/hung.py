@@ -16,10 +16,10 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from equipment.gates import await_budget, join_threads
+from equipment.training import SLAB_BYTES, Steps, make_state
+from equipment.trees import assert_same
 from faults.disks import temporary
-from faults.gates import await_budget, join_threads
-from faults.training import SLAB_BYTES, Steps, make_state
-from trees import assert_same
 
 import lazy_orbax
 from lazy_orbax.errors import SaveError

@@ -13,8 +13,8 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from faults.gates import _before
-from faults.training import SLAB_BYTES, Steps, make_state
+from equipment.gates import _before
+from equipment.training import SLAB_BYTES, Steps, make_state
 
 import lazy_orbax
 

@@ -7,8 +7,8 @@ import threading
 
 import numpy as np
 import pytest
-from faults.gates import HANG_S, Boom
-from trees import on_mesh
+from equipment.gates import HANG_S, Boom
+from equipment.trees import on_mesh
 
 import lazy_orbax
 from lazy_orbax._orbax.records import Destination

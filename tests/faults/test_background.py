@@ -15,9 +15,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from faults.gates import Boom, await_budget, failing_at, held_at, join_threads, within
-from faults.training import SLAB_BYTES, Steps, make_state
-from trees import assert_same
+from equipment.gates import Boom, await_budget, failing_at, held_at, join_threads, within
+from equipment.training import SLAB_BYTES, Steps, make_state
+from equipment.trees import assert_same
 
 import lazy_orbax
 from lazy_orbax.errors import SaveError

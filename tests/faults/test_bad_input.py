@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from faults.gates import within
-from trees import assert_same, on_mesh
+from equipment.gates import within
+from equipment.trees import assert_same, on_mesh
 
 import lazy_orbax
 from lazy_orbax.errors import (

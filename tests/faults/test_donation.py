@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from faults.gates import held_at, within
-from faults.training import SLAB_BYTES, Steps, cached_on_host, make_state, pointers
-from trees import assert_same
+from equipment.gates import held_at, within
+from equipment.training import SLAB_BYTES, Steps, cached_on_host, make_state, pointers
+from equipment.trees import assert_same
 
 import lazy_orbax
 from lazy_orbax.snapshot import device_to_host

@@ -6,8 +6,8 @@ import logging
 import random
 
 import pytest
+from equipment.trees import assert_same
 from faults import flips
-from trees import assert_same
 
 import lazy_orbax
 from lazy_orbax.errors import CorruptCheckpointError

@@ -7,10 +7,10 @@ import os
 import jax
 import orbax.checkpoint as ocp
 import pytest
+from equipment.gates import held_at, within
+from equipment.training import SLAB_BYTES, Steps, make_state
+from equipment.trees import assert_same
 from faults import disks
-from faults.gates import held_at, within
-from faults.training import SLAB_BYTES, Steps, make_state
-from trees import assert_same
 
 import lazy_orbax
 from lazy_orbax.snapshot.host_budget import HOST_BUDGET

@@ -8,9 +8,9 @@ import threading
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from equipment.gates import held_at, within
+from equipment.training import make_state
 from faults import disks
-from faults.gates import held_at, within
-from faults.training import make_state
 
 import lazy_orbax
 from lazy_orbax.errors import SaveError

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from equipment.trees import abstract, assert_same, on_mesh, random_array
 from faults import flips
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from trees import abstract, assert_same, on_mesh, random_array
 
 import lazy_orbax
 from lazy_orbax import _paths

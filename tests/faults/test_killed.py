@@ -10,8 +10,8 @@ import sys
 
 import orbax.checkpoint as ocp
 import pytest
-from faults.training import Steps, make_state
-from trees import assert_same
+from equipment.training import Steps, make_state
+from equipment.trees import assert_same
 
 import lazy_orbax
 

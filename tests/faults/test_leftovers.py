@@ -9,10 +9,10 @@ import weakref
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from equipment.gates import failing_at, held_at, join_threads, within
+from equipment.trees import assert_same, on_mesh
 from etils import epath
 from faults.disks import temporary
-from faults.gates import failing_at, held_at, join_threads, within
-from trees import assert_same, on_mesh
 
 import lazy_orbax
 from lazy_orbax.errors import SaveError

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from equipment.trees import assert_same
 from faults import planted
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from trees import assert_same
 
 import lazy_orbax
 from lazy_orbax.errors import SaveError

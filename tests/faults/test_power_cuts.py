@@ -16,10 +16,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from equipment.pods import states
+from equipment.pods.jobs import reports, run_job
 from faults import crashes
 from faults.test_crash_matrix import MERGED, is_removal
-from multihost import states
-from multihost.jobs import reports, run_job
 
 EVERY_POINT = os.environ.get("LAZY_ORBAX_EVERY_POINT") == "1"
 TABLE = "Power cuts"

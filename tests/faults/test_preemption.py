@@ -12,10 +12,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from faults.gates import failing_at, held_at, within
-from faults.training import SLAB_BYTES, Steps, make_state
+from equipment.gates import failing_at, held_at, within
+from equipment.training import SLAB_BYTES, Steps, make_state
+from equipment.trees import assert_same
 from jax.experimental import multihost_utils
-from trees import assert_same
 
 import lazy_orbax
 from lazy_orbax import _machine

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from trees import assert_same, on_mesh
+from equipment.trees import assert_same, on_mesh
 
 import lazy_orbax
 from lazy_orbax.errors import CorruptCheckpointError

@@ -4,8 +4,8 @@ import threading
 
 import numpy as np
 import orbax.checkpoint as ocp
-from faults.gates import within
-from trees import on_mesh
+from equipment.gates import within
+from equipment.trees import on_mesh
 
 import lazy_orbax
 from lazy_orbax.handlers import lazy as handler_module

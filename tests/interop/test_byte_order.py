@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from interop.oracle import stored
-from trees import all_bits, assert_same, random_array
+from equipment.oracle import stored
+from equipment.trees import all_bits, assert_same, random_array
 
 import lazy_orbax
 

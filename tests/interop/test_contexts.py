@@ -13,11 +13,11 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from equipment.oracle import STOCK_WARNS, attempt
+from equipment.trees import abstract, assert_same, on_mesh, random_array
 from interop import contexts
-from interop.oracle import STOCK_WARNS, attempt
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from trees import abstract, assert_same, on_mesh, random_array
 
 import lazy_orbax
 from lazy_orbax import _jax_context

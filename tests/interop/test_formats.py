@@ -8,7 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import zarr
-from interop.oracle import (
+from equipment.oracle import (
     FACES,
     STOCK_WARNS,
     arrays_restored_as,
@@ -19,7 +19,7 @@ from interop.oracle import (
     save,
     stored,
 )
-from trees import abstract, on_mesh, random_array
+from equipment.trees import abstract, on_mesh, random_array
 
 import lazy_orbax
 

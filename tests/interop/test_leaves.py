@@ -19,9 +19,8 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import nnx
-from interop.described import contents
-from interop.oracle import (
+from equipment.described import contents
+from equipment.oracle import (
     MODES,
     STOCK_WARNS,
     arrays_restored_as,
@@ -32,10 +31,11 @@ from interop.oracle import (
     save,
     stored,
 )
+from equipment.trees import abstract, on_mesh, random_array
+from flax import nnx
 from jax._src.sharding_impls import GSPMDSharding
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from trees import abstract, on_mesh, random_array
 
 import lazy_orbax
 

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from equipment.trees import assert_same
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from trees import assert_same
 
 import lazy_orbax
 

@@ -7,10 +7,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import orbax.checkpoint.experimental.v1 as ocp_v1
 import pytest
+from equipment.oracle import FACES, STOCK_WARNS, arrays_restored_as, face, same
+from equipment.trees import abstract, on_mesh
 from etils import epath
-from interop.oracle import FACES, STOCK_WARNS, arrays_restored_as, face, same
 from orbax.checkpoint import checkpoint_utils, handlers
-from trees import abstract, on_mesh
 
 import lazy_orbax
 from lazy_orbax.errors import OptionError

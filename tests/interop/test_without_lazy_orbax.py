@@ -12,9 +12,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from interop.described import contents
-from interop.oracle import STOCK_WARNS
-from trees import abstract, on_mesh
+from equipment.described import contents
+from equipment.oracle import STOCK_WARNS
+from equipment.trees import abstract, on_mesh
 
 import lazy_orbax
 
@@ -32,7 +32,7 @@ try:
 except ImportError:
     pass
 import jax, numpy as np, orbax.checkpoint as ocp
-from interop.described import contents, description
+from equipment.described import contents, description
 root = sys.argv[2]
 found = {}
 mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))

@@ -4,11 +4,11 @@ import collections
 import math
 
 import numpy as np
+from equipment.fake_devices import FakeDevice
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import SingleDeviceSharding
 from property.strategies import DTYPES, divided, meshes
-from unit.fake_devices import FakeDevice
 
 from lazy_orbax.plan.shards import Leaf, ReplicaPolicy
 from lazy_orbax.plan.slabs import make_plan

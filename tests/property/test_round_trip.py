@@ -6,10 +6,10 @@ import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
+from equipment.trees import assert_same, random_array
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from property.strategies import DTYPES, devices, divided, meshes, sharding_of
-from trees import assert_same, random_array
 
 import lazy_orbax
 
