@@ -6,7 +6,7 @@ import types
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
-from faults.gates import failing_at, within
+from equipment.gates import failing_at, within
 
 import lazy_orbax
 from lazy_orbax._orbax import lifecycle

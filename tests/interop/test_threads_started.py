@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from trees import on_mesh
+from equipment.trees import on_mesh
 
 import lazy_orbax
 
