@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lazy_orbax._jax_context import neutral
-from lazy_orbax._orbax import handed_in
+from lazy_orbax._orbax import handed_in, symbols
 from lazy_orbax.errors import MalformedCheckpointError, Problem, RestoreError, summarize
 from lazy_orbax.integrity import step_metadata
 from lazy_orbax.integrity.stored_item import StoredItem
@@ -177,7 +177,7 @@ def explained(metadata: Callable[[Any], Any], directory: Any, args: Any) -> Iter
             raise RestoreError(
                 f"The restore target does not fit the checkpoint {directory}:{summarize(misfits)}"
             ) from error
-        if "do not match" in str(error):
+        if symbols.MISFIT in str(error):
             raise RestoreError(f"{error}\nThe checkpoint is {directory}.") from error
         raise
 
