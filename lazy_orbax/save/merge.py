@@ -13,7 +13,7 @@ import tensorstore as ts
 from lazy_orbax import _paths
 from lazy_orbax._orbax import on_disk
 from lazy_orbax._orbax.records import Settings
-from lazy_orbax.save.writer import CONTEXT
+from lazy_orbax.save.item_stores import CONTEXT
 from lazy_orbax.storage import places
 from lazy_orbax.storage.deadline import Deadline
 from lazy_orbax.storage.save_error import save_error
