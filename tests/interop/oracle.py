@@ -16,6 +16,7 @@ import pytest
 import tensorstore as ts
 from etils import epath
 from interop.described import contents, description
+from trees import abstract
 
 import lazy_orbax
 from lazy_orbax.integrity.digest_file import DIRECTORY
@@ -160,6 +161,20 @@ def arrays_restored_as(value: Any) -> ocp.RestoreArgs:
     if isinstance(value, np.ndarray | np.generic):
         return ocp.RestoreArgs(restore_type=np.ndarray)
     return ocp.RestoreArgs(restore_type=type(value))
+
+
+def readable(directory, handler, face_name, tree):
+    """Returns what restoring gives, without a target and with one, or that it is refused."""
+    restore_args = (
+        ocp.args.StandardRestore(abstract(tree))
+        if face_name == "standard"
+        else ocp.args.PyTreeRestore(tree, jax.tree.map(arrays_restored_as, tree))
+    )
+    found = []
+    for args in (None, restore_args):
+        kind, value = attempt(lambda args=args: restore(handler, directory, args))
+        found.append((kind, repr(contents(value)) if kind == "accepted" else None))
+    return found
 
 
 def same(found: Any, wanted: Any) -> None:
