@@ -18,9 +18,18 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from lazy_orbax.save.plan_cache import PLAN_CACHE
 from lazy_orbax.snapshot.host_budget import HOST_BUDGET
+from lazy_orbax.storage.threads import dismiss_idle
+
+# Here, where pytest finds them wherever it starts; `--hypothesis-profile=nightly` takes the other.
+settings.register_profile("lazy_orbax", deadline=None, max_examples=300, database=None)
+settings.register_profile(
+    "nightly", deadline=None, max_examples=3000, database=None, print_blob=True
+)
+settings.load_profile("lazy_orbax")
 
 
 @pytest.fixture
@@ -34,6 +43,7 @@ def nothing_left_behind():
     """After each test no host memory is reserved and none of our threads is alive."""
     PLAN_CACHE.clear()
     yield
+    dismiss_idle()
     for thread in threading.enumerate():
         if thread.name.startswith("lazy_orbax"):
             threading.Thread.join(thread, 30)  # Orbax overrides join: it raises what failed.

@@ -189,7 +189,7 @@ class _Loop:
         ledger: Ledger,
         manager: ocp.CheckpointManager,
         change: Any,
-        failed: lazy_orbax.FailedSaves | None,
+        failed: lazy_orbax.reports.FailedSaves | None,
     ):
         self._options, self._ledger, self._manager = options, ledger, manager
         self._change, self._failed = change, failed

@@ -28,7 +28,10 @@ def may_be_publishing() -> bool:
 
 
 def manager_that_saves() -> ocp.CheckpointManager | None:
-    """Returns the manager that has called this, because it does not tell its handlers of itself."""
+    """Returns the manager that has called this, or `None`. It looks at the frames of its callers.
+
+    For managers that nobody registered: they do not tell their handlers of themselves.
+    """
     frame = inspect.currentframe()
     while frame is not None:
         # Only Orbax's own: to look at the locals of a frame may keep them for as long as it lives.

@@ -64,6 +64,8 @@ def _probe() -> tuple[dict[str, Any], list[str]]:
 
 
 SRC, MISSING = _probe()
+MISFIT = "do not match"
+"""What Orbax says where a target has another structure than the checkpoint."""
 HANDLER_BASE: type = ocp.PyTreeCheckpointHandler if MISSING else SRC["base"]
 
 

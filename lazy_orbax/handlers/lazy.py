@@ -7,7 +7,7 @@ temporary directories, barriers, publishing, retention; and reading.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
@@ -17,7 +17,13 @@ from lazy_orbax._orbax.operations import tell_threads_apart
 from lazy_orbax._orbax.records import Destination, Settings
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax._orbax.waiting import leaving_nobody_waiting
-from lazy_orbax.errors import OptionError
+from lazy_orbax.handlers.stock_fallback import (
+    GB,
+    STOCK_CONCURRENT_GB,
+    StockFallback,
+    checked_options,
+    limit_bytes,
+)
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.plan.slabs import Plan
 from lazy_orbax.restore.verified import examined, restore
@@ -28,8 +34,6 @@ from lazy_orbax.save.plan_cache import prepare
 from lazy_orbax.storage.pace import Pace
 from lazy_orbax.trust.malformed import checked
 
-_GB = 10**9
-_STOCK_CONCURRENT_GB = 96
 # Slabs that fit the budget at once: some are copied while others are written.
 _LEAST_SLABS = 4
 
@@ -66,10 +70,8 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         Raises:
             OptionError: a value is out of range.
         """
-        self.options = options or LazyOptions()
-        if not isinstance(self.options, LazyOptions):
-            raise OptionError(f"options={options!r} is not a lazy_orbax.LazyOptions.")
-        self.limit_bytes = _limit_bytes(
+        self.options = checked_options(options)
+        self.limit_bytes = limit_bytes(
             self.options,
             save_concurrent_gb=save_concurrent_gb,
             save_device_host_concurrent_gb=save_device_host_concurrent_gb,
@@ -81,23 +83,19 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
             self.limit_bytes // _LEAST_SLABS,
             self.options.write_bytes_per_s or self.options.slab_bytes,
         )
-        restore_gb = restore_concurrent_gb or _STOCK_CONCURRENT_GB
         given = {**keywords, "use_compression": use_compression}
-        if symbols.warn_if_stock():
-            super().__init__(**given, restore_concurrent_gb=restore_gb)
-        else:
-            super().__init__(**given, restore_concurrent_bytes=restore_gb * _GB)
-            tell_threads_apart()
-            self._saver = Saver(
-                settings=describe.settings_of(self, given),
-                options=self.options,
-                limit_bytes=self.limit_bytes,
-                slab_bytes=self._slab_bytes,
-                processes=keywords.get("multiprocessing_options"),
-                merge=self._merge,
-                pace=Pace(self.options.write_bytes_per_s),
-            )
-        self._processes = keywords.get("multiprocessing_options")
+        restore_bytes = (restore_concurrent_gb or STOCK_CONCURRENT_GB) * GB
+        super().__init__(**given, restore_concurrent_bytes=restore_bytes)
+        tell_threads_apart()
+        self._saver = Saver(
+            settings=describe.settings_of(self, given),
+            options=self.options,
+            limit_bytes=self.limit_bytes,
+            slab_bytes=self._slab_bytes,
+            processes=keywords.get("multiprocessing_options"),
+            merge=self._merge,
+            pace=Pace(self.options.write_bytes_per_s),
+        )
         # What is written into the checkpoint: the stock name, so that stock Orbax reads it without
         # being told how. On the class it would clash with the stock handler's registration.
         self.typestr = ocp.PyTreeCheckpointHandler.typestr
@@ -120,9 +118,8 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
             SaveError: the save failed while it waited for host memory.
             NotDurableError: an earlier step was published unheard, and cannot be synced any more.
         """
-        if symbols.MISSING or getattr(args, "partial_save_mode", False):
-            stock_args = handed_in.save_args(args) if symbols.MISSING else args
-            return await super().async_save(directory, args=stock_args)
+        if getattr(args, "partial_save_mode", False):
+            return await super().async_save(directory, args=args)
         return await begin(self._saver, directory, args)  # type: ignore[return-value]
 
     @property
@@ -133,7 +130,7 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
     @property
     def is_shared(self) -> bool:
         """Whether all processes of the job save and restore together, in one directory."""
-        options = self._processes
+        options = self._saver.processes
         alone = getattr(options, "primary_host", 0) is None
         return not alone and getattr(options, "active_processes", None) is None
 
@@ -169,8 +166,7 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
             MalformedCheckpointError: it is not a checkpoint that Orbax wrote.
         """
         directory = handed_in.without_dots(directory)
-        stock_args = handed_in.restore_args(args) if args and symbols.MISSING else args
-        by_orbax = functools.partial(super().restore, directory, args=stock_args)
+        by_orbax = functools.partial(super().restore, directory, args=args)
         with examined(directory, args, verifies=self.options.verify_restore):
             return restore(
                 directory,
@@ -197,17 +193,13 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         Raises:
             SaveError: the storage refused it, or did nothing for too long.
         """
-        if symbols.MISSING:
-            self._merge(directory)
-        else:
-            finish(self._saver, directory)
+        finish(self._saver, directory)
 
     def _merge(self, directory: Any) -> None:
         by_orbax = functools.partial(
             super().finalize, epath.Path(_paths.without_dots(str(directory)))
         )
-        settings = None if symbols.MISSING else self.settings
-        merge(settings, directory, by_orbax, timeout_s=self.options.storage_timeout_s)
+        merge(self.settings, directory, by_orbax, timeout_s=self.options.storage_timeout_s)
 
     def close(self) -> None:
         """Waits for what is being saved, and gives host memory back. A second call does nothing.
@@ -216,25 +208,10 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
             SaveError: a save failed, and nobody was told yet.
         """
         try:
-            if not symbols.MISSING:
-                end_all(self._saver)
+            end_all(self._saver)
         finally:
             super().close()
 
 
-def _limit_bytes(options: LazyOptions, *, memory_limits: Any, **gb: Any) -> int:
-    """Returns the most bytes of snapshot in host memory; the smallest of all limits counts.
-
-    Raises:
-        OptionError: a limit is no positive number.
-    """
-    limit_bytes = options.host_limit_bytes
-    gb["max_transfer_concurrent_gb"] = getattr(memory_limits, "max_transfer_concurrent_gb", None)
-    for name, value in gb.items():
-        if value is None or value == "auto":
-            continue
-        if not isinstance(value, int | float) or value <= 0:
-            raise OptionError(f"{name}={value!r} must be a positive number of GB.")
-        if not name.startswith("restore"):
-            limit_bytes = min(limit_bytes, int(value * _GB))
-    return limit_bytes
+if symbols.MISSING and not TYPE_CHECKING:
+    LazyCheckpointHandler = StockFallback

@@ -14,6 +14,7 @@ from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax._orbax.waiting import leaving_nobody_waiting
 from lazy_orbax.errors import OptionError
 from lazy_orbax.handlers.lazy import LazyCheckpointHandler
+from lazy_orbax.handlers.stock_fallback import StockFallback
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.restore.verified import examined
 from lazy_orbax.trust.malformed import checked
@@ -40,13 +41,12 @@ def pytree_handler(
     lazy = LazyCheckpointHandler(options=options, **kwargs)
     accepted = inspect.signature(ocp.PyTreeCheckpointHandler).parameters
     shared = {name: value for name, value in kwargs.items() if name in accepted}
-    if not symbols.MISSING:
+    if not isinstance(lazy, StockFallback):
         shared["handler_impl"] = lazy
     handler = ocp.PyTreeCheckpointHandler(aggregate_filename, **shared)
     _examine_before_reading(handler, aggregate_filename, verifies=lazy.options.verify_restore)
-    if not symbols.MISSING:
-        _INSIDE[handler] = lazy
-        handler.async_save = leaving_nobody_waiting(handler.async_save)
+    _INSIDE[handler] = lazy
+    handler.async_save = leaving_nobody_waiting(handler.async_save)
     return handler
 
 
@@ -103,11 +103,10 @@ def lazy_part_of(handler: Any) -> LazyCheckpointHandler | None:
     Raises:
         OptionError: it is not one of lazy_orbax.
     """
-    if isinstance(handler, LazyCheckpointHandler):
-        return None if symbols.MISSING else handler
-    if handler not in _INSIDE and not symbols.MISSING:
+    inside = handler if isinstance(handler, LazyCheckpointHandler) else _INSIDE.get(handler)
+    if inside is None and not symbols.MISSING:
         raise OptionError(
             f"{handler!r} does not save lazily. Give what lazy_orbax.standard_handler() or "
             "pytree_handler() returned, or a LazyCheckpointHandler."
         )
-    return _INSIDE.get(handler)
+    return None if isinstance(inside, StockFallback) else inside

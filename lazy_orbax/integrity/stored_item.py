@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore as ts
 
-from lazy_orbax import _paths
 from lazy_orbax.errors import Problem
 from lazy_orbax.integrity import digest, digest_file, sidecar_files
-from lazy_orbax.integrity.chunk_location import chunk_keys, file_of
-from lazy_orbax.integrity.digest_file import DigestError, LeafDigests
+from lazy_orbax.integrity.digest_file import DigestError, LeafDigests, ProcessDigests
 from lazy_orbax.integrity.digest_in_parts import PART_BYTES, digest_in_parts
 from lazy_orbax.integrity.step_place import wrong_step
+from lazy_orbax.integrity.stored_arrays import StoredArrays
 from lazy_orbax.plan.boxes import Box
 from lazy_orbax.plan.slabs import runs
 from lazy_orbax.storage import places, small_files
@@ -56,17 +55,20 @@ class StoredItem:
         self.directory = directory
         remote = places.context_spec(directory, places.STORAGE_TIMEOUT_S)
         cache = {"total_bytes_limit": _CACHE_BYTES}
-        self._context = ts.Context({"cache_pool": cache, "cache_pool#ocdbt": cache, **remote})
-        self._base = places.plain_kvstore_spec(directory)
-        self._small = ts.KvStore.open(self._base, context=self._context).result()
+        context = ts.Context({"cache_pool": cache, "cache_pool#ocdbt": cache, **remote})
+        spec = places.plain_kvstore_spec(directory)
+        self._small = ts.KvStore.open(spec, context=context).result()
         self.leaves: dict[str, LeafDigests] = {}
         self.strings: dict[str, int] = {}
         self.others: tuple[str, ...] = ()
         self.problems: list[Problem] = []
         self._files: dict[str, tuple[int, int]] = {}
-        self._driver, self._use_ocdbt = "zarr", True
-        self._kvstore: ts.KvStore | None = None
-        self._read_digests()
+        parts = self._read_digests()
+        for part in parts:
+            self._add(part)
+        self.problems += filter(None, (wrong_step(part, directory) for part in parts))
+        driver, use_ocdbt = (parts[-1].driver, parts[-1].use_ocdbt) if parts else ("zarr", True)
+        self._arrays = StoredArrays(directory, self._small, context, driver, use_ocdbt)
 
     @property
     def is_covered(self) -> bool:
@@ -85,11 +87,11 @@ class StoredItem:
         """Size of all pieces, in bytes."""
         return sum(map(self._bytes_of, self.pieces))
 
-    def _read_digests(self) -> None:
+    def _read_digests(self) -> list[ProcessDigests]:
         here = self._small / f"{digest_file.DIRECTORY}/"
         names = sorted(name.decode() for name in here.list().result())
         names = [name for name in names if re.fullmatch(r"process_\d+", name)]
-        found: list[digest_file.ProcessDigests] = []
+        found: list[ProcessDigests] = []
         for name in names:
             file = f"{digest_file.DIRECTORY}/{name}"
             if (size := small_files.size_of(self.directory, file)) is None or size > MOST_BYTES:
@@ -104,15 +106,12 @@ class StoredItem:
         for process in sorted(missing) if not self.problems else ():
             file = f"{digest_file.DIRECTORY}/process_{process}"
             self.problems.append(Problem("is missing; that process took part in the save", file))
-        for part in found:
-            self._add(part)
-        self.problems += filter(None, (wrong_step(part, self.directory) for part in found))
+        return found
 
-    def _add(self, part: digest_file.ProcessDigests) -> None:
+    def _add(self, part: ProcessDigests) -> None:
         self._files |= part.files
         self.strings |= part.strings
         self.others += tuple(name for name in part.others if name not in part.strings)
-        self._driver, self._use_ocdbt = part.driver, part.use_ocdbt
         for leaf in part.leaves:
             known = self.leaves.get(leaf.name, leaf)
             if (known.dtype, known.shape) != (leaf.dtype, leaf.shape):
@@ -137,7 +136,7 @@ class StoredItem:
         problems = []
         todo = list(self.leaves if names is None else names)
         for i in range(0, len(todo), _BATCH_PIECES):
-            opening = {name: self.open_leaf(name) for name in todo[i : i + _BATCH_PIECES]}
+            opening = {name: self._arrays.open(name) for name in todo[i : i + _BATCH_PIECES]}
             problems += [p for name, store in opening.items() if (p := self._misfit(name, store))]
         return problems
 
@@ -146,26 +145,12 @@ class StoredItem:
         try:
             store = opening.result()
         except (ValueError, OSError) as error:
-            return Problem(f"cannot be opened: {error}", self._file_in(str(error)), name)
+            return Problem(f"cannot be opened: {error}", self._arrays.file_in(str(error)), name)
         found, wanted = (store.dtype.name, tuple(store.shape)), (leaf.dtype, leaf.shape)
         if found == wanted:
             return None
         what = f"found {found[0]}{list(found[1])}, saved was {wanted[0]}{list(wanted[1])}"
-        return Problem(what, self._metadata_file(name), name)
-
-    def open_leaf(self, name: str) -> Any:
-        """Returns a future of TensorStore's array of a leaf."""
-        prefix = name if name.endswith("/") or not name else f"{name}/"
-        try:
-            if self._kvstore is None:
-                spec = {"driver": "ocdbt", "base": self._base} if self._use_ocdbt else self._base
-                self._kvstore = ts.KvStore.open(spec, context=self._context).result()
-            spec = {"driver": self._driver}
-            return ts.open(
-                spec, kvstore=self._kvstore + prefix, context=self._context, open=True, read=True
-            )
-        except (ValueError, OSError) as error:
-            return _Failed(error)
+        return Problem(what, self._arrays.metadata_file(name), name)
 
     def check_pieces(self, pieces: Iterable[Piece]) -> Iterator[Problem]:
         """Reads pieces again and tells which are not what was saved."""
@@ -182,7 +167,7 @@ class StoredItem:
                 `None` stands for the data.
         """
         for batch in runs(pieces, self._bytes_of, _BATCH_BYTES, _BATCH_PIECES):
-            stores = {piece.leaf: self.open_leaf(piece.leaf) for piece in batch}
+            stores = {piece.leaf: self._arrays.open(piece.leaf) for piece in batch}
             misfits = {name: self._misfit(name, store) for name, store in stores.items()}
             reading = [
                 stores[piece.leaf].result()[piece.box.index].read()
@@ -206,7 +191,7 @@ class StoredItem:
                 found = digest_in_parts(store, piece.box)
         except (ValueError, OSError) as error:
             what = f"cannot be read: {error}"
-            file = self._file_in(str(error)) or self.file_of(piece)
+            file = self._arrays.file_in(str(error)) or self.file_of(piece)
             return Problem(what, file, piece.leaf, str(piece.box))
         if found == piece.digest:
             return data
@@ -219,42 +204,4 @@ class StoredItem:
 
     def file_of(self, piece: Piece) -> str | None:
         """Returns the file that holds a piece, or the first of them; `None` where none is found."""
-        try:
-            store = self.open_leaf(piece.leaf).result()
-            keys = chunk_keys(store, piece.box)
-            key = store.kvstore.path + keys[0]
-            file = file_of(self._small, key, self._context) if self._use_ocdbt else keys[0]
-        except (ValueError, OSError, KeyError, IndexError):
-            return None
-        if not self._use_ocdbt:
-            file = f"{piece.leaf}/{keys[0]}"
-        return file
-
-    def _metadata_file(self, name: str) -> str | None:
-        metadata = _paths.ZARR_V2 if self._driver == "zarr" else _paths.ZARR_V3
-        key = f"{name}/{metadata}".lstrip("/")
-        if not self._use_ocdbt:
-            return key
-        try:
-            return file_of(self._small, key, self._context)
-        except (ValueError, OSError, KeyError):
-            return None
-
-    def _file_in(self, text: str) -> str | None:
-        """Returns the last file that an error of TensorStore names, relative to the item."""
-        here = self.directory.partition("://")[2].partition("/")[2] or self.directory
-        found = [
-            name.partition(here.strip("/"))[2].strip("/")
-            for name in re.findall(r"[\"']([^\"']*/[^\"']*)[\"']", text)
-            if here.strip("/") in name
-        ]
-        return next((name for name in reversed(found) if name), None)
-
-
-class _Failed(NamedTuple):
-    """A future that has failed."""
-
-    error: Exception
-
-    def result(self) -> Any:
-        raise self.error
+        return self._arrays.file_of(piece.leaf, piece.box)

@@ -197,6 +197,7 @@ def arrive(part: Part, directory: str) -> bool:
     if not part.attempt.root:  # It may have had no name before.
         removes_all, operation = part.attempt.removes_all, part.attempt.operation
         attempt_at(directory, operation, removes_all=removes_all).join(part)
+    # Not where the save was ended meanwhile: what it held is dropped, and nothing is written.
     return part.move(Fate.WRITING)
 
 

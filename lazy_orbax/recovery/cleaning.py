@@ -93,7 +93,7 @@ def forgo(part: Part) -> None:
 def remove_leftovers(part: Part) -> None:
     """Removes what is there of a step that is not published and will not be."""
     if part.recorder.timeline.committed_s is not None:
-        part.move(Fate.PUBLISHED)
+        part.move(Fate.PUBLISHED)  # The directory has its final name: nothing is left to remove.
     elif part.fate is not Fate.CLEAN and part.attempt.is_there:
         failure = part.failure or SaveError("Orbax did not publish the step")
         part.recorder.end(error=failure)
@@ -121,10 +121,12 @@ def clean_up(part: Part, failure: SaveError | None) -> None:
         if other is not part:
             other.writing.stop(failure)
     items = [other.directory for other in attempt.parts if other.directory]
+    # A thread that hangs in the storage, or a write that was given up, may still come to them.
     writing = any(other.fate is Fate.WRITING for other in attempt.parts)
     if writing or not all(map(deadline.is_quiet, items)):
         return
     everything = attempt.removes_all and part.writing.is_alone()
+    # Its directory is nobody's from here on, whatever it was before.
     part.move(Fate.FAILED)
     gone = attempt.remove(items, None if everything else part.writing.own_directories())
     # The others' part of it is what they or the next save remove.

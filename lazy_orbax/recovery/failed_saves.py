@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lazy_orbax.errors import OptionError, SaveError
-from lazy_orbax.recovery import cleaning
+from lazy_orbax.recovery import cleaning, retired_steps
 
 # Orbax keeps several errors of one save, and tells one at a time.
 _MOST_ERRORS = 20
@@ -91,7 +91,8 @@ def log_failed_saves(checkpointer: Any) -> FailedSaves:
         if hasattr(checkpointer, name):
             setattr(checkpointer, name, _wait_without_raising(getattr(checkpointer, name), note))
     checkpointer.save = _save_without_raising(checkpointer.save, note)
-    checkpointer.close = _close_without_raising(checkpointer.close, note)
+    checkpointer.close = _close_without_raising(checkpointer, note)
+    retired_steps.register(checkpointer)
     return failed
 
 
@@ -131,7 +132,9 @@ def _save_without_raising(save: Callable[..., Any], note: _Note) -> Callable[...
     return without_raising
 
 
-def _close_without_raising(close: Callable[[], None], note: _Note) -> Callable[[], None]:
+def _close_without_raising(checkpointer: Any, note: _Note) -> Callable[[], None]:
+    close = checkpointer.close
+
     @functools.wraps(close)
     def without_raising() -> None:
         try:
@@ -139,6 +142,7 @@ def _close_without_raising(close: Callable[[], None], note: _Note) -> Callable[[
         except SaveError as error:
             note([error])
             close()  # What was not closed yet.
+        retired_steps.unregister(checkpointer)
 
     return without_raising
 

@@ -10,19 +10,44 @@ from __future__ import annotations
 import errno
 import logging
 import shutil
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
+from lazy_orbax import _paths
 from lazy_orbax._orbax import lifecycle
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.storage.places import scheme_of
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _log = logging.getLogger("lazy_orbax")
+# By their directories: Orbax does not tell a handler which manager it saves for, but a user may.
+_MANAGERS: weakref.WeakValueDictionary[str, ocp.CheckpointManager] = weakref.WeakValueDictionary()
 
 
-def remember(failures: Sequence[BaseException], n_bytes: int) -> None:
+def register(saver: Any) -> None:
+    """Notes which manager saves below its directory. Nothing happens for other objects."""
+    if isinstance(saver, ocp.CheckpointManager):
+        _MANAGERS[str(saver.directory)] = saver
+
+
+def unregister(saver: Any) -> None:
+    """Forgets a manager that is closed: another may save below the same directory."""
+    if isinstance(saver, ocp.CheckpointManager) and _MANAGERS.get(str(saver.directory)) is saver:
+        del _MANAGERS[str(saver.directory)]
+
+
+def _manager_of(item_directory: str) -> ocp.CheckpointManager | None:
+    """Returns the manager that saves an item: one that was registered, else one that calls this."""
+    for run in _paths.places_of_run(item_directory):
+        if (manager := _MANAGERS.get(run)) is not None:
+            return manager
+    return lifecycle.manager_that_saves()
+
+
+def remember(failures: Sequence[BaseException], n_bytes: int, *, item_directory: str) -> None:
     """Gives the manager whose `save()` this is its steps back, because saves before it failed.
 
     Where they failed for want of room, the steps that the manager does not keep are removed now:
@@ -32,8 +57,9 @@ def remember(failures: Sequence[BaseException], n_bytes: int) -> None:
     Args:
         failures: what the earlier saves failed with.
         n_bytes: of the item that is saved now, not compressed.
+        item_directory: of that item.
     """
-    manager = lifecycle.manager_that_saves()
+    manager = _manager_of(item_directory)
     if manager is None:
         return
     try:

@@ -61,7 +61,7 @@ def examined(
         with checked(directory, args, aggregate):
             yield
     except MalformedCheckpointError as error:
-        if verifies and not symbols.MISSING:
+        if verifies:
             stored = StoredItem(str(directory))
             # Its data may be what is dangerous.
             problems = [*stored.problems, *stored.check_files()]
@@ -101,10 +101,7 @@ def restore(
 
     errors, failure, value = _DEFERRED.get(), None, None
     try:
-        if verifies and not symbols.MISSING:
-            value = _verified(directory, read, look=errors is None)
-        else:
-            value = read()
+        value = _verified(directory, read, look=errors is None) if verifies else read()
     except Exception as error:  # noqa: BLE001 - Raised below, or put where it is waited for.
         failure = error
     if errors is not None:
@@ -180,7 +177,7 @@ def explained(metadata: Callable[[Any], Any], directory: Any, args: Any) -> Iter
             raise RestoreError(
                 f"The restore target does not fit the checkpoint {directory}:{summarize(misfits)}"
             ) from error
-        if "do not match" in str(error):
+        if symbols.MISFIT in str(error):
             raise RestoreError(f"{error}\nThe checkpoint is {directory}.") from error
         raise
 

@@ -97,7 +97,7 @@ async def begin(saver: Saver, directory: Any, args: Any) -> list[Commit]:
     )
     refuse_relative(path, uses_ocdbt=bool(prepared.format.own_directories))
     if failures:
-        remember(failures, prepared.plan.n_bytes)
+        remember(failures, prepared.plan.n_bytes, item_directory=path)
     save = Save(_job(saver, prepared, leaves, path))
     others = await handed_in.serialize_others(prepared.others, leaves, directory)
     item = _paths.final(path).rpartition("/")[2]

@@ -81,6 +81,7 @@ class Commit:
                 try:
                     self.save.write(str(created), custom_metadata)
                 finally:
+                    # Even if it failed: from here on this thread touches the directory no more.
                     self.part.move(Fate.WRITTEN)
             if self.save.failure is not None:
                 self.part.move(Fate.FAILED)
@@ -113,7 +114,7 @@ class Commit:
                 cleaning.clean_up(self.part, self.save.failure)
             raise
         failure = self._settle(deadline_s - time.monotonic())
-        self._report()
+        self._report()  # Orbax hears of it now, so `close` need not say it again.
         if failure is not None:
             self.part.recorder.end(error=failure)
             cleaning.clean_up(self.part, failure)

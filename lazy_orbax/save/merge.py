@@ -13,19 +13,19 @@ import tensorstore as ts
 from lazy_orbax import _paths
 from lazy_orbax._orbax import on_disk
 from lazy_orbax._orbax.records import Settings
-from lazy_orbax.save.writer import CONTEXT
+from lazy_orbax.save.item_stores import CONTEXT
 from lazy_orbax.storage import places
 from lazy_orbax.storage.deadline import Deadline
 from lazy_orbax.storage.save_error import save_error
 
 
 def merge(
-    settings: Settings | None, directory: Any, by_orbax: Callable[[], None], *, timeout_s: float
+    settings: Settings, directory: Any, by_orbax: Callable[[], None], *, timeout_s: float
 ) -> None:
     """Lets Orbax merge what the processes wrote.
 
     Args:
-        settings: how the handler saved; `None` where Orbax is not known.
+        settings: how the handler saved.
         directory: the item's directory.
         by_orbax: does it in a local directory.
         timeout_s: most seconds in which the storage may do nothing.
@@ -35,7 +35,7 @@ def merge(
     """
     place = str(directory)
     merging = by_orbax
-    if places.scheme_of(place) and settings is not None:
+    if places.scheme_of(place):
         merging = functools.partial(_merge_remotely, settings, directory, timeout_s)
     try:
         Deadline(place, timeout_s).run(merging, "lazy_orbax-merge")

@@ -121,12 +121,13 @@ class Save:
         """Moves the state forward. Returns whether the save was not over yet."""
         with self._lock:
             if self._state in _OVER:
-                return False
+                return False  # Whoever ended it first has said why; a later reason would hide that.
             if failure is not None:
                 self.recorder.note(error=failure)
             self._state = state
             if state in _OVER:
-                self._ended.set()
+                self._ended.set()  # A writer that waits for its pace need not any more.
+        # Both ends of the host budget may wait for this: who reserves, and who waits for staging.
         self._past_staging.set()
         HOST_BUDGET.wake()
         return True
@@ -141,6 +142,7 @@ class Save:
 
     def drop(self) -> None:
         """Returns every byte of a save that is over and that nobody will write."""
+        # Our thread ends by itself, for a save that is over gets no lease; then nobody adds any.
         if self._stager.ident is not None:
             self._stager.join()
         self._holding.drop()
@@ -197,6 +199,7 @@ class Save:
         lease = self._reserve(slab, kind, exists=mode == "in_step")
         waited_s = self.recorder.timeline.waited_s + time.perf_counter() - start_s
         self.recorder.note(waited_s=waited_s)
+        # From here on the caller's arrays are out of it: what is held is our own copy.
         held = device_to_host.take(plan, slab, arrays, mode, lease.buffer)
         self._holding.arriving += [weakref.ref(array) for array in held.arrays]
         self._holding.on_host.put((held, lease))
@@ -260,6 +263,7 @@ class Save:
         except BaseException as error:  # noqa: BLE001 - Raised below.
             self.fail(error)
             traceback.clear_frames(error.__traceback__)  # They hold slabs.
+        # Written or not, nobody reads the slabs any more: their leases end here at the latest.
         self.drop()
         give_back_memory()
         if self.failure is not None:

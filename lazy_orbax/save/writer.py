@@ -15,18 +15,10 @@ from lazy_orbax.integrity import digest
 from lazy_orbax.integrity.proof import Evidence
 from lazy_orbax.plan.slabs import Piece, Plan, Slab
 from lazy_orbax.save.disk_format import Format
-from lazy_orbax.storage import places
-from lazy_orbax.storage.deadline import Deadline
+from lazy_orbax.save.item_stores import ItemStores
 from lazy_orbax.storage.fsync import Inode, Syncer
 from lazy_orbax.storage.save_error import save_error
 
-# A fresh context for each save, as stock Orbax has it: a shared cache would keep slabs alive.
-# TensorStore is told not to sync: we do, beside the next slab, and before Orbax commits.
-CONTEXT = {
-    "file_io_concurrency": {"limit": 128},
-    "cache_pool#ocdbt": {"total_bytes_limit": 100_000_000},
-    "file_io_sync": False,
-}
 # OCDBT keeps values as small as this (Orbax sets 1 KiB) in nodes, and nodes in its cache: it would
 # refer to a slab for as long as the save takes.
 _LARGEST_CACHED_BYTES = 2**10
@@ -46,8 +38,6 @@ class Writer:
     `write` returned: TensorStore reads from them without a copy.
 
     Attributes:
-        is_local: whether that is a directory, and not in an object store.
-        synced_directories: where `finish` synced everything, below a local directory.
         evidence: of what the caller's arrays held; what is written must be that.
     """
 
@@ -60,52 +50,36 @@ class Writer:
             directory: the item's (temporary) directory, or its `gs://` address.
             timeout_s: most seconds in which the storage may acknowledge nothing.
         """
-        self._plan, self._format, self._directory = plan, format_, directory
-        self._deadline = Deadline(directory, timeout_s)
-        remote = places.context_spec(directory, timeout_s)
-        self._context = ts.Context({**CONTEXT, **remote})
-        self._stores: dict[int, Any] = {}
+        self._plan, self._format = plan, format_
+        self._item = ItemStores(format_, directory, timeout_s=timeout_s)
+        self._stores: dict[int, ts.TensorStore] = {}
         self._digests: dict[int, int] = {}
         self._unacknowledged: list[list[Request]] = []
-        self._files: ts.KvStore | None = None
-        self._kvstores: list[ts.KvStore] = []
-        self.synced_directories: set[Inode] = set()
         self.evidence: Evidence | None = None
-        self.is_local = os.path.isabs(directory)
         self._syncer = (
             Syncer(directory, format_.own_directories, timeout_s=timeout_s)
-            if self.is_local
+            if os.path.isabs(directory)
             else None
         )
-        may_hold_late_writes = self._deadline.begin()
         try:
-            if format_.is_primary or format_.files:
-                self._files = self._open(format_.directory)
-            self._kvstores += map(self._open, format_.kvstores)
-            if may_hold_late_writes:
-                self._remove_late_writes()
+            self._remove_late_writes()
         except BaseException:
             self.close()
             raise
 
-    def _open(self, spec: str) -> ts.KvStore:
-        here = places.kvstore_spec(spec, self._directory)
-        opening = ts.KvStore.open(here, context=self._context)
-        store = self._deadline.result_of(opening)
-        return store if store.path.endswith("/") or not store.path else store + "/"
+    @property
+    def is_local(self) -> bool:
+        """Whether it writes to a directory, and not to an object store."""
+        return self._syncer is not None
+
+    @property
+    def synced_directories(self) -> set[Inode]:
+        """Where `finish` synced everything, below a local directory."""
+        return set() if self._syncer is None else self._syncer.directories
 
     def _remove_late_writes(self) -> None:
-        """Removes the databases that a failed save wrote to after Orbax emptied the directory.
-
-        OCDBT would read and extend them. Everything else is written over.
-        """
-        everything = ts.KvStore.KeyRange()
-        removals = [(store.base, everything) for store in self._kvstores if store.base is not None]
-        if removals and self._files is not None:
-            merged = [("d/", "d0"), (_paths.MANIFEST, f"{_paths.MANIFEST}0")]
-            removals += [(self._files, ts.KvStore.KeyRange(*keys)) for keys in merged]
         requests = self._new_requests()
-        for store, keys in removals:
+        for store, keys in self._item.late_writes():
             requests.append(Request(store.delete_range(keys), _paths.MANIFEST))
         self.wait(requests)
 
@@ -132,7 +106,7 @@ class Writer:
         return requests
 
     def _error_of(self, leaf: str, what: str) -> SaveError:
-        return save_error(self._directory, ValueError(what), leaf=leaf)
+        return save_error(self._item.directory, ValueError(what), leaf=leaf)
 
     def _new_requests(self) -> list[Request]:
         requests: list[Request] = []
@@ -141,15 +115,11 @@ class Writer:
 
     def _open_leaf(self, leaf: int, requests: list[Request]) -> ts.TensorStore:
         stored = self._format.leaves[leaf]
-        kvstore = self._kvstores[stored.kvstore] + stored.prefix
         if self._format.is_primary:
-            future = kvstore.write(stored.metadata_key, stored.metadata)
-            requests.append(Request(future, stored.prefix + stored.metadata_key))
-        opening = ts.open(
-            stored.spec, kvstore=kvstore, context=self._context, open=True, assume_metadata=True
-        )
-        store = self._deadline.result_of(opening)
-        return store if stored.cast_from is None else ts.cast(store, ts.dtype(stored.cast_from))
+            key = stored.prefix + stored.metadata_key
+            future = self._item.arrays[stored.kvstore].write(key, stored.metadata)
+            requests.append(Request(future, key))
+        return self._item.open_leaf(stored)
 
     def finish(self, custom_metadata: Any, texts: Mapping[str, str]) -> str:
         """Writes the small files, and waits until everything is durable.
@@ -177,16 +147,15 @@ class Writer:
         files = self._format.metadata_files(custom_metadata)
         fingerprints = self.evidence.found if self.evidence else None
         ours, digests, fingerprint = self._format.digests.fill(
-            self._digests, files, texts, self._directory, fingerprints
+            self._digests, files, texts, self._item.directory, fingerprints
         )
-        if self._files is not None:
+        if self._item.files is not None:
             for name, content in {**files, ours: digests}.items():
-                requests.append(Request(self._files.write(name, content), name))
+                requests.append(Request(self._item.files.write(name, content), name))
         self.wait(requests)
         self._stores.clear()
         if self._syncer is not None:
             self._syncer.finish()
-            self.synced_directories = self._syncer.directories
         return fingerprint
 
     def close(self) -> None:
@@ -196,7 +165,7 @@ class Writer:
         """
         futures = [request.future for some in self._unacknowledged for request in some]
         self._unacknowledged.clear()
-        self._deadline.end([future for future in futures if not future.done()])
+        self._item.deadline.end([future for future in futures if not future.done()])
         if self._syncer is not None:
             self._syncer.close()
 
@@ -212,11 +181,11 @@ class Writer:
         """
         for future, key in requests:
             try:
-                self._deadline.result_of(future)
+                self._item.deadline.result_of(future)
             except (ValueError, OSError) as error:
-                file = f"{self._directory}/{key}"
+                file = f"{self._item.directory}/{key}"
                 leaf = self._leaf_at_fault(f"{file}/ {error}", slab)
-                raise save_error(self._directory, error, leaf=leaf, file=file) from error
+                raise save_error(self._item.directory, error, leaf=leaf, file=file) from error
         self._unacknowledged = [some for some in self._unacknowledged if some is not requests]
         if slab is not None and self._syncer is not None:
             self._syncer.begin()

@@ -19,7 +19,7 @@ from typing import Any
 
 from lazy_orbax._machine import priority_of_this_thread
 
-_IDLE_S = 0.1
+_IDLE_S = 1.0
 _IDLE_NAME = "lazy_orbax-idle"
 
 

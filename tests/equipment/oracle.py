@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 from equipment.described import contents, description
+from equipment.trees import abstract
 from etils import epath
 
 import lazy_orbax
@@ -160,6 +161,20 @@ def arrays_restored_as(value: Any) -> ocp.RestoreArgs:
     if isinstance(value, np.ndarray | np.generic):
         return ocp.RestoreArgs(restore_type=np.ndarray)
     return ocp.RestoreArgs(restore_type=type(value))
+
+
+def readable(directory, handler, face_name, tree):
+    """Returns what restoring gives, without a target and with one, or that it is refused."""
+    restore_args = (
+        ocp.args.StandardRestore(abstract(tree))
+        if face_name == "standard"
+        else ocp.args.PyTreeRestore(tree, jax.tree.map(arrays_restored_as, tree))
+    )
+    found = []
+    for args in (None, restore_args):
+        kind, value = attempt(lambda args=args: restore(handler, directory, args))
+        found.append((kind, repr(contents(value)) if kind == "accepted" else None))
+    return found
 
 
 def same(found: Any, wanted: Any) -> None:

@@ -14,7 +14,7 @@ import re
 import shlex
 from typing import Any
 
-from lazy_orbax.__main__ import main
+from lazy_orbax.cli.main import main
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = ROOT / "README.md"

@@ -687,7 +687,7 @@ def test_a_save_of_the_same_bytes_is_reported(tmp_path, mesh, caplog):
 
 
 def test_the_command_line(tmp_path, mesh, capsys):
-    from lazy_orbax.__main__ import main
+    from lazy_orbax.cli.main import main
 
     save_steps(tmp_path, [state_of(0, mesh)], use_ocdbt=False)
     assert main(["verify", str(tmp_path)]) == 0

@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import lazy_orbax
-from lazy_orbax import __main__ as command_line
+from lazy_orbax.cli import main as command_line
 from lazy_orbax.errors import OptionError
 
 

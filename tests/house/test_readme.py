@@ -85,8 +85,9 @@ def mentions(text, name):
 def test_every_public_name_is_in_a_guide():
     # As code: `verify` and `args` are words as well.
     text = all_guides()
-    names = lazy_orbax.__all__
-    assert not [name for name in names if not re.search(rf"(\blazy_orbax\.|`){name}\b", text)]
+    names = [*lazy_orbax.__all__, *lazy_orbax.reports.__all__]
+    as_code = r"(\blazy_orbax\.|\breports\.|`)"
+    assert not [name for name in names if not re.search(rf"{as_code}{name}\b", text)]
 
 
 def test_every_exception_is_explained():
@@ -111,6 +112,8 @@ def test_what_the_guides_call_public_exists():
         re.findall(r"\blazy_orbax\.(\w+)\b(?!/)", all_guides() + pages.README.read_text())
     ):
         assert name in lazy_orbax.__all__, f"a page names lazy_orbax.{name}"
+    for name in set(re.findall(r"\breports\.(\w+)\b", all_guides())):
+        assert name in lazy_orbax.reports.__all__, f"a page names reports.{name}"
 
 
 def test_what_names_a_page_names_one_that_is_there():

@@ -4,6 +4,7 @@ import ast
 import inspect
 import pathlib
 import types
+import typing
 
 import pytest
 
@@ -284,11 +285,33 @@ def test_public_names_are_those_of_all():
         for name, value in vars(lazy_orbax).items()
         if not name.startswith("_") and not isinstance(value, types.ModuleType)
     }
-    modules = {"args", "errors"}
+    modules = {"args", "errors", "reports"}
     assert public | modules == set(lazy_orbax.__all__)
     assert sorted(lazy_orbax.__all__) == lazy_orbax.__all__
     for name in lazy_orbax.__all__:
         assert hasattr(lazy_orbax, name)
+
+
+def public_names_of(module):
+    """The names that a public module has for others: those of `__all__`, or its own classes."""
+    own = [name for name, cls in vars(module).items() if is_class_of(cls, module)]
+    return getattr(module, "__all__", own)
+
+
+def is_class_of(value, module):
+    return isinstance(value, type) and value.__module__ == module.__name__
+
+
+def test_a_record_that_a_function_returns_is_a_report():
+    reports = {getattr(lazy_orbax.reports, name) for name in lazy_orbax.reports.__all__}
+    assert sorted(lazy_orbax.reports.__all__) == lazy_orbax.reports.__all__
+    for name in lazy_orbax.__all__:
+        assert getattr(lazy_orbax, name) not in reports
+        if inspect.isfunction(getattr(lazy_orbax, name)):
+            hints = typing.get_type_hints(getattr(lazy_orbax, name))
+            returned = hints.get("return")
+            module = getattr(returned, "__module__", "")
+            assert not module.startswith("lazy_orbax.") or returned in reports, name
 
 
 def public_objects():
@@ -298,7 +321,7 @@ def public_objects():
             yield from (
                 (f"{name}.{inner}", cls)
                 for inner, cls in vars(value).items()
-                if isinstance(cls, type) and cls.__module__ == value.__name__
+                if isinstance(cls, type) and inner in public_names_of(value)
             )
         yield name, value
 

@@ -19,19 +19,18 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from equipment.described import contents
 from equipment.oracle import (
     MODES,
     STOCK_WARNS,
-    arrays_restored_as,
     attempt,
     described,
     face,
+    readable,
     restore,
     save,
     stored,
 )
-from equipment.trees import abstract, on_mesh, random_array
+from equipment.trees import on_mesh, random_array
 from flax import nnx
 from jax._src.sharding_impls import GSPMDSharding
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
@@ -474,20 +473,6 @@ COMBINATIONS = (
     ("standard", {"use_ocdbt": True, "use_zarr3": False}),
     ("pytree", {"use_ocdbt": False, "use_zarr3": True}),
 )
-
-
-def readable(directory, handler, face_name, tree):
-    """Returns what restoring gives, without a target and with one, or that it is refused."""
-    restore_args = (
-        ocp.args.StandardRestore(abstract(tree))
-        if face_name == "standard"
-        else ocp.args.PyTreeRestore(tree, jax.tree.map(arrays_restored_as, tree))
-    )
-    found = []
-    for args in (None, restore_args):
-        kind, value = attempt(lambda args=args: restore(handler, directory, args))
-        found.append((kind, repr(contents(value)) if kind == "accepted" else None))
-    return found
 
 
 def compare(tree, directory, combination, modes=MODES):

@@ -17,7 +17,7 @@ from etils import epath
 
 import lazy_orbax
 from lazy_orbax.errors import OptionError
-from lazy_orbax.save import writer
+from lazy_orbax.save import item_stores, writer
 from lazy_orbax.storage import deadline as deadlines
 from lazy_orbax.storage import places
 
@@ -196,7 +196,7 @@ def test_a_writer_that_cannot_open_its_stores_holds_up_nobody(monkeypatch):
     def fail(self, spec):
         raise ValueError("no luck")
 
-    monkeypatch.setattr(writer.Writer, "_open", fail)
+    monkeypatch.setattr(item_stores.ItemStores, "_open", fail)
     format_ = types.SimpleNamespace(is_primary=True, directory="", kvstores=[])
     for _ in range(2):
         with pytest.raises(ValueError, match="no luck"):

@@ -1,0 +1,82 @@
+"""The key-value stores of one item, open for one save of it."""
+
+from __future__ import annotations
+
+import tensorstore as ts
+
+from lazy_orbax import _paths
+from lazy_orbax.save.disk_format import Format, StoredLeaf
+from lazy_orbax.storage import places
+from lazy_orbax.storage.deadline import Deadline
+
+# A fresh context for each save, as stock Orbax has it: a shared cache would keep slabs alive.
+# TensorStore is told not to sync: we do, beside the next slab, and before Orbax commits.
+CONTEXT = {
+    "file_io_concurrency": {"limit": 128},
+    "cache_pool#ocdbt": {"total_bytes_limit": 100_000_000},
+    "file_io_sync": False,
+}
+
+
+class ItemStores:
+    """Where one save of an item writes. Whoever made it ends its `deadline`.
+
+    Attributes:
+        directory: the item's (temporary) directory, or its `gs://` address.
+        deadline: how long the storage may acknowledge nothing.
+        files: the directory itself, for small files; `None` where this process writes none.
+        arrays: what arrays are written to, in the order of `Format.kvstores`.
+        may_hold_late_writes: whether a failed save may have written here after Orbax had emptied
+            the directory.
+    """
+
+    def __init__(self, format_: Format, directory: str, *, timeout_s: float):
+        """Opens them in `directory`, which must exist.
+
+        Args:
+            format_: how the item is stored.
+            directory: the item's (temporary) directory, or its `gs://` address.
+            timeout_s: most seconds in which the storage may acknowledge nothing.
+        """
+        self.directory = directory
+        self.deadline = Deadline(directory, timeout_s)
+        self._context = ts.Context({**CONTEXT, **places.context_spec(directory, timeout_s)})
+        self.files: ts.KvStore | None = None
+        self.arrays: list[ts.KvStore] = []
+        self.may_hold_late_writes = self.deadline.begin()
+        try:
+            if format_.is_primary or format_.files:
+                self.files = self._open(format_.directory)
+            self.arrays += map(self._open, format_.kvstores)
+        except BaseException:
+            self.deadline.end([])
+            raise
+
+    def _open(self, spec: str) -> ts.KvStore:
+        here = places.kvstore_spec(spec, self.directory)
+        opening = ts.KvStore.open(here, context=self._context)
+        store = self.deadline.result_of(opening)
+        return store if store.path.endswith("/") or not store.path else store + "/"
+
+    def open_leaf(self, stored: StoredLeaf) -> ts.TensorStore:
+        """Returns the array of a leaf, which takes what the leaf is on the host."""
+        kvstore = self.arrays[stored.kvstore] + stored.prefix
+        opening = ts.open(
+            stored.spec, kvstore=kvstore, context=self._context, open=True, assume_metadata=True
+        )
+        store = self.deadline.result_of(opening)
+        return store if stored.cast_from is None else ts.cast(store, ts.dtype(stored.cast_from))
+
+    def late_writes(self) -> list[tuple[ts.KvStore, ts.KvStore.KeyRange]]:
+        """Returns where the databases of a failed save may be, which OCDBT would read and extend.
+
+        Everything else is written over.
+        """
+        if not self.may_hold_late_writes:
+            return []
+        everything = ts.KvStore.KeyRange()
+        found = [(store.base, everything) for store in self.arrays if store.base is not None]
+        if found and self.files is not None:
+            merged = [("d/", "d0"), (_paths.MANIFEST, f"{_paths.MANIFEST}0")]
+            found += [(self.files, ts.KvStore.KeyRange(*keys)) for keys in merged]
+        return found

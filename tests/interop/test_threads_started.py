@@ -1,0 +1,40 @@
+"""How many threads a save starts."""
+
+import threading
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from equipment.trees import on_mesh
+
+import lazy_orbax
+
+# One brings slabs to the host, one is Orbax's and writes, and from one phase to the next three at
+# most sync, merge and so on.
+MOST = 5
+
+
+@pytest.mark.parametrize("options", [{}, {"temporary_path_class": lazy_orbax.DurablePath}])
+def test_a_save_of_small_leaves_starts_few_threads(tmp_path, mesh, monkeypatch, options, tell):
+    tree = {str(i): on_mesh(np.full((8, 8), i, np.float32), mesh, "a") for i in range(20)}
+    started, start = [], threading.Thread.start
+
+    def note(thread):
+        started.append(thread.name)
+        start(thread)
+
+    options = ocp.CheckpointManagerOptions(**options)
+    handler = lazy_orbax.standard_handler()
+    with ocp.CheckpointManager(tmp_path, item_handlers=handler, options=options) as manager:
+        for step in range(4):
+            manager.save(step, args=ocp.args.StandardSave(tree))
+            manager.wait_until_finished()
+            if step == 0:  # The first also plans.
+                monkeypatch.setattr(threading.Thread, "start", note)
+                continue
+            ours = [name for name in started if name.startswith("lazy_orbax")]
+            if "lazy_orbax-proof" in ours:  # Of the second save of a tree alone.
+                ours.remove("lazy_orbax-proof")
+            tell("threads", f"save {step}", f"{len(ours)} of {len(started)} that were started")
+            assert len(ours) <= MOST, ours
+            started.clear()

@@ -1,0 +1,182 @@
+"""Stock Orbax as the oracle of whole situations, not of one property at a time.
+
+What stock accepts we accept: what is on disk is the same, and what stock and we restore of ours is
+what stock restores of its own, bit for bit. What stock refuses we refuse, by an error of ours that
+names the leaf, and write nothing. Stock saves under no context of JAX's, from the main thread, for
+none may change what is saved.
+
+The quick size is a fixed set of examples. The nightly one draws others every time:
+
+    pytest tests/property/test_situations.py --hypothesis-profile=nightly
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import pathlib
+import tempfile
+import threading
+
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from equipment.oracle import STOCK_WARNS, attempt, described, face, readable, save, stored
+from hypothesis import HealthCheck, Phase, given, note, settings
+from interop import contexts
+from property.situations import Situation, situations, twin
+
+import lazy_orbax
+from lazy_orbax.errors import LazyOrbaxError
+
+pytestmark = STOCK_WARNS
+NIGHTLY = settings.get_current_profile_name() == "nightly"
+# Shrinking saves and restores a hundred times more: for who looks into what the night found.
+PHASES = [phase for phase in Phase if NIGHTLY or phase is not Phase.shrink]
+
+# Where we differ on purpose: what our error says, and what stock does instead.
+DELIBERATE = {
+    "both stored as": "stock saves one leaf over the other, without a word",
+}
+# The words of stock's own part of the handler, which sees the tree before us, or of JAX: these name
+# the leaf, or are about the tree as a whole.
+THEIR_WORDS = ("Unsupported type: ", "Found empty item", "Comparator raised exception")
+
+
+def sized(quick: int):
+    """So many examples, the same every time; or a night's."""
+    n_examples = settings().max_examples if NIGHTLY else quick
+    return settings(
+        max_examples=n_examples,
+        derandomize=not NIGHTLY,
+        phases=PHASES,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def save_args(situation: Situation, tree):
+    if situation.cast is None or situation.face == "standard":
+        return None
+    dtype = np.dtype(getattr(ml_dtypes, situation.cast, situation.cast))
+
+    def of_leaf(leaf):
+        is_key = isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(
+            leaf.dtype, jax.dtypes.prng_key
+        )
+        return ocp.SaveArgs() if is_key else ocp.SaveArgs(dtype=dtype)
+
+    return jax.tree.map(of_leaf, tree)
+
+
+def clobber(tree) -> None:
+    """Does to a tree what a step that donates it does, and worse."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array):
+            leaf.delete()
+        elif isinstance(leaf, np.ndarray) and leaf.flags.writeable:
+            leaf[...] = np.zeros((), leaf.dtype)
+
+
+def save_ours(situation: Situation, lazy, args_type, directory: pathlib.Path) -> None:
+    """Saves as the situation says, the look-alike before."""
+
+    def args_of(tree):
+        arguments = save_args(situation, tree)
+        return args_type(tree) if arguments is None else args_type(tree, arguments)
+
+    if situation.look_alike:
+        with contextlib.suppress(Exception):
+            save(lazy, directory / "before", args_of(situation.values(twin)))
+    tree = situation.values()
+    with contexts.ALL[situation.context]():
+        if not situation.lazily:
+            save(lazy, directory / "1", args_of(tree))
+            return
+        with ocp.AsyncCheckpointer(lazy) as checkpointer:
+            checkpointer.save(directory / "1", args=args_of(tree))
+            clobber(tree)
+            checkpointer.wait_until_finished()
+
+
+def run_in(thread: bool, action) -> None:
+    """Runs it, perhaps in a thread of its own; raises what it raises."""
+    if not thread:
+        action()
+        return
+    errors = []
+
+    def caught():
+        try:
+            action()
+        except BaseException as error:  # noqa: BLE001
+            errors.append(error)
+
+    worker = threading.Thread(target=caught)
+    worker.start()
+    worker.join()
+    if errors:
+        raise errors[0]
+
+
+def check_refusal(error: Exception, tree, directory: pathlib.Path) -> None:
+    paths = []
+    with contextlib.suppress(Exception):
+        paths = [
+            jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+        ]
+    said = str(error)
+    if not any(text in said for text in THEIR_WORDS):
+        assert isinstance(error, LazyOrbaxError), repr(error)
+        assert any(path in said for path in paths), said
+    assert not any(file.is_file() for file in directory.rglob("*")), "something was written"
+
+
+def check(situation: Situation, directory: pathlib.Path) -> str:
+    kind = face(situation.face)
+    tree = situation.values()
+    stock = kind.stock(**situation.settings)
+    arguments = save_args(situation, tree) if mappable(tree) else None
+    given_args = (tree,) if arguments is None else (tree, arguments)
+    by_stock, by_us = directory / "stock", directory / "ours" / "1"
+    with jax.enable_x64(True):
+        wanted, why = attempt(lambda: save(stock, by_stock, kind.stock_save(*given_args)))
+    lazy = kind.lazy(options=lazy_orbax.LazyOptions(**situation.options), **situation.settings)
+    (directory / "ours").mkdir()
+    action = functools.partial(save_ours, situation, lazy, kind.save, directory / "ours")
+    found, error = attempt(lambda: run_in(situation.in_thread, action))
+    note(f"stock: {wanted} {why!r}; ours: {found} {error!r}")
+    if found == "refused" and wanted == "accepted":
+        assert any(text in str(error) for text in DELIBERATE), repr(error)
+        return "refused on purpose"
+    assert found == wanted, f"stock: {wanted} {why!r}; ours: {found} {error!r}"
+    if found == "refused":
+        check_refusal(error, tree, by_us)
+        return "refused"
+    ours, theirs = stored(by_us), stored(by_stock)
+    for files in (ours, theirs):
+        for name in ("_CHECKPOINT_METADATA", "commit_success.txt"):
+            files.pop(name, None)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in theirs if ours[name] != theirs[name]] == []
+    lazy = kind.lazy(**situation.settings)
+    with jax.enable_x64(True):
+        assert described(lazy, by_us) == described(stock, by_stock)
+        back = readable(by_stock, stock, situation.face, tree)
+        assert readable(by_us, stock, situation.face, tree) == back
+        assert readable(by_us, lazy, situation.face, tree) == back
+    assert lazy_orbax.verify(by_us).ok
+    return "accepted"
+
+
+def mappable(tree) -> bool:
+    return attempt(lambda: jax.tree.leaves(tree))[0] == "accepted"
+
+
+@pytest.mark.slow
+@sized(60)
+@given(situations())
+def test_what_stock_does_with_a_situation_is_what_we_do(situation):
+    with tempfile.TemporaryDirectory() as directory:
+        check(situation, pathlib.Path(directory))
