@@ -13,9 +13,9 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from equipment import contexts
 from equipment.oracle import STOCK_WARNS, attempt
 from equipment.trees import abstract, assert_same, on_mesh, random_array
-from interop import contexts
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 

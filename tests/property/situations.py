@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from equipment import contexts
 from equipment.trees import random_array
 from hypothesis import strategies as st
-from interop import contexts
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from property.strategies import divided
 

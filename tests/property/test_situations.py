@@ -23,9 +23,9 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from equipment import contexts
 from equipment.oracle import STOCK_WARNS, attempt, described, face, readable, save, stored
 from hypothesis import HealthCheck, Phase, given, note, settings
-from interop import contexts
 from property.situations import Situation, situations, twin
 
 import lazy_orbax
