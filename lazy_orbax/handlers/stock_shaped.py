@@ -103,7 +103,9 @@ def lazy_part_of(handler: Any) -> LazyCheckpointHandler | None:
     Raises:
         OptionError: it is not one of lazy_orbax.
     """
-    inside = handler if isinstance(handler, LazyCheckpointHandler) else _INSIDE.get(handler)
+    inside = handler if isinstance(handler, LazyCheckpointHandler) else None
+    if handler in _INSIDE:
+        inside = _INSIDE[handler]
     if inside is None and not symbols.MISSING:
         raise OptionError(
             f"{handler!r} does not save lazily. Give what lazy_orbax.standard_handler() or "
