@@ -196,6 +196,7 @@ def _stored(
         raise ValueError(f"the name {leaf.name!r} is nothing but a separator; rename it")
     if spec["driver"] == "cast":
         cast_from, spec = spec["dtype"], spec["base"]
+        ts.dtype(cast_from)  # Raises where it cannot be cast at all.
     kvstore = dict(spec["kvstore"])
     if kvstore["driver"] == "ocdbt":
         kvstore.pop("path", None)

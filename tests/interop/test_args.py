@@ -7,6 +7,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -118,6 +119,14 @@ def test_save_args(name, mesh, tmp_path):
     for i, settings in enumerate(FORMATS):
         save_args = SAVE_ARGS[name](tree)
         assert_saved_alike("pytree", settings, tree, tmp_path / str(i), save_args=save_args)
+
+
+def test_a_cast_of_what_cannot_be_stored_is_refused_before_anything_is_written(tmp_path):
+    tree = {"good": np.float32([1]), "x": np.zeros(4, ml_dtypes.uint2)}
+    arguments = jax.tree.map(lambda _: ocp.SaveArgs(dtype=np.dtype(np.float16)), tree)
+    with pytest.raises(lazy_orbax.errors.TreeError, match=r"\['x'\]: uint2\[4\]"):
+        save(lazy_orbax.pytree_handler(), tmp_path / "x", ocp.args.PyTreeSave(tree, arguments))
+    assert list((tmp_path / "x").iterdir()) == []
 
 
 def test_save_args_of_every_face(mesh, tmp_path):
