@@ -196,10 +196,9 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         finish(self._saver, directory)
 
     def _merge(self, directory: Any) -> None:
-        by_orbax = functools.partial(
-            super().finalize, epath.Path(_paths.without_dots(str(directory)))
-        )
-        merge(self.settings, directory, by_orbax, timeout_s=self.options.storage_timeout_s)
+        place = epath.Path(_paths.without_dots(str(directory)))
+        by_orbax = functools.partial(super().finalize, place)
+        merge(self.settings, place, by_orbax, timeout_s=self.options.storage_timeout_s)
 
     def close(self) -> None:
         """Waits for what is being saved, and gives host memory back. A second call does nothing.

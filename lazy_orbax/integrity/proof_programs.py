@@ -210,8 +210,9 @@ def _operand(array: jax.Array, mesh: Mesh) -> jax.Array:
     Where it is a new one it is declared to be replicated, which it need not be: each device brings
     the shard that it has.
     """
-    is_ready = _is_ready(array.sharding) or len(array.sharding.device_set) == 1
-    if is_ready and not array.weak_type:  # A program for weak types would be another one.
+    is_ready = _is_ready(array.sharding)
+    # A program for weak types, or for arrays that may go to any device, would be another one.
+    if is_ready and not array.weak_type:
         return array
     data = {shard.device: shard.data for shard in array.addressable_shards}
     if is_ready:
