@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import tensorstore as ts
+from etils import epath
 
 from lazy_orbax import _paths
 from lazy_orbax._orbax import on_disk
@@ -37,7 +38,8 @@ def merge(
     merging = by_orbax
     retries = place_of(place, timeout_s).context_spec()
     if retries and settings is not None:  # Orbax would not tell TensorStore of them.
-        merging = functools.partial(_merge_with, settings, directory, {**CONTEXT, **retries})
+        path, spec = epath.Path(place), {**CONTEXT, **retries}
+        merging = functools.partial(_merge_with, settings, path, spec)
     try:
         Deadline(place, timeout_s).run(merging, "lazy_orbax-merge")
     except Exception as error:  # Each storage client has errors of its own.
