@@ -22,7 +22,7 @@ from lazy_orbax.snapshot import device_to_host
 from lazy_orbax.snapshot.choose_mode import Room
 from lazy_orbax.snapshot.device_to_host import Held
 from lazy_orbax.snapshot.host_budget import HOST_BUDGET, Lease
-from lazy_orbax.storage.places import stand_in
+from lazy_orbax.storage.places import place_of
 
 
 def prewarm(
@@ -58,7 +58,7 @@ def prewarm(
     if lazy is None:
         return  # It saves the stock way, which was warned about.
     state = jax.tree.map(_stand_in, abstract_state)
-    destination = Destination(stand_in(str(directory)), ocdbt_target_data_file_size)
+    destination = Destination(place_of(str(directory)).stand_in(), ocdbt_target_data_file_size)
     plan = lazy.plan_for(state, save_args, destination)
     values = jax.tree.leaves(state)
     stand_ins = [values[leaf.position] for leaf in plan.leaves]

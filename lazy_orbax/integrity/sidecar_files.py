@@ -11,21 +11,21 @@ import tensorstore as ts
 from lazy_orbax import _paths
 from lazy_orbax.errors import Problem
 from lazy_orbax.integrity.digest import digest_of_bytes, digest_of_text
-from lazy_orbax.storage.small_files import MOST_BYTES, size_of
+from lazy_orbax.storage.place import MOST_BYTES, Place
 
 
 def changed_files(
-    directory: str, store: ts.KvStore, wanted: Mapping[str, tuple[int, int]]
+    place: Place, store: ts.KvStore, wanted: Mapping[str, tuple[int, int]]
 ) -> list[Problem]:
     """Returns which files are not those that were written.
 
     Args:
-        directory: the item's directory.
+        place: the item's directory.
         store: the same, to read from.
         wanted: size in bytes and digest of each, by name.
     """
     problems = []
-    sizes = {name: size_of(directory, name) for name in wanted}
+    sizes = {name: place.size(name) for name in wanted}
     reads = {name: store.read(name) for name, (size, _) in wanted.items() if sizes[name] == size}
     for name, (size, digest) in wanted.items():
         if sizes[name] is None:
@@ -40,15 +40,15 @@ def changed_files(
     return problems
 
 
-def changed_strings(directory: str, store: ts.KvStore, wanted: Mapping[str, int]) -> list[Problem]:
+def changed_strings(place: Place, store: ts.KvStore, wanted: Mapping[str, int]) -> list[Problem]:
     """Returns which leaves are not the strings that were saved.
 
     Args:
-        directory: the item's directory.
+        place: the item's directory.
         store: the same, to read from.
         wanted: the digest of each, by the name of the leaf.
     """
-    size = size_of(directory, _paths.STRINGS) if wanted else 0
+    size = place.size(_paths.STRINGS) if wanted else 0
     if size is None or size > MOST_BYTES:
         return [Problem("is missing" if size is None else f"has {size} bytes", _paths.STRINGS)]
     try:

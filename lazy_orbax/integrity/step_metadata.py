@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,17 +21,14 @@ from lazy_orbax.integrity import digest_file
 from lazy_orbax.integrity.digest import digest_of_text
 from lazy_orbax.integrity.digest_file import DigestError
 from lazy_orbax.integrity.step_place import metadata_beside
-from lazy_orbax.storage import small_files
 from lazy_orbax.storage.deadline import Deadline
-from lazy_orbax.storage.fsync import Inode, inode_of
-from lazy_orbax.storage.places import open_store, scheme_of
+from lazy_orbax.storage.fsync import Inode
+from lazy_orbax.storage.places import place_of
 from lazy_orbax.storage.save_error import save_error
 
 DIGESTS = f"{digest_file.DIRECTORY}/step"
 _FORMAT = 1
 _TIME_OF_COMMIT = "commit_timestamp_nsecs"
-# Orbax writes in a thread of its own, which began before it finalizes the items.
-_WRITTEN_S, _WRITTEN_REMOTELY_S = 0.5, 5.0
 _LOOK_AGAIN_S = 0.01
 
 
@@ -52,35 +48,23 @@ def record(item_directory: str, *, timeout_s: float) -> set[Inode]:
         SaveError: the storage refused, or did nothing for too long.
     """
     changed: set[Inode] = set()
-    file = os.path.join(item_directory, DIGESTS)
+    item = place_of(item_directory, timeout_s)
+    steps = [place_of(place, timeout_s) for place in _paths.places_of_step(item_directory)]
 
-    def locally() -> None:
-        if not os.path.isdir(os.path.dirname(file)):
-            return
-        if content := _digests_when_written(lambda: _content_beside(item_directory), _WRITTEN_S):
-            with open(file, "wb") as opened:
-                opened.write(content)
-            changed.add(inode_of(os.path.dirname(file)))
+    def read() -> bytes | None:
+        found = (step.peek(STEP_METADATA) for step in steps)
+        return next((content for content in found if content is not None), None)
 
-    def remotely() -> None:
-        stores = [open_store(place, timeout_s) for place in _paths.places_of_step(item_directory)]
-        item = stores[0]
-        if not (item / f"{digest_file.DIRECTORY}/").list().result():
-            return
-
-        def read() -> bytes | None:
-            found = (store.read(STEP_METADATA).result() for store in stores)
-            return next((each.value for each in found if each.state == "value"), None)
-
-        within_s = min(_WRITTEN_REMOTELY_S, timeout_s / 2)
-        if content := _digests_when_written(read, within_s):
-            item.write(DIGESTS, content).result()
+    def work() -> None:
+        if item.has_directory(digest_file.DIRECTORY) and (
+            content := _digests_when_written(read, item.appears_within_s)
+        ):
+            changed.update(item.write(DIGESTS, content))
 
     try:
-        work = remotely if scheme_of(item_directory) else locally
         Deadline(item_directory, timeout_s).run(work, "lazy_orbax-step")
     except (OSError, ValueError) as error:
-        raise save_error(item_directory, error, file=file) from error
+        raise save_error(item_directory, error, file=f"{item_directory}/{DIGESTS}") from error
     return changed
 
 
@@ -91,10 +75,11 @@ def check(item_directory: str, step_directory: str) -> list[Problem]:
         item_directory: the item's directory. Without digests in it nothing is wrong.
         step_directory: the step's, which may be the same.
     """
-    if small_files.size_of(item_directory, DIGESTS) is None:
+    item = place_of(item_directory)
+    if item.size(DIGESTS) is None:
         return []
     try:
-        wanted = digest_file.unseal(small_files.read(item_directory, DIGESTS))
+        wanted = digest_file.unseal(item.read(DIGESTS))
         if wanted["format"] != _FORMAT:
             raise DigestError(
                 f"it has form {wanted['format']!r}, which a later lazy_orbax can read"
@@ -103,7 +88,7 @@ def check(item_directory: str, step_directory: str) -> list[Problem]:
     except (ValueError, OSError, KeyError, TypeError, RecursionError) as error:
         return [Problem(f"cannot be used: {error}", DIGESTS)]
     try:
-        found = _digests_of(json.loads(small_files.read(step_directory, STEP_METADATA)))
+        found = _digests_of(json.loads(place_of(step_directory).read(STEP_METADATA)))
     except (ValueError, OSError, RecursionError) as error:
         return [Problem(f"cannot be read: {error}", STEP_METADATA)]
     advice = f"If it was changed on purpose, remove {DIGESTS} of the item"
@@ -142,11 +127,6 @@ def _digests_when_written(read: Callable[[], bytes | None], within_s: float) -> 
                 return digest_file.seal(json.dumps(fields).encode()[1:])
         time.sleep(_LOOK_AGAIN_S)
     return None
-
-
-def _content_beside(item_directory: str) -> bytes | None:
-    place = metadata_beside(item_directory)
-    return None if place is None else small_files.read(place, STEP_METADATA)
 
 
 def _digests_of(metadata: Any) -> dict[str, str]:

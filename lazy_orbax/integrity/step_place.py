@@ -9,7 +9,6 @@ directory that has no metadata of a step.
 
 from __future__ import annotations
 
-import os
 import re
 
 from etils import epath
@@ -19,8 +18,7 @@ from lazy_orbax._paths import MANIFEST, STEP_METADATA, TREE
 from lazy_orbax.errors import Problem
 from lazy_orbax.integrity import digest_file
 from lazy_orbax.integrity.digest_file import ProcessDigests
-from lazy_orbax.storage import small_files
-from lazy_orbax.storage.places import scheme_of
+from lazy_orbax.storage.places import place_of
 
 _ITEM_FILES = (TREE, MANIFEST, digest_file.DIRECTORY)
 _STEP = re.compile(r"(?:(.*)[_-])?(\d+)")
@@ -28,13 +26,8 @@ _STEP = re.compile(r"(?:(.*)[_-])?(\d+)")
 
 def metadata_beside(item_directory: str) -> str | None:
     """Returns which of them has the metadata of the step, if one has."""
-    return next(filter(_has_metadata, _paths.places_of_step(item_directory)), None)
-
-
-def _has_metadata(place: str) -> bool:
-    if scheme_of(place):
-        return small_files.size_of(place, STEP_METADATA) is not None
-    return os.path.lexists(os.path.join(place, STEP_METADATA))
+    places = _paths.places_of_step(item_directory)
+    return next((place for place in places if place_of(place).has(STEP_METADATA)), None)
 
 
 def is_item(children: list[str]) -> bool:
@@ -72,8 +65,7 @@ def wrong_step(saved: ProcessDigests, item_directory: str) -> Problem | None:
         saved: the digests of one process.
         item_directory: where they lie.
     """
-    local = not scheme_of(item_directory)
-    directory = os.path.abspath(item_directory) if local else item_directory
+    directory = place_of(item_directory).absolute
     names = digest_file.names_of(directory)
     for level in range(-1, -1 - len(names), -1):
         found = _differing(saved, names, level)

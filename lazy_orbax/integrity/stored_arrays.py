@@ -12,7 +12,7 @@ import tensorstore as ts
 from lazy_orbax import _paths
 from lazy_orbax.integrity.chunk_location import chunk_keys, file_of
 from lazy_orbax.plan.boxes import Box
-from lazy_orbax.storage import places
+from lazy_orbax.storage.place import Place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,14 +20,14 @@ class StoredArrays:
     """The arrays of an item. Nothing is opened before it is asked for.
 
     Attributes:
-        directory: the item's directory, or its `gs://` address.
+        place: the item's directory.
         base: the same, open as a plain key-value store.
         context: TensorStore's, with what is cached of them.
         driver: TensorStore's name of the format of each array.
         use_ocdbt: whether the arrays are in a database, and not in a directory each.
     """
 
-    directory: str
+    place: Place
     base: ts.KvStore
     context: ts.Context
     driver: str
@@ -51,7 +51,7 @@ class StoredArrays:
     def _kvstore(self) -> ts.KvStore:
         if not self.use_ocdbt:
             return self.base
-        spec = {"driver": "ocdbt", "base": places.plain_kvstore_spec(self.directory)}
+        spec = {"driver": "ocdbt", "base": self.place.kvstore_spec()}
         return ts.KvStore.open(spec, context=self.context).result()
 
     def file_of(self, name: str, box: Box) -> str | None:
@@ -81,11 +81,11 @@ class StoredArrays:
 
     def file_in(self, text: str) -> str | None:
         """Returns the last file that an error of TensorStore names, relative to the item."""
-        here = self.directory.partition("://")[2].partition("/")[2] or self.directory
+        here = (self.place.path or self.place.directory).strip("/")
         found = [
-            name.partition(here.strip("/"))[2].strip("/")
+            name.partition(here)[2].strip("/")
             for name in re.findall(r"[\"']([^\"']*/[^\"']*)[\"']", text)
-            if here.strip("/") in name
+            if here in name
         ]
         return next((name for name in reversed(found) if name), None)
 

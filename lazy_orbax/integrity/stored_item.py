@@ -18,8 +18,8 @@ from lazy_orbax.integrity.step_place import wrong_step
 from lazy_orbax.integrity.stored_arrays import StoredArrays
 from lazy_orbax.plan.boxes import Box
 from lazy_orbax.plan.slabs import runs
-from lazy_orbax.storage import places, small_files
-from lazy_orbax.storage.small_files import MOST_BYTES
+from lazy_orbax.storage.place import MOST_BYTES
+from lazy_orbax.storage.places import place_of
 
 # Pieces that are read at once, and how much of a large one.
 _BATCH_BYTES = PART_BYTES
@@ -39,7 +39,6 @@ class StoredItem:
     """One saved item: its digests, and what they are of. Reads only when it is asked to.
 
     Attributes:
-        directory: the item's directory.
         leaves: what was saved of each leaf, by its name.
         strings: digests of the leaves that are strings, by name.
         others: names of leaves that have no digest.
@@ -52,12 +51,10 @@ class StoredItem:
         Args:
             directory: an item's directory, or its `gs://` address.
         """
-        self.directory = directory
-        remote = places.context_spec(directory, places.STORAGE_TIMEOUT_S)
-        cache = {"total_bytes_limit": _CACHE_BYTES}
+        self._place = place_of(directory)
+        cache, remote = {"total_bytes_limit": _CACHE_BYTES}, self._place.context_spec()
         context = ts.Context({"cache_pool": cache, "cache_pool#ocdbt": cache, **remote})
-        spec = places.plain_kvstore_spec(directory)
-        self._small = ts.KvStore.open(spec, context=context).result()
+        self._small = ts.KvStore.open(self._place.kvstore_spec(), context=context).result()
         self.leaves: dict[str, LeafDigests] = {}
         self.strings: dict[str, int] = {}
         self.others: tuple[str, ...] = ()
@@ -68,7 +65,12 @@ class StoredItem:
             self._add(part)
         self.problems += filter(None, (wrong_step(part, directory) for part in parts))
         driver, use_ocdbt = (parts[-1].driver, parts[-1].use_ocdbt) if parts else ("zarr", True)
-        self._arrays = StoredArrays(directory, self._small, context, driver, use_ocdbt)
+        self._arrays = StoredArrays(self._place, self._small, context, driver, use_ocdbt)
+
+    @property
+    def directory(self) -> str:
+        """The item's directory, or its address."""
+        return self._place.directory
 
     @property
     def is_covered(self) -> bool:
@@ -94,7 +96,7 @@ class StoredItem:
         found: list[ProcessDigests] = []
         for name in names:
             file = f"{digest_file.DIRECTORY}/{name}"
-            if (size := small_files.size_of(self.directory, file)) is None or size > MOST_BYTES:
+            if (size := self._place.size(file)) is None or size > MOST_BYTES:
                 what = f"cannot be used: found {size} bytes, wanted at most {MOST_BYTES}"
                 self.problems.append(Problem(what, file))
                 continue
@@ -124,8 +126,8 @@ class StoredItem:
 
     def check_files(self) -> list[Problem]:
         """Returns what is wrong with the small files beside the arrays."""
-        files = sidecar_files.changed_files(self.directory, self._small, self._files)
-        return files + sidecar_files.changed_strings(self.directory, self._small, self.strings)
+        files = sidecar_files.changed_files(self._place, self._small, self._files)
+        return files + sidecar_files.changed_strings(self._place, self._small, self.strings)
 
     def check_arrays(self, names: Iterable[str] | None = None) -> list[Problem]:
         """Returns which leaves are not there in the dtype and shape in which they were saved.

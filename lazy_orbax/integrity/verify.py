@@ -24,8 +24,7 @@ from lazy_orbax.errors import (
 from lazy_orbax.integrity import step_metadata
 from lazy_orbax.integrity.step_place import is_item, is_run, is_step, metadata_beside
 from lazy_orbax.integrity.stored_item import Piece, StoredItem
-from lazy_orbax.storage import small_files
-from lazy_orbax.storage.places import scheme_of
+from lazy_orbax.storage.places import place_of
 from lazy_orbax.trust.malformed import refuse_malformed
 
 # How long an error that names the newest whole step may take to find it.
@@ -232,7 +231,7 @@ def _step_problems(place: epath.Path, children: list[str], *, is_item: bool) -> 
     problems = []
     if _paths.is_temporary(str(place)):
         problems.append(Problem("was never committed"))
-    if scheme_of(str(place)) and COMMITTED not in children:
+    if not place_of(str(place)).is_committed(children):
         problems.append(Problem("is missing: the step was never committed", COMMITTED))
     items = [place] if is_item else [place / name for name in children if (place / name).is_dir()]
     if STEP_METADATA in children:
@@ -244,7 +243,7 @@ def _step_problems(place: epath.Path, children: list[str], *, is_item: bool) -> 
 def _broken(place: epath.Path, children: list[str], *, is_item: bool) -> list[Problem]:
     """Returns what is wrong with a step's metadata, without any digest."""
     try:
-        found = json.loads(small_files.read(str(place), STEP_METADATA))
+        found = json.loads(place_of(str(place)).read(STEP_METADATA))
         if not isinstance(found, dict):
             raise ValueError("it is not an object")
     except (ValueError, OSError, RecursionError) as error:

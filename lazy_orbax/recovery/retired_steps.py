@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import shutil
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +18,7 @@ import jax
 from lazy_orbax import _paths
 from lazy_orbax._orbax import lifecycle
 from lazy_orbax._orbax.symbols import ocp
-from lazy_orbax.storage.places import scheme_of
+from lazy_orbax.storage.places import place_of
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _log = logging.getLogger("lazy_orbax")
@@ -76,8 +75,7 @@ def _is_short_of_room(
     """Whether it was room that the earlier saves wanted, or that this one will want."""
     if any(getattr(failure, "errno", None) in _NO_ROOM for failure in failures):
         return True
-    directory = str(manager.directory)
-    return not scheme_of(directory) and shutil.disk_usage(directory).free < n_bytes
+    return place_of(str(manager.directory)).free_bytes() < n_bytes
 
 
 def _remove_retired(manager: ocp.CheckpointManager) -> None:

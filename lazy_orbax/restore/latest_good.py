@@ -7,16 +7,13 @@ import enum
 import logging
 from typing import Any
 
-import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from lazy_orbax import _paths
-from lazy_orbax._jax_context import neutral
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.errors import CorruptCheckpointError, OptionError, Problem, RestoreError
 from lazy_orbax.integrity.verify import verify
+from lazy_orbax.pods import consensus
 from lazy_orbax.restore.verified import deferred
 
 # With several processes, so many of the newest steps are tried.
@@ -92,7 +89,7 @@ def restore_latest_good(manager: ocp.CheckpointManager, *, args: Any = None) -> 
                 errors.append(error)
         error = errors[0] if errors else None
         verdict = _judge(error, directory)
-        agreed = _highest(verdict)
+        agreed = _Verdict(consensus.highest(verdict))
         if agreed is _Verdict.GOOD:
             newer = [s for s in skipped if s.step is None or s.step > step]
             return LatestGood(step, value, tuple(newer))
@@ -153,14 +150,7 @@ def _judge(error: Exception | None, directory: str) -> _Verdict:
 def _steps(manager: ocp.CheckpointManager) -> tuple[list[tuple[int, str]], list[Skipped]]:
     """Returns the committed steps, newest first, and what else looks like a step."""
     manager.reload()
-    listed = sorted(manager.all_steps(), reverse=True)
-    if jax.process_count() > 1:
-        padded = np.full(_MOST_STEPS, -1, np.int64)
-        padded[: len(listed)] = listed[:_MOST_STEPS]
-        # In halves: of an integer of 64 bits JAX would send only 32.
-        with neutral():
-            halves = multihost_utils.broadcast_one_to_all(padded.view(np.uint32))
-        listed = [int(step) for step in np.asarray(halves).view(np.int64) if step >= 0]
+    listed = consensus.from_first(sorted(manager.all_steps(), reverse=True), most=_MOST_STEPS)
     root = epath.Path(manager.directory)
     directories, skipped = {}, []
     for path, step, is_temporary in reversed(_paths.steps_in(root)) if root.exists() else ():
@@ -169,12 +159,3 @@ def _steps(manager: ocp.CheckpointManager) -> tuple[list[tuple[int, str]], list[
         elif is_temporary or path.is_dir():
             skipped.append(Skipped(step, str(path), "it was never committed"))
     return [(step, directories.get(step, str(root / str(step)))) for step in listed], skipped
-
-
-def _highest(verdict: _Verdict) -> _Verdict:
-    """Returns the highest verdict of all processes."""
-    if jax.process_count() == 1:
-        return verdict
-    with neutral():
-        found = multihost_utils.process_allgather(np.array(int(verdict), np.int32))
-    return _Verdict(int(np.max(found)))

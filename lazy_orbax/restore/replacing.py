@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -11,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from lazy_orbax import _paths
 from lazy_orbax._jax_context import neutral
@@ -20,6 +20,7 @@ from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.errors import OptionError, Problem
 from lazy_orbax.integrity.stored_item import StoredItem
 from lazy_orbax.integrity.verify import raise_corrupt
+from lazy_orbax.pods import consensus
 from lazy_orbax.restore.latest_good import refuse_no_manager
 from lazy_orbax.restore.verified import examined, restore
 
@@ -190,11 +191,13 @@ def _needed(stored: StoredItem, replacements: Mapping[str, Any]) -> dict[str, st
         wrong.setdefault(problem.leaf, problem)
     problems = [*stored.problems, *stored.check_files()]
     problems += [problem for leaf, problem in wrong.items() if leaf not in replacements]
-    if _agreed(["any"] if problems else [], ["any"]):
+    if consensus.which_processes(bool(problems)):
         elsewhere = Problem("another process found it to be not what was saved")
         look = jax.process_index() == 0
         raise_corrupt(stored.directory, problems or [elsewhere], look=look)
-    needed = _agreed([name for name in replacements if name in wrong], list(replacements))
+    # All must restore the same.
+    needs = consensus.any_process([name in wrong for name in replacements])
+    needed = itertools.compress(replacements, needs)
     return {name: str(wrong.get(name, "another process could not read it")) for name in needed}
 
 
@@ -267,16 +270,6 @@ def _steps_in(manager: ocp.CheckpointManager) -> dict[int, epath.Path]:
         each for each in _paths.steps_in(epath.Path(manager.directory)) if not each.is_temporary
     ]
     return {each.step: each.path for each in found if each.step is not None}
-
-
-def _agreed(needed: list[str], names: list[str]) -> list[str]:
-    """Returns what any process needs: all must restore the same."""
-    if jax.process_count() == 1 or not names:
-        return needed
-    mine = np.array([name in needed for name in names])
-    with neutral():
-        any_needs = np.any(np.asarray(multihost_utils.process_allgather(mine)), axis=0)
-    return [name for name, needs in zip(names, any_needs, strict=True) if needs]
 
 
 def _without(target: Any, leaves: Mapping[str, Any], names: Iterable[str]) -> Any:

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from lazy_orbax._jax_context import neutral
 from lazy_orbax._orbax import handed_in, symbols
@@ -19,6 +17,7 @@ from lazy_orbax.integrity import step_metadata
 from lazy_orbax.integrity.stored_item import StoredItem
 from lazy_orbax.integrity.verify import raise_corrupt
 from lazy_orbax.plan.shards import is_key
+from lazy_orbax.pods import consensus
 from lazy_orbax.restore.compare_arrays import check_restored
 from lazy_orbax.trust.malformed import checked
 
@@ -107,21 +106,14 @@ def restore(
     if errors is not None:
         errors += [failure] if failure is not None else []
         return getattr(args, "item", None) if failure is not None else value
-    failed = _agree(failure is not None) if verifies and is_shared else []
+    # Who did not fail would wait for the others in Orbax's barrier.
+    asks = verifies and is_shared
+    failed = consensus.which_processes(failure is not None) if asks else []
     if failure is not None:
         raise failure
     if failed:
         raise RestoreError(f"{directory} was not restored: process {failed[0]} failed; see there.")
     return value
-
-
-def _agree(has_failed: bool) -> list[int]:
-    """Returns which processes failed. Who did not would wait for them in Orbax's barrier."""
-    if jax.process_count() == 1:
-        return []
-    with neutral():
-        found = multihost_utils.process_allgather(np.array(has_failed))
-    return np.flatnonzero(found).tolist()
 
 
 def _verified(directory: Any, read: Callable[[], Any], *, look: bool) -> Any:

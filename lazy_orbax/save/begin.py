@@ -31,7 +31,7 @@ from lazy_orbax.save.publication import Publications
 from lazy_orbax.save.refused_trees import refuse_relative
 from lazy_orbax.save.unchanged_state import Fingerprints
 from lazy_orbax.storage.pace import Pace
-from lazy_orbax.storage.places import stand_in
+from lazy_orbax.storage.places import place_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ async def begin(saver: Saver, directory: Any, args: Any) -> list[Commit]:
         saver.settings,
         args.item,
         args.save_args,
-        destination=Destination(stand_in(path), args.ocdbt_target_data_file_size),
+        destination=Destination(place_of(path).stand_in(), args.ocdbt_target_data_file_size),
         slab_bytes=saver.slab_bytes,
         abstract=False,
     )

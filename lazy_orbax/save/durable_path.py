@@ -18,7 +18,7 @@ from lazy_orbax.save.step_sync import (
     step_at,
 )
 from lazy_orbax.storage.fsync import sync_all
-from lazy_orbax.storage.places import scheme_of
+from lazy_orbax.storage.places import place_of
 from lazy_orbax.storage.save_error import save_error
 
 
@@ -39,7 +39,7 @@ class DurablePath(ocp_path.atomicity.AtomicRenameTemporaryPath):
         Raises:
             OptionError: it is not a local directory.
         """
-        if scheme_of(str(final_path)):
+        if not place_of(str(final_path)).needs_sync:
             raise OptionError(
                 f"DurablePath is for local directories, not {final_path}. "
                 "An object store needs none: leave temporary_path_class out."

@@ -6,8 +6,8 @@ import tensorstore as ts
 
 from lazy_orbax import _paths
 from lazy_orbax.save.disk_format import Format, StoredLeaf
-from lazy_orbax.storage import places
 from lazy_orbax.storage.deadline import Deadline
+from lazy_orbax.storage.places import place_of
 
 # A fresh context for each save, as stock Orbax has it: a shared cache would keep slabs alive.
 # TensorStore is told not to sync: we do, beside the next slab, and before Orbax commits.
@@ -22,7 +22,7 @@ class ItemStores:
     """Where one save of an item writes. Whoever made it ends its `deadline`.
 
     Attributes:
-        directory: the item's (temporary) directory, or its `gs://` address.
+        place: the item's (temporary) directory.
         deadline: how long the storage may acknowledge nothing.
         files: the directory itself, for small files; `None` where this process writes none.
         arrays: what arrays are written to, in the order of `Format.kvstores`.
@@ -38,9 +38,9 @@ class ItemStores:
             directory: the item's (temporary) directory, or its `gs://` address.
             timeout_s: most seconds in which the storage may acknowledge nothing.
         """
-        self.directory = directory
+        self.place = place_of(directory, timeout_s)
         self.deadline = Deadline(directory, timeout_s)
-        self._context = ts.Context({**CONTEXT, **places.context_spec(directory, timeout_s)})
+        self._context = ts.Context({**CONTEXT, **self.place.context_spec()})
         self.files: ts.KvStore | None = None
         self.arrays: list[ts.KvStore] = []
         self.may_hold_late_writes = self.deadline.begin()
@@ -53,7 +53,7 @@ class ItemStores:
             raise
 
     def _open(self, spec: str) -> ts.KvStore:
-        here = places.kvstore_spec(spec, self.directory)
+        here = self.place.kvstore_spec_like(spec)
         opening = ts.KvStore.open(here, context=self._context)
         store = self.deadline.result_of(opening)
         return store if store.path.endswith("/") or not store.path else store + "/"

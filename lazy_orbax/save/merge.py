@@ -9,13 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import tensorstore as ts
+from etils import epath
 
 from lazy_orbax import _paths
 from lazy_orbax._orbax import on_disk
 from lazy_orbax._orbax.records import Settings
 from lazy_orbax.save.item_stores import CONTEXT
-from lazy_orbax.storage import places
 from lazy_orbax.storage.deadline import Deadline
+from lazy_orbax.storage.places import place_of
 from lazy_orbax.storage.save_error import save_error
 
 
@@ -35,16 +36,18 @@ def merge(
     """
     place = str(directory)
     merging = by_orbax
-    if places.scheme_of(place):
-        merging = functools.partial(_merge_remotely, settings, directory, timeout_s)
+    retries = place_of(place, timeout_s).context_spec()
+    if retries:  # Orbax would not tell TensorStore of them.
+        path, spec = epath.Path(place), {**CONTEXT, **retries}
+        merging = functools.partial(_merge_with, settings, path, spec)
     try:
         Deadline(place, timeout_s).run(merging, "lazy_orbax-merge")
     except Exception as error:  # Each storage client has errors of its own.
         raise save_error(place, error, file=f"{place}/{_paths.MANIFEST}") from error
 
 
-def _merge_remotely(settings: Settings, directory: Any, timeout_s: float) -> None:
-    context = ts.Context({**CONTEXT, **places.context_spec(str(directory), timeout_s)})
+def _merge_with(settings: Settings, directory: Any, spec: dict[str, Any]) -> None:
+    context = ts.Context(spec)
     # Not `asyncio.run`: it cancels what other threads run.
     with contextlib.closing(asyncio.new_event_loop()) as loop:
         loop.run_until_complete(on_disk.finalize(settings, directory, context))

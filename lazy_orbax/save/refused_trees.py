@@ -14,6 +14,7 @@ import numpy as np
 from lazy_orbax._orbax.records import Settings, TreeInfo
 from lazy_orbax._paths import final
 from lazy_orbax.errors import DeletedArrayError, OptionError, TreeError, summarize
+from lazy_orbax.storage.places import place_of
 
 _is_deleted = operator.methodcaller("is_deleted")
 
@@ -91,7 +92,7 @@ def refuse_relative(directory: str, *, uses_ocdbt: bool) -> None:
     Raises:
         OptionError: the directory is relative.
     """
-    if uses_ocdbt and directory and "://" not in directory and not directory.startswith("/"):
+    if uses_ocdbt and directory and not place_of(directory).is_absolute:
         raise OptionError(
             f"{final(directory)}: the path of a checkpoint should be absolute. Nothing was "
             "written; save to os.path.abspath(...) of it."

@@ -16,7 +16,7 @@ from lazy_orbax import _paths
 from lazy_orbax.errors import NotDurableError
 from lazy_orbax.save.publication import Publication
 from lazy_orbax.storage.fsync import Inode, inode_of, sync_all
-from lazy_orbax.storage.places import scheme_of
+from lazy_orbax.storage.places import place_of
 from lazy_orbax.storage.save_error import save_error
 
 # Where no handler of ours tells `LazyOptions.storage_timeout_s`.
@@ -57,7 +57,7 @@ def before_publication(
     Raises:
         SaveError: the storage refused, or did nothing for too long.
     """
-    if scheme_of(item_directory):
+    if not place_of(item_directory).needs_sync:
         return
     directory = published_with(item_directory)
     step = step_at(directory)

@@ -67,7 +67,7 @@ def drain(
             settle_oldest()
     finally:
         for futures, _, lease in writing:
-            if writer.is_local:  # What hangs may do so for ever, and TensorStore reads it yet.
+            if not writer.gives_up:  # What hangs may do so for ever, and TensorStore reads it.
                 lease.hold(future for future, _ in futures if not future.done())
         writing.clear()
 

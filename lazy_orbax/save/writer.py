@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from lazy_orbax.integrity.proof import Evidence
 from lazy_orbax.plan.slabs import Piece, Plan, Slab
 from lazy_orbax.save.disk_format import Format
 from lazy_orbax.save.item_stores import ItemStores
-from lazy_orbax.storage.fsync import Inode, Syncer
+from lazy_orbax.storage.fsync import Inode
 from lazy_orbax.storage.save_error import save_error
 
 # OCDBT keeps values as small as this (Orbax sets 1 KiB) in nodes, and nodes in its cache: it would
@@ -56,11 +55,7 @@ class Writer:
         self._digests: dict[int, int] = {}
         self._unacknowledged: list[list[Request]] = []
         self.evidence: Evidence | None = None
-        self._syncer = (
-            Syncer(directory, format_.own_directories, timeout_s=timeout_s)
-            if os.path.isabs(directory)
-            else None
-        )
+        self._syncer = self._item.place.syncer(format_.own_directories)
         try:
             self._remove_late_writes()
         except BaseException:
@@ -68,14 +63,14 @@ class Writer:
             raise
 
     @property
-    def is_local(self) -> bool:
-        """Whether it writes to a directory, and not to an object store."""
-        return self._syncer is not None
+    def gives_up(self) -> bool:
+        """Whether what is not acknowledged ends by itself. See `Place.gives_up`."""
+        return self._item.place.gives_up
 
     @property
     def synced_directories(self) -> set[Inode]:
         """Where `finish` synced everything, below a local directory."""
-        return set() if self._syncer is None else self._syncer.directories
+        return set(self._syncer.directories)
 
     def _remove_late_writes(self) -> None:
         requests = self._new_requests()
@@ -106,7 +101,7 @@ class Writer:
         return requests
 
     def _error_of(self, leaf: str, what: str) -> SaveError:
-        return save_error(self._item.directory, ValueError(what), leaf=leaf)
+        return save_error(self._item.place.directory, ValueError(what), leaf=leaf)
 
     def _new_requests(self) -> list[Request]:
         requests: list[Request] = []
@@ -147,15 +142,14 @@ class Writer:
         files = self._format.metadata_files(custom_metadata)
         fingerprints = self.evidence.found if self.evidence else None
         ours, digests, fingerprint = self._format.digests.fill(
-            self._digests, files, texts, self._item.directory, fingerprints
+            self._digests, files, texts, self._item.place.directory, fingerprints
         )
         if self._item.files is not None:
             for name, content in {**files, ours: digests}.items():
                 requests.append(Request(self._item.files.write(name, content), name))
         self.wait(requests)
         self._stores.clear()
-        if self._syncer is not None:
-            self._syncer.finish()
+        self._syncer.finish()
         return fingerprint
 
     def close(self) -> None:
@@ -166,8 +160,7 @@ class Writer:
         futures = [request.future for some in self._unacknowledged for request in some]
         self._unacknowledged.clear()
         self._item.deadline.end([future for future in futures if not future.done()])
-        if self._syncer is not None:
-            self._syncer.close()
+        self._syncer.close()
 
     def wait(self, requests: Sequence[Request], slab: Slab | None = None) -> None:
         """Waits until the storage has acknowledged what `write` began.
@@ -183,11 +176,11 @@ class Writer:
             try:
                 self._item.deadline.result_of(future)
             except (ValueError, OSError) as error:
-                file = f"{self._item.directory}/{key}"
+                file = f"{self._item.place.directory}/{key}"
                 leaf = self._leaf_at_fault(f"{file}/ {error}", slab)
-                raise save_error(self._item.directory, error, leaf=leaf, file=file) from error
+                raise save_error(self._item.place.directory, error, leaf=leaf, file=file) from error
         self._unacknowledged = [some for some in self._unacknowledged if some is not requests]
-        if slab is not None and self._syncer is not None:
+        if slab is not None:
             self._syncer.begin()
 
     def _leaf_at_fault(self, text: str, slab: Slab | None) -> str | None:

@@ -1,5 +1,5 @@
 """Where do bytes go, and what if that place does nothing?
 
-`places` is a local directory or a bucket; `fsync` makes files durable, `deadline` gives up, and
-`threads` has whatever may hang.
+`place_of` in `places` says what a directory is, local or in a bucket; `fsync` makes files durable,
+`deadline` gives up, and `threads` has whatever may hang.
 """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 from lazy_orbax import _paths
 from lazy_orbax.storage import threads
-from lazy_orbax.storage.places import scheme_of
+from lazy_orbax.storage.places import place_of
 from lazy_orbax.storage.threads import await_progress
 
 _LONGEST_LOOK_S = 10.0
@@ -85,11 +84,10 @@ class Deadline:
     """
 
     def __init__(self, directory: str, timeout_s: float):
-        self._timeout_s, self._directory = timeout_s, directory
-        self._is_local = not scheme_of(directory)
+        self._timeout_s, self._place = timeout_s, place_of(directory, timeout_s)
         self._is_missed = False
         self._written: int | None = None
-        self._place = _paths.final(directory)
+        self._final = _paths.final(directory)
         self._ended: concurrent.futures.Future[None] = concurrent.futures.Future()
 
     def begin(self) -> bool:
@@ -102,7 +100,7 @@ class Deadline:
             TimeoutError: it still can.
         """
         try:
-            return _OUTSTANDING.enter(self._place, self._ended, self._timeout_s)
+            return _OUTSTANDING.enter(self._final, self._ended, self._timeout_s)
         except TimeoutError as error:
             raise TimeoutError(
                 f"an earlier save to this place failed, and for {self._timeout_s:g} s "
@@ -117,14 +115,14 @@ class Deadline:
         Args:
             unfinished: futures of TensorStore.
         """
-        if self._is_local and not self._is_missed:
+        if not self._place.gives_up and not self._is_missed:
             # Something else went wrong. What was handed over is soon written, or refused as well.
             with contextlib.suppress(TimeoutError):
                 for future in unfinished:
                     self._await(future)
             unfinished = [future for future in unfinished if not future.done()]
         if unfinished:
-            _OUTSTANDING.leave(self._place, unfinished)
+            _OUTSTANDING.leave(self._final, unfinished)
         if not self._ended.done():
             self._ended.set_result(None)
 
@@ -144,25 +142,17 @@ class Deadline:
                 [future],
                 timeout_s=self._timeout_s,
                 what="the storage acknowledged nothing",
-                goes_on=lambda: self._is_local and self._writes_on(),
+                goes_on=lambda: self._writes_on(),
             )
         except TimeoutError:
             self._is_missed = True
             raise
 
     def _writes_on(self) -> bool:
-        """Whether the local directory has grown since this was asked: a large piece takes long."""
-
-        def look() -> int:
-            return sum(
-                os.stat(os.path.join(path, name)).st_size
-                for path, _, names in os.walk(self._directory)
-                for name in names
-            )
-
+        """Whether the directory has grown since this was asked: a large piece takes long."""
         before, self._written = self._written, None
         with contextlib.suppress(TimeoutError, OSError):  # Where the storage hangs, looking does.
-            looking = threads.run(look, "lazy_orbax-look")
+            looking = threads.run(self._place.progress, "lazy_orbax-look")
             self._written = looking.result(min(self._timeout_s, _LONGEST_LOOK_S))
         return self._written not in (None, before)
 
@@ -181,4 +171,4 @@ class Deadline:
             self.result_of(outcome)
         finally:
             if not outcome.done():
-                _OUTSTANDING.leave(self._place, [outcome])
+                _OUTSTANDING.leave(self._final, [outcome])

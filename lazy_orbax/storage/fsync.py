@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import errno
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Set
 from typing import Any
 
 from lazy_orbax import _paths
@@ -152,6 +152,21 @@ class Syncer:
                 if name in self._own or not name.startswith(_paths.PROCESS_DIRECTORY)
             ]
             yield path, names
+
+
+class NothingToSync:
+    """Stands for a `Syncer` where a write that was acknowledged is durable."""
+
+    directories: Set[Inode] = frozenset()
+
+    def begin(self) -> None:
+        """Does nothing."""
+
+    def finish(self) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
 
 
 def sync_all(find: Callable[[], Iterable[str]], directory: str, *, timeout_s: float) -> None:

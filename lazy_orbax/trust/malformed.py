@@ -19,7 +19,7 @@ from lazy_orbax import _paths
 from lazy_orbax._machine import memory_bytes
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.errors import MalformedCheckpointError
-from lazy_orbax.storage.places import open_store, scheme_of
+from lazy_orbax.storage.places import place_of
 from lazy_orbax.trust import ocdbt_nodes, sidecar_json, tree_file, zarr_arrays
 from lazy_orbax.trust.declared_sizes import Arrays, refuse_oversize
 from lazy_orbax.trust.files import Files, brief, read_small, survey
@@ -78,11 +78,10 @@ def refuse_malformed(directory: Any, args: Any, aggregate: str = _AGGREGATE_FILE
         MalformedCheckpointError: it is not a checkpoint that Orbax wrote, or is too large for this
             machine and no target says that so much is wanted.
     """
-    directory, files = epath.Path(directory), None
-    if not scheme_of(str(directory)):
-        if not directory.is_dir():
-            return
-        files = survey(str(directory), _ZARR_NAMES)
+    directory, place = epath.Path(directory), place_of(str(directory))
+    if not place.may_be_there():
+        return
+    files = survey(place.directory, _ZARR_NAMES) if place.has_special_files else None
     limit_bytes = max(_LEAST_JSON_BYTES, memory_bytes() // _JSON_SHARE)
     _check_aggregate(directory, aggregate, memory_bytes() // _AGGREGATE_SHARE)
     tree = _check_json(directory, limit_bytes, args)
@@ -147,7 +146,7 @@ def _needs_shardings(args: Any) -> bool:
 
 
 def _declared(directory: epath.Path, files: Files | None, tree: tree_file.Tree | None) -> Arrays:
-    base = open_store(str(directory))
+    base = place_of(str(directory)).kvstore
     # Orbax goes by `_METADATA`, and by the manifest where that does not say.
     if tree is None or tree.use_ocdbt is not False:
         suffixes = tuple(f"/{name}" for name in _ZARR_NAMES)
@@ -172,10 +171,10 @@ def _declared(directory: epath.Path, files: Files | None, tree: tree_file.Tree |
 
 
 def _contents(
-    directory: epath.Path, base: ts.KvStore, names: Iterable[str], is_local: bool
+    directory: epath.Path, base: ts.KvStore, names: Iterable[str], one_by_one: bool
 ) -> Iterator[tuple[str, bytes]]:
     """Yields what there is of some small files: one after the other, or all requests at once."""
-    if is_local:
+    if one_by_one:
         for name in names:
             if (
                 content := read_small(directory, name, zarr_arrays.MOST_METADATA_BYTES)

@@ -181,6 +181,16 @@ def test_a_name_says_what_a_module_does(module):
     assert not vague & set(module.replace(".", "_").strip("_").split("_"))
 
 
+def test_only_a_place_knows_which_kind_of_storage_it_is():
+    """What differs between a directory and a bucket is a method of both, in `storage/places.py`."""
+    asking = ("scheme_of", "isabs(", '"://"')
+    found = {
+        module: word for module in PATHS for word in asking if word in PATHS[module].read_text()
+    }
+    # It stands on the ground: it says what Orbax's names of directories mean.
+    assert set(found) == {"storage.places", "_paths"}, found
+
+
 INSIDE_OF_ORBAX = ("currentframe", "threading.enumerate", "/jax/orbax/", "awaitable_signals")
 
 

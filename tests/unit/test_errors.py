@@ -127,7 +127,7 @@ def refused():
                 handler.settings,
                 tree,
                 None,
-                destination=Destination(places.stand_in("/"), None),
+                destination=Destination(places.place_of("/").stand_in(), None),
                 slab_bytes=2**20,
                 abstract=False,
             )

@@ -23,6 +23,7 @@ from lazy_orbax.integrity.digest_file import LeafDigests
 from lazy_orbax.plan.boxes import Box, parts
 from lazy_orbax.plan.shards import Leaf, ReplicaPolicy
 from lazy_orbax.plan.slabs import make_plan
+from lazy_orbax.pods import consensus
 from lazy_orbax.restore import latest_good
 from lazy_orbax.snapshot import pack
 
@@ -122,7 +123,7 @@ def test_processes_agree_on_steps_that_32_bits_cannot_hold(monkeypatch, tmp_path
     manager = SimpleNamespace(directory=tmp_path, reload=lambda: None, all_steps=lambda: steps)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     sent = lambda array: np.asarray(jnp.asarray(array))  # noqa: E731
-    monkeypatch.setattr(latest_good.multihost_utils, "broadcast_one_to_all", sent)
+    monkeypatch.setattr(consensus.multihost_utils, "broadcast_one_to_all", sent)
     found, skipped = latest_good._steps(manager)
     assert [step for step, _ in found] == steps[::-1]
     assert skipped == []

@@ -48,7 +48,7 @@ def prepared_of(handler, tree, save_args=None, *, target=None, slab_bytes=MIB):
         handler.settings,
         tree,
         save_args,
-        destination=Destination(places.stand_in("/"), target),
+        destination=Destination(places.place_of("/").stand_in(), target),
         slab_bytes=slab_bytes,
         abstract=False,
     )

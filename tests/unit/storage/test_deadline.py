@@ -28,7 +28,7 @@ def seconds(text):
 
 @pytest.mark.parametrize("timeout_s", [1, 6.0, 60, 300.0, 3600])
 def test_tensorstore_gives_up_before_the_deadline(timeout_s):
-    spec = places.context_spec("gs://bucket/run/1", timeout_s)
+    spec = places.place_of("gs://bucket/run/1", timeout_s).context_spec()
     retries = spec["gcs_request_retries"]
     ts.Context(spec)  # It knows them all.
     first_s, longest_s = seconds(retries["initial_delay"]), seconds(retries["max_delay"])
@@ -41,7 +41,7 @@ def test_tensorstore_gives_up_before_the_deadline(timeout_s):
 
 
 def test_nothing_is_said_of_local_directories():
-    assert places.context_spec("/data/run", 300) == {}
+    assert places.place_of("/data/run", 300).context_spec() == {}
     assert places.scheme_of("/data/run") == ""
 
 
@@ -57,19 +57,19 @@ def test_nothing_is_said_of_local_directories():
     ],
 )
 def test_a_directory_takes_the_place_of_its_stand_in(directory, wanted):
-    of = places.stand_in(directory)
+    of = places.place_of(directory).stand_in()
     bucket, _, path = of.removeprefix("gs://").partition("/")
     if of.startswith("gs://"):
         spec = {"driver": "gcs", "bucket": bucket, "path": f"{path}/d"}
     else:
         spec = {"driver": "file", "path": f"{of}/d"}
-    assert places.kvstore_spec(json.dumps(spec), directory) == wanted
+    assert places.place_of(directory).kvstore_spec_like(json.dumps(spec)) == wanted
 
 
 def test_a_spec_for_another_kind_of_storage_is_refused():
-    template = json.dumps({"driver": "file", "path": places.stand_in("/data")})
+    template = json.dumps({"driver": "file", "path": places.place_of("/data").stand_in()})
     with pytest.raises(OptionError, match="gs://bucket/run: Orbax told"):
-        places.kvstore_spec(template, "gs://bucket/run")
+        places.place_of("gs://bucket/run").kvstore_spec_like(template)
 
 
 @pytest.mark.parametrize("scheme", ["s3", "az"])
