@@ -1,4 +1,4 @@
-"""Arguments for `LazyCheckpointHandler` used directly. The stock-shaped faces take stock args."""
+"""Arguments for `LazyCheckpointHandler` used directly. Stock-shaped handlers take stock args."""
 
 from __future__ import annotations
 

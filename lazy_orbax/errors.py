@@ -51,7 +51,7 @@ class SaveError(LazyOrbaxError, RuntimeError):
         directory: the item's directory.
         leaf: the leaves that were being written, as Orbax names them.
         file: the file or key the storage named, if it named one.
-        process: the process that failed, where there are several; it need not be this one.
+        process: the process that failed, if there are several. Perhaps it is another one.
         errno: the operating system's number of the error, such as `errno.ENOSPC`, where it has one.
         what: what went wrong there.
         outcome: what that means for the step.
@@ -94,7 +94,7 @@ class NotDurableError(SaveError):
 
 
 class RestoreError(LazyOrbaxError, ValueError):
-    """What was asked for does not fit what the checkpoint holds. Nothing was changed."""
+    """The restore target does not fit what the checkpoint holds. Nothing was changed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +124,11 @@ class CorruptCheckpointError(LazyOrbaxError, ValueError):
 
     Attributes:
         directory: the item's directory.
-        problems: everything that is wrong, as far as was looked.
+        problems: everything wrong that was found.
         leaf: the leaf of the first problem, as Orbax names it.
         index: the range of that leaf.
         file: the file of the first problem.
-        newest_whole_step: the newest other step that is whole, where one was looked for.
+        newest_whole_step: the newest other step that is whole, if a search found one.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class MalformedCheckpointError(LazyOrbaxError, ValueError):
 
 
 class StockFallbackWarning(UserWarning):
-    """lazy_orbax saves the stock way, because this Orbax is not one that it knows."""
+    """This version of Orbax is unknown to lazy_orbax, which therefore saves the stock way."""
 
 
 def summarize(problems: Sequence[str]) -> str:

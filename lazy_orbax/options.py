@@ -30,36 +30,35 @@ class LazyOptions:
             elements is sent directly in every mode.
         host_bytes: most bytes of snapshot held in host memory by all saves of this process at
             once. `None` is half of this machine's (or container's) memory. A state larger than
-            this streams through: `save()` then waits for the part that fits nowhere.
+            this streams through: `save()` then blocks until the rest fits.
         slab_bytes: size of the pieces in which a snapshot is copied and written, in bytes over
             all local devices. A leaf larger than this makes a piece of its own. At most a quarter
             of `host_bytes`, and a second's worth of `write_bytes_per_s`.
         write_bytes_per_s: most bytes a second that one handler writes, on average. `None` is as
-            fast as the storage takes them. For training steps that suffer while a save is in
-            flight.
+            fast as the storage takes them. A limit helps steps that slow down during a save.
         low_priority: run our threads, and those of TensorStore that they start, at a lower
-            scheduling priority (Linux only). For training steps that use every core.
+            scheduling priority (Linux only). This helps training steps that use every core.
         verify_restore: compare what was restored with the digests that were saved with it, and
             raise `CorruptCheckpointError` where it differs. Costs about a copy to the host of what
             was restored. Checkpoints without digests are restored as they are. A directory whose
             name is that of a step, and which holds the files of another step, is corrupt as well;
-            a copy to another run, or to a name that is no step's, is not. Who has copied one
-            step to the name of another on purpose restores it with `False`.
+            a copy in another run, or under a name that is no step's, is fine. If you copied one
+            step to the name of another on purpose, restore it with `False`.
         verify_snapshot: prove, for every so many saves, that what is written is what the arrays
             held: 1 is every save, 0 none. A fingerprint of the arrays is computed where they are,
             before `save()` returns, by a program that shares nothing with the one that copies; it
             reads them once (their bytes over the bandwidth of the device's memory), and the host
             computes the same of what it writes. A save that differs fails, names the leaf and is
-            not committed. Where not every save is verified none waits for the programs: they are
-            compiled after the second save of a tree began, or by `prewarm`, and the first save
-            that finds them is verified.
+            not committed. With 1, the first save waits until the programs are compiled. Otherwise
+            saves go on meanwhile: a thread compiles the programs after the second save of a tree
+            began, or `prewarm` does, and the first save that finds them is verified.
         storage_timeout_s: most seconds in which the storage may do nothing; the save then fails.
             An object store (`gs://`) acknowledges a write in that time, retries included. A local
             directory grows, or the sync of one file ends: a slow disk may take as long as it
             wants, one that hangs may not.
         on_timeline: called once per saved item, in a thread of its own, when it was committed or
-            has failed. The save waits up to 5 seconds for it to return, and ends without it then.
-            What it raises is logged, `SystemExit` included, and changes nothing. It must not save
+            has failed. The save waits up to 5 seconds for it to return, and then ends without it.
+            The log has what it raises, `SystemExit` included; the save goes on. It must not save
             or wait for saves: Orbax's `save` and `wait_until_finished` raise `OptionError` in it.
 
     Raises:

@@ -1,4 +1,6 @@
-"""The custom handler: Orbax's protocol, and nothing else. `faces.py` puts it inside Orbax's own.
+"""The custom handler: Orbax's protocol, and nothing else.
+
+`stock_shaped.py` puts it inside Orbax's own handlers.
 
 The story of a save is in `begin`, its end in `finish`, a restore in `restore`. Orbax does the rest:
 temporary directories, barriers, publishing, retention; and reading.

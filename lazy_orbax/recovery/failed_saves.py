@@ -54,11 +54,11 @@ def _forget_frames(error: BaseException | None) -> None:
 def log_failed_saves(checkpointer: Any) -> FailedSaves:
     """Makes a checkpointer log and count failed saves instead of raising them.
 
-    `save`, `wait_until_finished`, `check_for_errors` and `close` of it do not raise then what a
-    save has failed with; `save` returns `False` where it fails at once. Of some failures Orbax
-    tells again in the next `save`, which a manager then begins once more. A mistake of the caller,
-    such as a tree that cannot be saved, is raised as ever. After a failure the list of steps is
-    read anew, because Orbax forgets the steps that the failed one would have replaced.
+    Its `save`, `wait_until_finished`, `check_for_errors` and `close` then no longer raise what a
+    save failed with; `save` returns `False` if it fails at once. Orbax reports some failures a
+    second time, in the next `save`; that save is then begun again. A mistake of the caller, such as
+    a tree that cannot be saved, is raised as before. After a failure the manager reads its list of
+    steps again, because Orbax forgets the steps that the failed one would have replaced.
 
     Args:
         checkpointer: an `ocp.CheckpointManager`, `ocp.AsyncCheckpointer` or `ocp.Checkpointer`,
@@ -68,7 +68,7 @@ def log_failed_saves(checkpointer: Any) -> FailedSaves:
         The count.
 
     Raises:
-        OptionError: it is nothing that saves.
+        OptionError: the object has no `save` method.
     """
     if not callable(getattr(checkpointer, "save", None)):
         raise OptionError(f"{checkpointer!r} has no save().")

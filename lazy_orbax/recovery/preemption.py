@@ -49,8 +49,8 @@ class LastSave:
 class Preemption:
     """Notices that the job is to end, and makes saves urgent from then on.
 
-    Use it as a context manager around the training loop. The process does not end by itself when
-    it gets SIGTERM: the loop does, when `reached` is true.
+    Use it as a context manager around the training loop. SIGTERM no longer ends the process:
+    leave the loop when `reached` is true.
     """
 
     def __init__(self, *, grace_s: float = 30.0):
@@ -106,9 +106,9 @@ class Preemption:
     def reached(self, manager: Any, step: int) -> bool:
         """Whether this is the step after which to save and leave. Ask at every step.
 
-        Of several processes it is true on all at the same step, on which JAX lets them agree.
-        From the first call on, `manager.reached_preemption` asks JAX for no earlier step than it
-        has asked for, and makes saves urgent where it is true.
+        With several processes, JAX lets them agree on a step, and this is true on all of them at
+        that step. From the first call on, `manager.reached_preemption` asks JAX about steps in
+        ascending order only, and makes saves urgent once it is true.
 
         Args:
             manager: an `ocp.CheckpointManager`.

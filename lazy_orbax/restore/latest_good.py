@@ -62,7 +62,7 @@ class _Verdict(enum.IntEnum):
 def restore_latest_good(manager: ocp.CheckpointManager, *, args: Any = None) -> LatestGood:
     """Restores the newest step that is whole. Deletes nothing.
 
-    Corrupt, incomplete and uncommitted steps are passed over, each with a warning in the log.
+    It passes over corrupt, incomplete and uncommitted steps, each with a warning in the log.
     Every process must call it; they agree on the step.
 
     Args:

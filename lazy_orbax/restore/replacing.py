@@ -86,8 +86,8 @@ def restore_replacing(
 ) -> RestoredWithReplacements:
     """Restores a step, and replaces leaves of it that cannot be read or are not what was saved.
 
-    Only leaves that are named are replaced, and of these only the ones that need it. The step is
-    read twice: to see which do, and to restore the others. Every process must call it.
+    It replaces only leaves that you name, and of these only the ones that need it. It reads the
+    step twice: to see which leaves need it, and to restore the others. Every process must call it.
 
     Args:
         manager: the manager.

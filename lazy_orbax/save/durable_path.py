@@ -25,9 +25,10 @@ from lazy_orbax.storage.save_error import save_error
 class DurablePath(ocp_path.atomicity.AtomicRenameTemporaryPath):
     """Has a step on storage, synced, before Orbax lists it. For local directories.
 
-    Without it a power cut in the few milliseconds between Orbax's rename and our sync may leave a
-    step that is listed and whose own metadata are empty: its arrays are whole, but its custom
-    metadata are lost, and a manager without handlers must be told how to restore it. Give it to
+    Without it, Orbax renames the step some milliseconds before lazy_orbax syncs the rename. A power
+    cut between the two may leave a step that Orbax lists, and whose own metadata are empty. Its
+    arrays are whole. Its custom metadata are lost, and a manager without handlers must be told how
+    to restore it. Give it to
     Orbax as `ocp.CheckpointManagerOptions(temporary_path_class=lazy_orbax.DurablePath)`, or to an
     `ocp.AsyncCheckpointer`; it serves every handler.
     """

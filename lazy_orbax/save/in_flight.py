@@ -40,7 +40,7 @@ def wait_until_staged(timeout_s: float | None = None) -> None:
     After that the device memory that staging took is free again.
 
     Args:
-        timeout_s: most seconds to wait for each save; `None` waits for ever.
+        timeout_s: most seconds to wait for each save; `None` waits without a limit.
 
     Raises:
         SaveError: a save has failed.

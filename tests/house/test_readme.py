@@ -112,7 +112,7 @@ def test_what_the_guides_call_public_exists():
         re.findall(r"\blazy_orbax\.(\w+)\b(?!/)", all_guides() + pages.README.read_text())
     ):
         assert name in lazy_orbax.__all__, f"a page names lazy_orbax.{name}"
-    for name in set(re.findall(r"\breports\.(\w+)\b", all_guides())):
+    for name in set(re.findall(r"\blazy_orbax\.reports\.(\w+)\b", all_guides())):
         assert name in lazy_orbax.reports.__all__, f"a page names reports.{name}"
 
 

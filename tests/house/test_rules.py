@@ -3,6 +3,7 @@
 import ast
 import inspect
 import pathlib
+import re
 import types
 import typing
 
@@ -388,3 +389,59 @@ def test_nothing_prints_exits_or_relies_on_the_garbage_collector(module):
     assert not names & {"print", "exit", "_exit"}
     methods = {n.name for n in ast.walk(tree_of(module)) if isinstance(n, ast.FunctionDef)}
     assert "__del__" not in methods
+
+
+# The page that explains the house.
+
+ARCHITECTURE = PACKAGE.parent / "examples" / "guides" / "architecture.md"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_page_names_every_room(room):
+    assert f"| `{room}/` |" in ARCHITECTURE.read_text()
+
+
+def test_the_page_names_every_module_beside_the_rooms():
+    floors = ARCHITECTURE.read_text().partition("```text")[2].partition("```")[0].split()
+    assert {module for module in PATHS if "." not in module} <= set(floors)
+
+
+def test_what_the_page_opens_is_there():
+    files = re.findall(r"`([\w/]+/\w+\.py)`", ARCHITECTURE.read_text())
+    assert files
+    assert not [file for file in files if not (PACKAGE / file).is_file()]
+
+
+HELD = {"Lock", "RLock", "local", "ContextVar", "WeakSet", "WeakKeyDictionary"} | {
+    "WeakValueDictionary"
+}
+
+
+def held_by_the_process(module):
+    """Whether a module keeps, outside functions and records, something that changes."""
+    made = [
+        node.value for node in tree_of(module).body if isinstance(node, ast.Assign | ast.AnnAssign)
+    ]
+    names = {
+        getattr(call.func, "attr", getattr(call.func, "id", ""))
+        for call in made
+        if isinstance(call, ast.Call)
+    }
+    own = {node.name for node in tree_of(module).body if isinstance(node, ast.ClassDef)}
+    return bool(names & (HELD | own)) or any(
+        isinstance(value, ast.Dict) and not value.keys for value in made
+    )
+
+
+@pytest.mark.parametrize("module", PATHS)
+def test_the_page_names_what_the_process_keeps(module):
+    states = ARCHITECTURE.read_text().partition("## State of")[2].partition("\n## ")[0]
+    path = f"`{PATHS[module].relative_to(PACKAGE)}`"
+    assert not held_by_the_process(module) or path in states
+
+
+def test_what_the_process_keeps_is_seen():
+    assert held_by_the_process("recovery.attempt")
+    assert held_by_the_process("snapshot.host_budget")
+    assert held_by_the_process("snapshot.step_copies")
+    assert not held_by_the_process("plan.slabs")
