@@ -49,7 +49,7 @@ class Prover:
         self._n_saves = 0
         self._looked_at: int | None = None
         self._runs: list[Run] | None = None
-        self._failure: Exception | None = None
+        self._failure: Misplaced | None = None
         self._is_begun = False
 
     def due(self, plan: Plan, every: int) -> Evidence | None:
@@ -62,7 +62,7 @@ class Prover:
         """
         with self._lock:
             self._n_saves += 1
-            misplaced = isinstance(self._failure, Misplaced)
+            misplaced = self._failure is not None
             if not every or not (every == 1 or self._runs is not None or misplaced):
                 return None
             if self._looked_at is not None and self._n_saves - self._looked_at < every:
@@ -108,7 +108,7 @@ class Prover:
                 try:
                     _check_cover(plan)
                     self._runs = _all_while_it_lasts(plan)
-                except Exception as error:
+                except Misplaced as error:  # What else fails, memory perhaps, is tried again.
                     self._failure = error
                     raise
             return self._runs or []

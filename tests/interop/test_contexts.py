@@ -126,7 +126,8 @@ def test_what_is_saved_is_what_was_there(tmp_path, context, mode, how):
 
 
 @pytest.mark.parametrize(
-    "context", [*SOME, "compile time", "no_execution=True", "no_tracing=True", "numpy_rank_promotion=raise"]
+    "context",
+    [*SOME, "compile time", "no_execution=True", "no_tracing=True", "numpy_rank_promotion=raise"],
 )
 def test_a_save_is_verified_wherever_it_is_made(tmp_path, context):
     """The programs that verify it run under settings that are the same every time."""

@@ -475,6 +475,18 @@ COMBINATIONS = (
 )
 
 
+def bits_of(tree):
+    """Returns the bytes of arrays, bit for bit."""
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def bits_stored(directory, tree):
+    """Returns the bytes of what is stored, which stock reads into host memory."""
+    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), tree)
+    args = ocp.args.PyTreeRestore(restore_args=restore_args)
+    return bits_of(restore(ocp.PyTreeCheckpointHandler(), directory, args))
+
+
 def compare(tree, directory, combination, modes=MODES):
     """Saves `tree` with stock and with ours, and asserts that nobody can tell them apart."""
     face_name, settings = combination
@@ -493,7 +505,11 @@ def compare(tree, directory, combination, modes=MODES):
             continue
         ours, theirs = stored(by_us), stored(by_stock)
         assert ours.keys() == theirs.keys()
-        assert [name for name in theirs if ours[name] != theirs[name]] == []
+        if unlike := [name for name in theirs if ours[name] != theirs[name]]:
+            # Of some small floats stock alters NaNs (JAX 0.12): then the source is the oracle.
+            assert bits_stored(by_stock, tree) != bits_of(tree), unlike
+            assert bits_stored(by_us, tree) == bits_of(tree), unlike
+            continue
         assert described(lazy, by_us) == described(stock, by_stock)
         if mode == modes[0]:
             wanted_back = readable(by_stock, stock, face_name, tree)

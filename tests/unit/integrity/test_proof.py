@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import lazy_orbax
-from lazy_orbax.errors import OptionError
+from lazy_orbax.errors import OptionError, SaveError
 from lazy_orbax.integrity import digest_file, fingerprint, proof, proof_restored
 from lazy_orbax.integrity.digest_file import DigestError
 from lazy_orbax.integrity.stored_item import StoredItem
@@ -270,3 +270,20 @@ def test_a_restore_is_verified_where_the_arrays_are(mesh, tmp_path, monkeypatch)
         args = ocp.args.StandardRestore(abstract(state))
         assert_same(manager.restore(0, args=args), state)
         assert looked == []
+
+
+def test_a_compiler_that_failed_once_is_asked_again(mesh, tmp_path, monkeypatch):
+    """Only what the plan says wrongly of a leaf stays wrong."""
+    original, failures = proof.compiled, [RuntimeError("no memory for the compiler")]
+
+    def compiled(subjects):
+        if failures:
+            raise failures.pop()
+        return original(subjects)
+
+    monkeypatch.setattr(proof, "compiled", compiled)
+    with ocp.CheckpointManager(tmp_path, item_handlers=handler_with(1)) as manager:
+        with pytest.raises(SaveError, match="no memory for the compiler"):
+            manager.save(0, args=ocp.args.StandardSave(state_of(mesh)))
+        manager.save(1, args=ocp.args.StandardSave(state_of(mesh, 1)))
+    assert verified_steps(tmp_path) == [1]
