@@ -362,7 +362,7 @@ def situations(draw: Any) -> Situation:
             "host_bytes": draw(st.sampled_from([MIB, 8 * MIB, 256 * MIB])),
             "verify_snapshot": draw(st.sampled_from([0, 1])),
         },
-        context=draw(st.sampled_from(["none"] * 10 + sorted(contexts.ALL))),
+        context=draw(st.sampled_from(["none"] * 30 + sorted(contexts.ALL))),
         in_thread=seldom(True),
         lazily=draw(st.booleans()),
         cast=draw(casts) if seldom(True) else None,
