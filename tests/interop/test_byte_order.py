@@ -99,13 +99,3 @@ def test_the_order_may_change_from_save_to_save(tmp_path):
     with ocp.CheckpointManager(tmp_path, item_handlers=ocp.PyTreeCheckpointHandler()) as stock:
         assert [all_bits(stock.restore(step)) for step in range(3)] == [all_bits({"x": rows})] * 3
     assert all(lazy_orbax.verify(tmp_path / str(step) / "default").ok for step in range(3))
-
-
-@pytest.mark.parametrize("dtype", [">f4", ">c8", ">i2"])
-def test_a_save_that_is_verified_is_no_exception(tmp_path, dtype):
-    """The fingerprint is of the values, as what is written is."""
-    tree = state(dtype)
-    options = lazy_orbax.LazyOptions(verify_snapshot=1)
-    by_us = saved(lazy_orbax.pytree_handler(options=options), tmp_path, tree)
-    with ocp.PyTreeCheckpointer() as stock:
-        assert_same(stock.restore(by_us), native(tree))
