@@ -99,10 +99,12 @@ def of_host(array: np.ndarray, start: Sequence[int]) -> int:
         return 0
     itemsize, n_rows = array.dtype.itemsize, math.prod(array.shape[:-1])
     before, row_bytes = start[-1] * itemsize % WORD_BYTES, array.shape[-1] * itemsize
-    is_whole = array.flags.c_contiguous and not before and not row_bytes % WORD_BYTES
+    is_plain = array.flags.c_contiguous and array.dtype.isnative
+    is_whole = is_plain and not before and not row_bytes % WORD_BYTES
     if n_rows > _MOST_ROWS or (not is_whole and array.nbytes > _PART_BYTES):
         return _of_halves(array, tuple(start))
-    rows = np.ascontiguousarray(array).reshape(n_rows, -1).view(np.uint8)
+    native = array.dtype.newbyteorder("=")  # What is stored tells no byte order.
+    rows = np.ascontiguousarray(array, native).reshape(n_rows, -1).view(np.uint8)
     if not is_whole:
         after = -(before + row_bytes) % WORD_BYTES
         rows = np.pad(rows, ((0, 0), (before, after)))

@@ -44,7 +44,7 @@ def of_traced(shard: Any, start: Any, *, folds: bool) -> Any:
         folds: whether the backend is slow at sums, but quick at additions of arrays.
     """
     if not shard.ndim:
-        shard, start = shard.reshape(1), jnp.zeros(1, jnp.int64)
+        shard, start = shard.reshape(1), np.zeros(1, np.int64)
     start = start.astype(jnp.uint64)
     size, each = shard.shape[-1], DIGIT * WORD_BYTES // shard.dtype.itemsize
     if size <= each:
@@ -81,7 +81,7 @@ def _weights_of_outer(shard: Any, start: Any, digits: Any) -> Any:
     along = [weights(shard.ndim - 1 - i, start[i] + _count(shard.shape[i])) for i in axes]
     if digits is not None:
         along.append(high(0, digits))
-    one = jnp.ones(1, jnp.uint64)
+    one = np.ones(1, np.uint64)  # No operation: where JAX evaluates at once, that has no mesh.
     return functools.reduce(lambda a, b: (a[:, None] * b).reshape(-1), along, one)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lazy_orbax._jax_context import neutral
 from lazy_orbax.integrity.fingerprint import u64
 from lazy_orbax.integrity.fingerprint_traced import as_integers, of_traced
 from lazy_orbax.plan.shards import Device, Shape
@@ -135,8 +136,8 @@ def enqueue(runs: Iterable[Run], arrays: Sequence[Any]) -> list[tuple[Run, jax.A
     """Enqueues the programs. The arrays may be donated, deleted or dropped when this returned."""
     enqueued = []
     for run in runs:
-        operands = [_operand(arrays[i], run.mesh) for i in run.leaves]
         with _exact(run.mesh):
+            operands = [_operand(arrays[i], run.mesh) for i in run.leaves]
             enqueued.append((run, run.program(run.starts, *operands)))
     return enqueued
 
@@ -145,7 +146,7 @@ def results(enqueued: Iterable[tuple[Run, jax.Array]]) -> dict[Hashable, int]:
     """Waits for the devices, and returns the fingerprints of the parts by their keys."""
     found: dict[Hashable, int] = {}
     for run, result in enqueued:
-        with jax.transfer_guard("allow"):
+        with neutral():
             rows = {shard.index[0].start or 0: shard.data for shard in result.addressable_shards}
             words = np.concatenate([np.asarray(rows[i]) for i in sorted(rows)]).astype(np.uint64)
         whole = words[..., 0] | words[..., 1] << np.uint64(32)
@@ -155,8 +156,11 @@ def results(enqueued: Iterable[tuple[Run, jax.Array]]) -> dict[Hashable, int]:
 
 @contextlib.contextmanager
 def _exact(mesh: Mesh) -> Iterator[None]:
-    """Runs a program of ours, which counts in 64 bits, whatever the caller has set."""
-    with jax.enable_x64(True), jax.set_mesh(mesh):
+    """Runs a program of ours, which counts in 64 bits, whatever the caller has set.
+
+    It returns no floats, so JAX may look for NaNs: it finds none.
+    """
+    with neutral(), jax.set_mesh(mesh):
         yield
 
 

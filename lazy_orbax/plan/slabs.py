@@ -103,12 +103,7 @@ class Plan:
     layouts: tuple[Layout, ...]
     slabs: tuple[Slab, ...]
     kept: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
-    """What was made of the plan once, for all its saves; it goes when the plan goes."""
-
-    @functools.cached_property
-    def programs(self) -> dict[Any, Any]:
-        """What was compiled for the slabs. It is of no use without the plan, and dies with it."""
-        return {}
+    """What was made for the plan once, as programs: of no use without it, it goes when it goes."""
 
     @functools.cached_property
     def processes(self) -> frozenset[int]:

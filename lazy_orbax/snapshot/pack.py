@@ -62,9 +62,9 @@ def _zeros(buffer: Buffer) -> Any:
 
 def buffer_of(plan: Plan, slab: Slab) -> Buffer:
     """Returns what the program of a slab writes into."""
-    if (found := plan.programs.get(slab)) is None:
+    if (found := plan.kept.get(slab)) is None:
         buffer = _buffer_of(plan, slab)
-        found = plan.programs[slab] = (buffer, _zeros(buffer))
+        found = plan.kept[slab] = (buffer, _zeros(buffer))
     return found[0]
 
 
@@ -90,8 +90,8 @@ def program(plan: Plan, slab: Slab, *, into: bool) -> tuple[Any, jax.Array]:
         into: whether the program takes one more argument, after the table: memory to write into,
             which it donates.
     """
-    if (found := plan.programs.get((slab, into))) is None:
-        found = plan.programs[slab, into] = _program(plan, slab, into)
+    if (found := plan.kept.get((slab, into))) is None:
+        found = plan.kept[slab, into] = _program(plan, slab, into)
     return found
 
 

@@ -67,8 +67,8 @@ def a_shifted_start(monkeypatch: Any) -> None:
     """The program packs each share one row too early."""
     original = jax.lax.dynamic_slice_in_dim
 
-    def shifted(operand: Any, start: Any, size: int, axis: int = 0) -> Any:
-        return original(operand, jax.numpy.maximum(start - 1, 0), size, axis)
+    def shifted(operand: Any, start: Any, size: int, axis: int = 0, **knobs: Any) -> Any:
+        return original(operand, jax.numpy.maximum(start - 1, 0), size, axis, **knobs)
 
     class Lax:
         def __getattr__(self, name: str) -> Any:
@@ -96,7 +96,7 @@ def a_wrong_type(monkeypatch: Any) -> None:
         dtype = slabs.carrier_of(shard.dtype)
         return shard if dtype == shard.dtype else jax.numpy.abs(shard).astype(dtype)
 
-    monkeypatch.setattr(pack, "_carried", carried)
+    monkeypatch.setattr(pack, "carried", carried)
 
 
 def a_piece_over_another(monkeypatch: Any) -> None:

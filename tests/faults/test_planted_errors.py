@@ -12,6 +12,7 @@ from trees import assert_same
 
 import lazy_orbax
 from lazy_orbax.errors import SaveError
+from lazy_orbax.save.plan_cache import PLAN_CACHE
 from lazy_orbax.snapshot import pack
 
 NAMES = {"one", "two", "shared", "small", "host", "host2"}
@@ -20,12 +21,16 @@ NAMES = {"one", "two", "shared", "small", "host", "host2"}
 @pytest.fixture(autouse=True)
 def fresh_programs():
     """Programs with an error in them serve no other test."""
-    caches = (pack.program, pack._packer, pack._cached_table, pack.buffer_of)
-    for cache in caches:
-        cache.cache_clear()
+    forget_programs()
     yield
-    for cache in caches:
-        cache.cache_clear()
+    forget_programs()
+
+
+def forget_programs():
+    """Forgets the plans, with which programs are kept, and what of programs is kept without."""
+    PLAN_CACHE.clear()
+    pack._PROGRAMS.clear()
+    pack._cached_table.cache_clear()
 
 
 def state_of(mesh, step):

@@ -9,6 +9,7 @@ from interop.oracle import stored
 from trees import all_bits, assert_same, random_array
 
 import lazy_orbax
+from lazy_orbax.integrity.fingerprint import of_host
 
 DTYPES = (">f2", ">f4", ">f8", ">c8", ">c16", ">i2", ">i4", ">i8", ">u2", ">u4", ">u8")
 FORMATS = ({}, {"use_zarr3": True}, {"use_ocdbt": False})
@@ -99,3 +100,19 @@ def test_the_order_may_change_from_save_to_save(tmp_path):
     with ocp.CheckpointManager(tmp_path, item_handlers=ocp.PyTreeCheckpointHandler()) as stock:
         assert [all_bits(stock.restore(step)) for step in range(3)] == [all_bits({"x": rows})] * 3
     assert all(lazy_orbax.verify(tmp_path / str(step) / "default").ok for step in range(3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_save_is_verified(tmp_path, dtype):
+    """The fingerprint is of the values: of the caller's array as of what is written."""
+    tree = state(dtype)
+    options = lazy_orbax.LazyOptions(verify_snapshot=1)
+    item = saved(lazy_orbax.pytree_handler(options=options), tmp_path, tree)
+    with ocp.PyTreeCheckpointer() as stock:
+        assert_same(stock.restore(item), native(tree))
+
+
+def test_a_large_array_has_the_fingerprint_of_its_values():
+    """It is taken in parts, each of which is copied."""
+    rows = random_array(np.random.default_rng(5), (2**11, 2**10), np.dtype("f4"))
+    assert of_host(rows.astype(">f4"), (0, 0)) == of_host(rows, (0, 0))

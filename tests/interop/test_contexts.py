@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import itertools
+import json
 import logging
 
 import jax
@@ -21,6 +22,7 @@ from trees import abstract, assert_same, on_mesh, random_array
 
 import lazy_orbax
 from lazy_orbax import _jax_context
+from lazy_orbax.integrity.digest_file import DIRECTORY
 
 pytestmark = STOCK_WARNS
 _COUNT = itertools.count()
@@ -67,8 +69,8 @@ def state():
         }
 
 
-def manager_of(path, mode="auto"):
-    options = lazy_orbax.LazyOptions(mode=mode)
+def manager_of(path, mode="auto", **options):
+    options = lazy_orbax.LazyOptions(mode=mode, **options)
     return ocp.CheckpointManager(path, item_handlers=lazy_orbax.standard_handler(options=options))
 
 
@@ -120,6 +122,21 @@ def test_what_is_saved_is_what_was_there(tmp_path, context, mode, how):
         before = seen(nan)
         save(manager, how, 0, tree)
         assert seen(nan) == before
+    assert_saved(tmp_path, 0, tree)
+
+
+@pytest.mark.parametrize(
+    "context", [*SOME, "compile time", "no_execution=True", "no_tracing=True", "numpy_rank_promotion=raise"]
+)
+def test_a_save_is_verified_wherever_it_is_made(tmp_path, context):
+    """The programs that verify it run under settings that are the same every time."""
+    tree, nan = state(), jnp.asarray(np.nan)
+    with manager_of(tmp_path, verify_snapshot=1) as manager, contexts.ALL[context]():
+        before = seen(nan)
+        save(manager, "save", 0, tree)
+        assert seen(nan) == before
+    digests = tmp_path / "0" / "default" / DIRECTORY / "process_0"
+    assert "proof" in json.loads(digests.read_bytes())
     assert_saved(tmp_path, 0, tree)
 
 

@@ -20,11 +20,12 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from interop.described import contents
 from interop.oracle import (
     MODES,
     STOCK_WARNS,
     attempt,
+    bits_of,
+    bits_stored,
     described,
     face,
     readable,
@@ -35,7 +36,7 @@ from interop.oracle import (
 from jax._src.sharding_impls import GSPMDSharding
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
-from trees import abstract, on_mesh, random_array
+from trees import on_mesh, random_array
 
 import lazy_orbax
 
@@ -494,7 +495,11 @@ def compare(tree, directory, combination, modes=MODES):
             continue
         ours, theirs = stored(by_us), stored(by_stock)
         assert ours.keys() == theirs.keys()
-        assert [name for name in theirs if ours[name] != theirs[name]] == []
+        if unlike := [name for name in theirs if ours[name] != theirs[name]]:
+            # Of some small floats stock alters NaNs (JAX 0.12): then the source is the oracle.
+            assert bits_stored(by_stock, tree) != bits_of(tree), unlike
+            assert bits_stored(by_us, tree) == bits_of(tree), unlike
+            continue
         assert described(lazy, by_us) == described(stock, by_stock)
         if mode == modes[0]:
             wanted_back = readable(by_stock, stock, face_name, tree)

@@ -18,7 +18,6 @@ import numpy as np
 from hypothesis import strategies as st
 from interop import contexts
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
-from jax.sharding import PartitionSpec as P
 from property.strategies import divided
 from trees import random_array
 
@@ -108,7 +107,9 @@ class Key:
     place: Any
 
     def make(self, rng: np.random.Generator) -> Any:
-        one = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=self.implementation)))
+        one = jax.eval_shape(
+            lambda: jax.random.key_data(jax.random.key(0, impl=self.implementation))
+        )
         data = rng.integers(0, 2**32, (*self.shape, *one.shape), dtype=np.uint32)
         keys = jax.random.wrap_key_data(data, impl=self.implementation)
         return jax.device_put(keys, self.place)
