@@ -177,6 +177,18 @@ def readable(directory, handler, face_name, tree):
     return found
 
 
+def bits_of(tree):
+    """Returns the bytes of arrays, bit for bit."""
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def bits_stored(directory, tree):
+    """Returns the bytes of what is stored, which stock reads into host memory."""
+    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), tree)
+    args = ocp.args.PyTreeRestore(restore_args=restore_args)
+    return bits_of(restore(ocp.PyTreeCheckpointHandler(), directory, args))
+
+
 def same(found: Any, wanted: Any) -> None:
     """Asserts that two trees agree in structure, in types, in shardings and in bits."""
     assert jax.tree.structure(found) == jax.tree.structure(wanted)

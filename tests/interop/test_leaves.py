@@ -23,6 +23,8 @@ from equipment.oracle import (
     MODES,
     STOCK_WARNS,
     attempt,
+    bits_of,
+    bits_stored,
     described,
     face,
     readable,
@@ -473,18 +475,6 @@ COMBINATIONS = (
     ("standard", {"use_ocdbt": True, "use_zarr3": False}),
     ("pytree", {"use_ocdbt": False, "use_zarr3": True}),
 )
-
-
-def bits_of(tree):
-    """Returns the bytes of arrays, bit for bit."""
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
-
-
-def bits_stored(directory, tree):
-    """Returns the bytes of what is stored, which stock reads into host memory."""
-    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), tree)
-    args = ocp.args.PyTreeRestore(restore_args=restore_args)
-    return bits_of(restore(ocp.PyTreeCheckpointHandler(), directory, args))
 
 
 def compare(tree, directory, combination, modes=MODES):

@@ -107,7 +107,9 @@ class Key:
     place: Any
 
     def make(self, rng: np.random.Generator) -> Any:
-        one = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=self.implementation)))
+        one = jax.eval_shape(
+            lambda: jax.random.key_data(jax.random.key(0, impl=self.implementation))
+        )
         data = rng.integers(0, 2**32, (*self.shape, *one.shape), dtype=np.uint32)
         keys = jax.random.wrap_key_data(data, impl=self.implementation)
         return jax.device_put(keys, self.place)
@@ -361,7 +363,7 @@ def situations(draw: Any) -> Situation:
             "host_bytes": draw(st.sampled_from([MIB, 8 * MIB, 256 * MIB])),
             "verify_snapshot": draw(st.sampled_from([0, 1])),
         },
-        context=draw(st.sampled_from(["none"] * 10 + sorted(contexts.ALL))),
+        context=draw(st.sampled_from(["none"] * 30 + sorted(contexts.ALL))),
         in_thread=seldom(True),
         lazily=draw(st.booleans()),
         cast=draw(casts) if seldom(True) else None,

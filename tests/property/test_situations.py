@@ -24,7 +24,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from equipment import contexts
-from equipment.oracle import STOCK_WARNS, attempt, described, face, readable, save, stored
+from equipment.oracle import (
+    STOCK_WARNS,
+    attempt,
+    bits_of,
+    bits_stored,
+    described,
+    face,
+    readable,
+    save,
+    stored,
+)
 from hypothesis import HealthCheck, Phase, given, note, settings
 from property.situations import Situation, situations, twin
 
@@ -159,7 +169,11 @@ def check(situation: Situation, directory: pathlib.Path) -> str:
         for name in ("_CHECKPOINT_METADATA", "commit_success.txt"):
             files.pop(name, None)
     assert ours.keys() == theirs.keys()
-    assert [name for name in theirs if ours[name] != theirs[name]] == []
+    if unlike := [name for name in theirs if ours[name] != theirs[name]]:
+        # Of some small floats stock alters NaNs (JAX 0.12): then the source is the oracle.
+        assert bits_stored(by_stock, tree) != bits_of(tree), unlike
+        assert bits_stored(by_us, tree) == bits_of(tree), unlike
+        return "better than stock"
     lazy = kind.lazy(**situation.settings)
     with jax.enable_x64(True):
         assert described(lazy, by_us) == described(stock, by_stock)
@@ -175,8 +189,9 @@ def mappable(tree) -> bool:
 
 
 @pytest.mark.slow
-@sized(60)
+@sized(40)
 @given(situations())
 def test_what_stock_does_with_a_situation_is_what_we_do(situation):
-    with tempfile.TemporaryDirectory() as directory:
+    # What stock refuses it may go on writing.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         check(situation, pathlib.Path(directory))
