@@ -33,7 +33,7 @@ NUMPY_DTYPES = (*JAX_DTYPES, ">i2", ">u2", ">i4", ">u4", ">i8", ">f2", ">f4", ">
 LAYOUTS = ("C", "F", "strided", "reversed", "repeated", "zero-strided", "read-only")
 
 
-class Name(str, enum.Enum):
+class Name(str, enum.Enum):  # noqa: UP042 - What users have.
     """Keys that equal plain text and have another name."""
 
     A = "a"
