@@ -169,6 +169,8 @@ def _is_same(data: np.ndarray, box: Box, host: np.ndarray, part: Box) -> bool:
     common = box.overlap(part)
     assert common is not None
     wanted, found = data[common.relative_to(box)], host[common.relative_to(part)]
+    if host.dtype == object:  # A number of Python's that no dtype of NumPy's holds.
+        return int(float(wanted)) == found
     if wanted.dtype != found.dtype:
         try:
             wanted = digest.cast(np.ascontiguousarray(wanted), found.dtype.name)

@@ -129,6 +129,15 @@ def test_a_cast_of_what_cannot_be_stored_is_refused_before_anything_is_written(t
     assert list((tmp_path / "x").iterdir()) == []
 
 
+def test_a_number_that_a_cast_took_beyond_64_bits_is_restored_as_stock_restores_it(tmp_path):
+    tree, arguments = {"x": 2**64 - 1}, {"x": ocp.SaveArgs(dtype=np.dtype(ml_dtypes.bfloat16))}
+    handler = lazy_orbax.pytree_handler()
+    save(handler, tmp_path / "x", ocp.args.PyTreeSave(tree, arguments))
+    as_int = ocp.args.PyTreeRestore(tree, {"x": ocp.RestoreArgs(restore_type=int)})
+    wanted = restore(ocp.PyTreeCheckpointHandler(), tmp_path / "x", as_int)
+    assert restore(handler, tmp_path / "x", as_int) == wanted == {"x": 2**64}
+
+
 def test_save_args_of_every_face(mesh, tmp_path):
     tree = state_of(mesh)
     for face_name in FACES:

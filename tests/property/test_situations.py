@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import pathlib
 import tempfile
 import threading
+import types
 
 import jax
 import ml_dtypes
@@ -36,10 +38,13 @@ from equipment.oracle import (
     stored,
 )
 from hypothesis import HealthCheck, Phase, given, note, settings
-from property.situations import Situation, situations, twin
+from hypothesis import strategies as st
+from orbax.checkpoint._src.serialization import replica_slices
+from property.situations import Situation, places, situations, twin
 
 import lazy_orbax
 from lazy_orbax.errors import LazyOrbaxError
+from lazy_orbax.plan.shards import Leaf, ReplicaPolicy, layout_of
 
 pytestmark = STOCK_WARNS
 NIGHTLY = settings.get_current_profile_name() == "nightly"
@@ -195,3 +200,31 @@ def test_what_stock_does_with_a_situation_is_what_we_do(situation):
     # What stock refuses it may go on writing.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         check(situation, pathlib.Path(directory))
+
+
+class Shards:
+    """What Orbax asks of an array when it divides shards among replicas; it has no memory."""
+
+    def __init__(self, shape, sharding):
+        self.shape, self.sharding = shape, sharding
+        data = jax.ShapeDtypeStruct(sharding.shard_shape(shape), np.int8)
+        self.addressable_shards = [types.SimpleNamespace(data=data)]
+
+
+@settings(derandomize=not NIGHTLY)
+@given(places(), st.lists(st.sampled_from([1, 2**16, 2**31 - 1, 2**31, 2**32 + 2]), min_size=3))
+def test_shares_of_replicas_are_those_of_stock_also_where_32_bits_end(drawn, times):
+    shape, sharding = drawn
+    shape = tuple(n * m for n, m in zip(shape, times))
+    if sharding is None:
+        return
+    layout = layout_of(
+        Leaf(0, "x", "['x']", shape, np.dtype(np.int8), sharding), ReplicaPolicy(), 0
+    )
+    array = Shards(shape, sharding)
+    axis, share, _ = replica_slices.calculate_replica_parallel_axis_and_local_shape(array, None)
+    assert layout.share_axis == axis
+    assert layout.write_shape == (share or sharding.shard_shape(shape))
+    covered = sum(math.prod(layout.write_shape) for _ in layout.regions)
+    assert covered == math.prod(shape)
+    assert len({region.start for region in layout.regions}) == len(layout.regions)
