@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,7 +51,8 @@ class Prover:
         self._looked_at: int | None = None
         self._runs: list[Run] | None = None
         self._failure: Misplaced | None = None
-        self._is_begun = False
+        self._thread: threading.Thread | None = None
+        self._stopped = threading.Event()
 
     def due(self, plan: Plan, every: int) -> Evidence | None:
         """Returns what becomes the evidence for a save that begins, or `None`.
@@ -81,22 +83,39 @@ class Prover:
             lower_priority: called in that thread.
         """
         with self._lock:
-            if not every or self._is_begun or self._n_saves < _COMPILED_AT:
+            if not every or self._thread is not None or self._n_saves < _COMPILED_AT:
                 return
-            self._is_begun = True
 
-        def prepare() -> None:
-            lower_priority()
-            try:
-                self.prepare(plan)
-            except Exception:  # noqa: BLE001 - Saves go on; the log has it.
-                _LOG.exception("Snapshots cannot be verified (LazyOptions.verify_snapshot).")
+            def prepare() -> None:
+                lower_priority()
+                try:
+                    self.prepare(plan, goes_on=lambda: not self._stopped.is_set())
+                except Exception:  # noqa: BLE001 - Saves go on; the log has it.
+                    _LOG.exception("Snapshots cannot be verified (LazyOptions.verify_snapshot).")
 
-        # The interpreter waits for it: a compiler must not run while the process is taken down.
-        threading.Thread(target=prepare, name="lazy_orbax-proof", daemon=False).start()
+            # The interpreter waits for it: a compiler must not run while the process is taken down.
+            self._thread = threading.Thread(target=prepare, name="lazy_orbax-proof", daemon=False)
+            self._thread.start()
+            _PREPARING.add(self)
 
-    def prepare(self, plan: Plan) -> list[Run]:
+    def stop(self) -> None:
+        """Ends the thread that compiles after its next program. A later save begins anew."""
+        with self._lock:
+            thread = self._thread
+        if thread is None:
+            return
+        self._stopped.set()
+        thread.join()
+        self._stopped.clear()
+        with self._lock:
+            self._thread = None if self._runs is None else thread
+
+    def prepare(self, plan: Plan, goes_on: Callable[[], bool] = lambda: True) -> list[Run]:
         """Returns the calls that look at a plan's leaves; compiles them, if that was not done.
+
+        Args:
+            plan: the plan.
+            goes_on: asked after each program. What is not compiled then is compiled later.
 
         Raises:
             Misplaced: the plan does not cover a leaf, or names a device that does not hold it.
@@ -107,19 +126,29 @@ class Prover:
             if self._runs is None:
                 try:
                     _check_cover(plan)
-                    self._runs = _all_while_it_lasts(plan)
+                    self._runs = _all_while(goes_on, plan)
                 except Misplaced as error:  # What else fails, memory perhaps, is tried again.
                     self._failure = error
                     raise
             return self._runs or []
 
 
-def _all_while_it_lasts(plan: Plan) -> list[Run] | None:
-    """Compiles program after program; stops where the main thread has ended."""
+# Whose threads may be compiling.
+_PREPARING: weakref.WeakSet[Prover] = weakref.WeakSet()
+
+
+def stop_preparing() -> None:
+    """Ends the threads that compile, and waits for that."""
+    for prover in list(_PREPARING):
+        prover.stop()
+
+
+def _all_while(goes_on: Callable[[], bool], plan: Plan) -> list[Run] | None:
+    """Compiles program after program; stops as well where the main thread has ended."""
     runs = []
     for run in compiled(_subjects(plan)):
         runs.append(run)
-        if not threading.main_thread().is_alive():
+        if not (goes_on() and threading.main_thread().is_alive()):
             return None
     return runs
 

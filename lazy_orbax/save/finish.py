@@ -7,6 +7,7 @@ from typing import Any
 from lazy_orbax import _paths
 from lazy_orbax._orbax.interrupted import await_interrupted
 from lazy_orbax.integrity import step_metadata
+from lazy_orbax.integrity.proof import stop_preparing
 from lazy_orbax.recovery.attempt import Fate
 from lazy_orbax.save.begin import Saver
 from lazy_orbax.save.publication import await_publication, publication_failed
@@ -55,6 +56,7 @@ def end_all(saver: Saver) -> None:
     saver.commits.clear()
     errors: list[BaseException] = [*saver.publications.end()]
     errors += [error for commit in commits if (error := commit.outcome())]
+    stop_preparing()
     HOST_BUDGET.drop_idle()
     threads.dismiss_idle()
     if errors:

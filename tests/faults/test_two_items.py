@@ -8,7 +8,8 @@ from equipment.gates import within
 from equipment.trees import on_mesh
 
 import lazy_orbax
-from lazy_orbax.handlers import lazy as handler_module
+from lazy_orbax._orbax import handed_in
+from lazy_orbax.save.pipeline import Save
 
 
 def test_an_item_that_is_durable_before_the_next_is_enqueued_is_still_told_committed(
@@ -17,7 +18,7 @@ def test_an_item_that_is_durable_before_the_next_is_enqueued_is_still_told_commi
     timelines, began, durable = [], [], threading.Event()
     options = lazy_orbax.LazyOptions(on_timeline=timelines.append)
     handler = lazy_orbax.pytree_handler(options=options)
-    path_of, write = handler_module.stock.path_of, handler_module.Save.write
+    path_of, write = handed_in.path_of, Save.write
 
     def write_and_tell(self, *args):
         write(self, *args)
@@ -28,8 +29,8 @@ def test_an_item_that_is_durable_before_the_next_is_enqueued_is_still_told_commi
         began.append(directory)
         return path_of(directory)
 
-    monkeypatch.setattr(handler_module.Save, "write", write_and_tell)
-    monkeypatch.setattr(handler_module.stock, "path_of", path_when_the_item_before_is_durable)
+    monkeypatch.setattr(Save, "write", write_and_tell)
+    monkeypatch.setattr(handed_in, "path_of", path_when_the_item_before_is_durable)
     tree = {"w": on_mesh(np.ones((8, 8), np.float32), mesh, "a")}
     args = ocp.args.Composite(a=ocp.args.PyTreeSave(tree), b=ocp.args.PyTreeSave(tree))
     handlers = {"a": handler, "b": handler}
