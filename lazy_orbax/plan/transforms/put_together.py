@@ -66,7 +66,10 @@ def _layer(match: Match) -> int:
         raise ShapeError("the pattern has no group that is the number of the layer")
     text = match.match[_LAYER_GROUP if _LAYER_GROUP in groups else 1]
     if text is None or not text.isdecimal():
-        raise ShapeError(f"found {text!r} as the number of the layer, wanted digits")
+        raise ShapeError(
+            f"found {text!r} as the number of the layer, wanted digits; "
+            "name its group, as in (?P<layer>\\d+)"
+        )
     return int(text)
 
 

@@ -13,6 +13,8 @@ from lazy_orbax.errors import TransformError
 
 LAYER = "{layer}"
 """What stands for the number of a layer in a template."""
+_ALONE = ("cast", "select", "init")
+"""Rules that moments do not follow, unless they are told to."""
 FILTERS = ("select", "drop")
 _REFERENCE = re.compile(r"\\(?:(\d{1,2})|g<(\w+)>)|\{layer\}")
 RENAMING = ("rename", *FILTERS)
@@ -67,7 +69,7 @@ def made_rule(
     shown = [_shown(argument) for argument in arguments]
     shown += [f"{key}={_shown(value)}" for key, value in settings.items() if value is not None]
     shown += [f"source={source!r}"] if source is not None else []
-    shown += ["moments=False"] if not moments and verb not in ("cast", "select", "init") else []
+    shown += [f"moments={moments}"] if moments != (verb not in _ALONE) else []
     text = f"{verb}({', '.join(shown)})"
     return Rule(verb, tuple(patterns), tuple(into), settings, source, moments, text)
 
