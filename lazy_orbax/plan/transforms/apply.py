@@ -9,7 +9,8 @@ from lazy_orbax.plan.transforms import virtual_array as arrays
 from lazy_orbax.plan.transforms.leaves import Leaves, changed
 from lazy_orbax.plan.transforms.put_together import put_together
 from lazy_orbax.plan.transforms.rule import FILTERS, Rule
-from lazy_orbax.plan.transforms.virtual_array import ShapeError, VirtualArray
+from lazy_orbax.plan.transforms.scalars import MisfitError
+from lazy_orbax.plan.transforms.virtual_array import VirtualArray
 
 Piece = tuple[str, int | None, VirtualArray]
 """The template of its name, its number if it is a layer, and what it is."""
@@ -95,7 +96,7 @@ def _layers(array: VirtualArray, rule: Rule) -> list[Piece]:
     layers = arrays.unstacked(array, rule.settings["axis"])
     numbers = rule.settings["numbers"] or range(len(layers))
     if len(numbers) != len(layers):
-        raise ShapeError(f"found {len(layers)} layers, wanted {len(numbers)}")
+        raise MisfitError(f"found {len(layers)} layers, wanted {len(numbers)}")
     return [(rule.into[0], i, layer) for i, layer in zip(numbers, layers, strict=True)]
 
 
@@ -104,7 +105,7 @@ def _sections(array: VirtualArray, rule: Rule) -> list[Piece]:
     axis, sizes, n = rule.settings["axis"], rule.settings["sizes"], len(rule.into)
     if sizes is None:
         if not -len(array.shape) <= axis < len(array.shape) or array.shape[axis] % n:
-            raise ShapeError(f"found {list(array.shape)}, wanted {n} equal parts on axis {axis}")
+            raise MisfitError(f"found {list(array.shape)}, wanted {n} equal parts on axis {axis}")
         sizes = (array.shape[axis] // n,) * n
     sections = arrays.split(array, axis, sizes)
     return [(name, None, part) for name, part in zip(rule.into, sections, strict=True)]

@@ -11,7 +11,7 @@ from lazy_orbax.plan.transforms.entries import Entry, Key, Match, matches, renam
 from lazy_orbax.plan.transforms.moments import Moment
 from lazy_orbax.plan.transforms.part import Origin
 from lazy_orbax.plan.transforms.rule import RENAMING, Rule, expanded
-from lazy_orbax.plan.transforms.virtual_array import ShapeError
+from lazy_orbax.plan.transforms.scalars import MisfitError
 
 
 class Leaves:
@@ -50,7 +50,7 @@ class Leaves:
         """Makes it a problem when a rule does not fit a leaf."""
         try:
             yield
-        except ShapeError as failure:
+        except MisfitError as failure:
             self.problems.append(f"leaf {subject}: {rule}: {failure}")
 
     def fitting(self, number: int, rule: Rule, pattern: str) -> tuple[list[Match], int]:
@@ -83,12 +83,12 @@ class Leaves:
             layer: the number of the layer that it becomes, if it becomes several.
 
         Raises:
-            ShapeError: the template does not fit the pattern.
+            MisfitError: the template does not fit the pattern.
         """
         try:
             name = expanded(template, match.match, layer)
         except IndexError as failure:
-            raise ShapeError(f"{template!r} does not fit the pattern ({failure})") from failure
+            raise MisfitError(f"{template!r} does not fit the pattern ({failure})") from failure
         return renamed(match, name, self.wanted)
 
 

@@ -11,7 +11,7 @@ from lazy_orbax.plan.transforms.entries import Entry, Match
 from lazy_orbax.plan.transforms.leaves import Leaves, changed
 from lazy_orbax.plan.transforms.moments import Moment
 from lazy_orbax.plan.transforms.rule import Rule
-from lazy_orbax.plan.transforms.virtual_array import ShapeError
+from lazy_orbax.plan.transforms.scalars import MisfitError
 
 _LAYER_GROUP = "layer"
 
@@ -63,10 +63,10 @@ def _layer(match: Match) -> int:
     """Returns the number of a layer."""
     groups = match.match.re.groupindex
     if not match.match.re.groups:
-        raise ShapeError("the pattern has no group that is the number of the layer")
+        raise MisfitError("the pattern has no group that is the number of the layer")
     text = match.match[_LAYER_GROUP if _LAYER_GROUP in groups else 1]
     if text is None or not text.isdecimal():
-        raise ShapeError(
+        raise MisfitError(
             f"found {text!r} as the number of the layer, wanted digits; "
             "name its group, as in (?P<layer>\\d+)"
         )
@@ -107,7 +107,7 @@ def _slots(members: Sequence[Member], rule: Rule) -> Sequence[int]:
     counts = collections.Counter(member.slot for member in members)
     twice = [str(member.entry) for member in members if counts[member.slot] > 1]
     if twice:
-        raise ShapeError(f"found {' and '.join(twice)} for one place")
+        raise MisfitError(f"found {' and '.join(twice)} for one place")
     if rule.verb == "stack":
         wanted = rule.settings["numbers"] or range(min(counts), max(counts) + 1)
         names = [f"layer {i}" for i in wanted]
@@ -116,7 +116,7 @@ def _slots(members: Sequence[Member], rule: Rule) -> Sequence[int]:
     missing = [name for i, name in zip(wanted, names, strict=True) if i not in counts]
     odd = [str(member.entry) for member in members if member.slot not in wanted]
     if missing or odd:
-        raise ShapeError(
+        raise MisfitError(
             f"found {len(members)} leaves such as {members[0].entry}, "
             f"but nothing for {', '.join(missing[:5])}"
             if missing

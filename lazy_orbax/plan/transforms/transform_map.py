@@ -19,8 +19,9 @@ from lazy_orbax.plan.transforms.leaves import Leaves
 from lazy_orbax.plan.transforms.moments import MOMENTS, find_moments
 from lazy_orbax.plan.transforms.part import Origin
 from lazy_orbax.plan.transforms.rule import Rule
+from lazy_orbax.plan.transforms.scalars import MisfitError
 from lazy_orbax.plan.transforms.transform_plan import TransformPlan, WantedLeaf
-from lazy_orbax.plan.transforms.virtual_array import ShapeError, constant, stored_array
+from lazy_orbax.plan.transforms.virtual_array import constant, stored_array
 
 Specs = Mapping[str, tuple[Sequence[int], Any]]
 """Shape and dtype of each leaf, by name."""
@@ -161,7 +162,7 @@ class TransformMap:
                 value = rule.settings["value"]
                 try:
                     made = value if callable(value) else constant(shape, dtype, value)
-                except ShapeError as failure:
+                except MisfitError as failure:
                     problems.append(f"leaf {name}: {rule}: {failure}")
                     made = constant(shape, dtype, 0)
                 found.append(WantedLeaf(name, shape, dtype, made, rules=(number,)))

@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from lazy_orbax.plan.boxes import Box, Shape
@@ -24,11 +23,8 @@ from lazy_orbax.plan.transforms.part import (
     without_axis,
 )
 from lazy_orbax.plan.transforms.reshape import CrossingError, reshaped_part
+from lazy_orbax.plan.transforms.scalars import MisfitError, is_float, scalar
 from lazy_orbax.plan.transforms.takes import Fill, Take
-
-
-class ShapeError(Exception):
-    """An operation does not fit the shape or the dtype of an array."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -84,43 +80,23 @@ def constant(shape: Shape, dtype: Any, value: Any) -> VirtualArray:
     """Returns the array that has one value everywhere.
 
     Raises:
-        ShapeError: the dtype has no such value.
+        MisfitError: the dtype has no such value.
     """
-    parts = (filled(Box((0,) * len(shape), shape), _value(value, dtype)),)
+    parts = (filled(Box((0,) * len(shape), shape), scalar(value, dtype)),)
     return VirtualArray(shape, dtype, parts if math.prod(shape) else ())
-
-
-def _value(value: Any, dtype: Any) -> Any:
-    """Returns a value as a scalar of a dtype."""
-    try:
-        scalar = np.asarray(value).astype(dtype)[()]
-    except (TypeError, ValueError, OverflowError) as failure:
-        raise ShapeError(f"{value!r} is no {dtype}") from failure
-    if not _is_float(dtype) and scalar != value:
-        raise ShapeError(f"{value!r} is no {dtype}")
-    return scalar
-
-
-def _is_float(dtype: Any) -> bool:
-    """Whether a dtype is one of floating-point numbers, real or complex."""
-    try:
-        ml_dtypes.finfo(dtype)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def _axis(axis: int, ndim: int) -> int:
     """Returns an axis as a number from zero on."""
     if not -ndim <= axis < ndim:
-        raise ShapeError(f"axis {axis} is not one of {ndim}")
+        raise MisfitError(f"axis {axis} is not one of {ndim}")
     return axis % ndim
 
 
 def _given(array: VirtualArray, shape: Sequence[int | None]) -> Shape:
     """Returns a shape in which `None` stands for what the array has."""
     if len(shape) != len(array.shape):
-        raise ShapeError(f"found {len(array.shape)} axes, wanted {len(shape)}")
+        raise MisfitError(f"found {len(array.shape)} axes, wanted {len(shape)}")
     return tuple(n if m is None else m for n, m in zip(array.shape, shape, strict=True))
 
 
@@ -131,14 +107,14 @@ def _alike(arrays: Sequence[VirtualArray], skipped: int | None = None) -> None:
         shape = tuple("*" if axis == skipped else n for axis, n in enumerate(array.shape))
         seen[f"{array.dtype}[{', '.join(map(str, shape))}]"] = shape
     if len(seen) > 1:
-        raise ShapeError(f"found {' and '.join(seen)}, wanted all alike")
+        raise MisfitError(f"found {' and '.join(seen)}, wanted all alike")
 
 
 def stacked(arrays: Sequence[VirtualArray], axis: int) -> VirtualArray:
     """Returns `np.stack` of arrays that are alike.
 
     Raises:
-        ShapeError: they are not, or there is no such axis.
+        MisfitError: they are not, or there is no such axis.
     """
     _alike(arrays)
     shape = arrays[0].shape
@@ -152,7 +128,7 @@ def unstacked(array: VirtualArray, axis: int) -> list[VirtualArray]:
     """Returns the arrays that an array is a stack of.
 
     Raises:
-        ShapeError: there is no such axis.
+        MisfitError: there is no such axis.
     """
     axis = _axis(axis, len(array.shape))
     shape = (*array.shape[:axis], *array.shape[axis + 1 :])
@@ -168,7 +144,7 @@ def fused(arrays: Sequence[VirtualArray], axis: int) -> VirtualArray:
     """Returns `np.concatenate` of arrays that are alike beside one axis.
 
     Raises:
-        ShapeError: they are not, or there is no such axis.
+        MisfitError: they are not, or there is no such axis.
     """
     axis = _axis(axis, len(arrays[0].shape))
     _alike(arrays, axis)
@@ -196,11 +172,11 @@ def split(array: VirtualArray, axis: int, sizes: Sequence[int]) -> list[VirtualA
     """Returns sections of an array that follow each other, of the sizes that are given.
 
     Raises:
-        ShapeError: the sizes do not add up, or there is no such axis.
+        MisfitError: the sizes do not add up, or there is no such axis.
     """
     axis = _axis(axis, len(array.shape))
     if sum(sizes) != array.shape[axis] or min(sizes, default=0) < 0:
-        raise ShapeError(f"found {array.shape[axis]} indexes on axis {axis}, wanted {sum(sizes)}")
+        raise MisfitError(f"found {array.shape[axis]} indexes on axis {axis}, wanted {sum(sizes)}")
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     return [section(array, axis, end - n, end) for n, end in zip(sizes, ends, strict=True)]
 
@@ -209,12 +185,12 @@ def padded(array: VirtualArray, shape: Sequence[int | None], value: Any) -> Virt
     """Returns the array with a value behind the end of each axis.
 
     Raises:
-        ShapeError: the shape is smaller, or the dtype has no such value.
+        MisfitError: the shape is smaller, or the dtype has no such value.
     """
     wanted = _given(array, shape)
     if any(n > m for n, m in zip(array.shape, wanted, strict=True)):
-        raise ShapeError(f"found {list(array.shape)}, wanted at most {list(wanted)}")
-    value = _value(value, array.dtype)
+        raise MisfitError(f"found {list(array.shape)}, wanted at most {list(wanted)}")
+    value = scalar(value, array.dtype)
     parts = list(array.parts)
     for axis, (n, m) in enumerate(zip(array.shape, wanted, strict=True)):
         rest = (*wanted[:axis], m - n, *array.shape[axis + 1 :])
@@ -228,11 +204,11 @@ def stripped(array: VirtualArray, shape: Sequence[int | None]) -> VirtualArray:
     """Returns the array without what each axis has behind these sizes.
 
     Raises:
-        ShapeError: the shape is larger.
+        MisfitError: the shape is larger.
     """
     wanted = _given(array, shape)
     if any(n < m for n, m in zip(array.shape, wanted, strict=True)):
-        raise ShapeError(f"found {list(array.shape)}, wanted at least {list(wanted)}")
+        raise MisfitError(f"found {list(array.shape)}, wanted at least {list(wanted)}")
     for axis, n in enumerate(wanted):
         array = section(array, axis, 0, n)
     return array
@@ -242,12 +218,12 @@ def permuted(array: VirtualArray, axes: Sequence[int] | None) -> VirtualArray:
     """Returns `np.transpose` of an array.
 
     Raises:
-        ShapeError: `axes` is no permutation of its axes.
+        MisfitError: `axes` is no permutation of its axes.
     """
     ndim = len(array.shape)
     order = tuple(range(ndim))[::-1] if axes is None else tuple(_axis(i, ndim) for i in axes)
     if sorted(order) != list(range(ndim)):
-        raise ShapeError(f"found {ndim} axes, wanted each of them once in {list(axes or ())}")
+        raise MisfitError(f"found {ndim} axes, wanted each of them once in {list(axes or ())}")
     parts = tuple(transposed(part, order) for part in array.parts)
     return dataclasses.replace(array, shape=tuple(array.shape[i] for i in order), parts=parts)
 
@@ -256,7 +232,7 @@ def reshaped(array: VirtualArray, shape: Sequence[int]) -> VirtualArray:
     """Returns `np.reshape` of an array, where boxes of what is stored stay boxes.
 
     Raises:
-        ShapeError: the shape has another number of elements, or they do not stay boxes.
+        MisfitError: the shape has another number of elements, or they do not stay boxes.
     """
     wanted = _resolved(array.shape, shape)
     if 0 in wanted:
@@ -264,7 +240,7 @@ def reshaped(array: VirtualArray, shape: Sequence[int]) -> VirtualArray:
     try:
         parts = tuple(new for p in array.parts for new in reshaped_part(p, array.shape, wanted))
     except CrossingError:
-        raise ShapeError(
+        raise MisfitError(
             f"found {list(array.shape)}, wanted {list(wanted)}, of which no box is a box of what "
             "is stored: only axes beside each other can be merged or split"
         ) from None
@@ -277,7 +253,7 @@ def _resolved(found: Shape, shape: Sequence[int]) -> Shape:
     left = math.prod(found) // known if known else 0
     wanted = tuple(left if n == -1 else n for n in shape)
     if math.prod(wanted) != math.prod(found) or min(wanted, default=0) < 0:
-        raise ShapeError(f"found {list(found)}, wanted as many elements as {list(shape)} has")
+        raise MisfitError(f"found {list(found)}, wanted as many elements as {list(shape)} has")
     return wanted
 
 
@@ -285,13 +261,13 @@ def cast(array: VirtualArray, dtype: Any) -> VirtualArray:
     """Returns an array of another dtype. The reader casts once, from what is stored.
 
     Raises:
-        ShapeError: it was cast before, so that it would have to be rounded twice; or it is scaled,
+        MisfitError: it was cast before, so that it would have to be rounded twice; or it is scaled,
             and there are no fractions of such numbers.
     """
     if array.is_cast:
-        raise ShapeError(f"it was cast to {array.dtype} before")
-    if any(part.factor is not None for part in array.parts) and not _is_float(dtype):
-        raise ShapeError(f"found {dtype}, wanted a floating-point dtype, for it is scaled")
+        raise MisfitError(f"it was cast to {array.dtype} before")
+    if any(part.factor is not None for part in array.parts) and not is_float(dtype):
+        raise MisfitError(f"found {dtype}, wanted a floating-point dtype, for it is scaled")
     return dataclasses.replace(array, dtype=dtype, is_cast=True)
 
 
@@ -299,10 +275,10 @@ def scaled(array: VirtualArray, factor: float) -> VirtualArray:
     """Returns an array that is multiplied, after it was cast.
 
     Raises:
-        ShapeError: its elements are no floating-point numbers.
+        MisfitError: its elements are no floating-point numbers.
     """
-    if not _is_float(array.dtype):
-        raise ShapeError(f"found {array.dtype}, wanted a floating-point dtype")
+    if not is_float(array.dtype):
+        raise MisfitError(f"found {array.dtype}, wanted a floating-point dtype")
     parts = tuple(
         dataclasses.replace(p, factor=factor if p.factor is None else p.factor * factor)
         for p in array.parts
