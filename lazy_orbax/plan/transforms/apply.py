@@ -62,7 +62,7 @@ def _change(leaves: Leaves, number: int, rule: Rule) -> int:
     found, n_leaves = leaves.fitting(number, rule, rule.patterns[0])
     for match in found:
         entry, settings = match.entry, rule.settings
-        if match.follows and rule.verb == "pad_to":
+        if rule.verb == "pad_to" and match.is_beside(rule.patterns[0]):
             settings = {**settings, "value": 0}
         with leaves.trying(rule, entry):
             array = _IN_PLACE[rule.verb](entry.array, settings)

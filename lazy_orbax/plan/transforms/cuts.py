@@ -11,7 +11,10 @@ from types import EllipsisType
 
 from lazy_orbax.plan.boxes import Box, Shape
 from lazy_orbax.plan.transforms.part import NOWHERE, Digit, Part, joined, within
+from lazy_orbax.plan.transforms.scalars import MisfitError
 
+MOST_CUTS = 2**20
+"""Most boxes that are read for one part of a shard; more are a reshape that nobody means."""
 Index = tuple[slice | EllipsisType, ...]
 """What is indexed with it is a view; of an array without axes as well, which needs `...`."""
 
@@ -39,6 +42,9 @@ def cuts(part: Part, box: Box) -> tuple[Cut, ...]:
     Args:
         part: the part.
         box: the shard. It is in C order.
+
+    Raises:
+        MisfitError: there would be too many.
     """
     start = tuple(a - b for a, b in zip(part.start, box.start, strict=True))
     return _cuts(part.digits, start, len(part.stored_start), box.shape)
@@ -62,6 +68,8 @@ def _cuts_inside(part: Part, shard: Shape) -> list[Cut]:
     while (bad := _obstacle(kept, steps, len(part.stored_start))) is not None:
         kept.remove(bad)
         single.append(bad)
+    if (n_cuts := math.prod(digit.size for digit in single)) > MOST_CUTS:
+        raise MisfitError(f"found {n_cuts} boxes of what is stored, wanted at most {MOST_CUTS}")
     shape, stored_shape = [1] * len(shard), [1] * len(part.stored_start)
     for digit in kept:
         shape[digit.axis] *= digit.size

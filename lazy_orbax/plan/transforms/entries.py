@@ -65,6 +65,11 @@ class Match:
         moment = self.entry.moment
         return self.follows and moment is not None and not moment.is_alike
 
+    def is_beside(self, pattern: str) -> bool:
+        """Whether it is a moment of a parameter that the pattern is about as well."""
+        moment, name = self.entry.moment, self.entry.name
+        return moment is not None and re.fullmatch(pattern, moment.parameter(name)) is not None
+
 
 def matches(entries: Iterable[Entry], rule: Rule, pattern: str) -> list[Match]:
     """Returns the leaves that a pattern of a rule is about."""

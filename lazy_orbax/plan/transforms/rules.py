@@ -3,6 +3,9 @@ r"""What users declare: how stored leaves become wanted leaves, rule after rule.
 Names are those that Orbax gives to leaves, whose keys are joined with dots. A pattern is a regular
 expression that has to match all of a name; `re.escape` makes one of a name that has brackets.
 Templates of new names repeat groups of a pattern as `\1` or `\g<name>`.
+
+A rule about a parameter is about its moments too, which have their names from it. A pattern that
+matches the name of a moment itself is about that moment, whatever `moments` says.
 """
 
 from __future__ import annotations

@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lazy_orbax.errors import TransformError
 from lazy_orbax.plan.boxes import Box, Shape
 from lazy_orbax.plan.transforms.part import Origin
 from lazy_orbax.plan.transforms.rule import Rule
+from lazy_orbax.plan.transforms.scalars import MisfitError
 from lazy_orbax.plan.transforms.takes import Fill, Init, Take
 from lazy_orbax.plan.transforms.virtual_array import VirtualArray
 
@@ -61,10 +63,18 @@ class TransformPlan:
         Args:
             leaf: the wanted leaf, as Orbax names it.
             box: the shard. Takes are meant for one in C order.
+
+        Raises:
+            TransformError: the rules leave of the shard too many boxes of what is stored.
         """
         wanted = self.leaves[leaf]
         if isinstance(wanted.made, VirtualArray):
-            return wanted.made.takes(box)
+            try:
+                return wanted.made.takes(box)
+            except MisfitError as failure:
+                rules = ", ".join(str(self.rules[i][0]) for i in wanted.rules)
+                problem = f"leaf {leaf}, shard {box}: {failure}; change {rules}"
+                raise TransformError([problem]) from failure
         return (Init((...,), wanted.made, leaf, wanted.shape, wanted.dtype, box),)
 
     @property

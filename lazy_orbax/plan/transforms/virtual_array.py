@@ -48,6 +48,9 @@ class VirtualArray:
 
         Args:
             box: the box, which is the shard; it is inside of the array.
+
+        Raises:
+            MisfitError: it would be made of too many boxes of what is stored.
         """
         found: list[Take | Fill] = []
         for part in self.parts:

@@ -168,8 +168,9 @@ def test_moments_follow_their_parameter(rules, stored, wanted):
     assert_makes(plan, stored, wanted)
 
 
-def test_moments_are_padded_with_zeros():
-    plan = TransformMap([pad_to(r"params\.a", (5, None), -1)]).plan(
+@pytest.mark.parametrize("pattern", [r"params\.a", r".*\.a"])
+def test_moments_are_padded_with_zeros(pattern):
+    plan = TransformMap([pad_to(pattern, (5, None), -1)]).plan(
         specs(state(a=A)), specs(state(a=np.zeros((5, 6), np.float32)))
     )
     wanted = {name: np.pad(array, ((0, 1), (0, 0))) for name, array in state(a=A).items()}

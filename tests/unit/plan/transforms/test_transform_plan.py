@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from equipment.numpy_reader import n_read
 
+from lazy_orbax.errors import TransformError
 from lazy_orbax.plan.boxes import Box
 from lazy_orbax.plan.transforms.rules import cast, drop, init, pad_to, reshape, stack, transpose
 from lazy_orbax.plan.transforms.takes import Fill, Init, Take
@@ -154,3 +155,14 @@ def test_a_shard_is_made_of_as_few_boxes_as_it_can_be(rules, stored, box, n_take
     takes = plan.takes("x", box)
     assert len(takes) == n_takes
     assert n_read(takes) == math.prod(box.shape)
+
+
+def test_more_boxes_than_anyone_means_are_refused():
+    n = 2**21
+    rules = [reshape("x", (n, 2)), transpose("x")]
+    plan = TransformMap(rules).plan({"x": ((2 * n,), F32)}, {"x": ((2, n), F32)})
+    with pytest.raises(
+        TransformError, match=r"shard \[0:2, 0:2097152\]: found 2097152 box"
+    ):
+        plan.takes("x", Box((0, 0), (2, n)))
+    assert len(plan.takes("x", Box((0, 0), (1, 5)))) == 5
