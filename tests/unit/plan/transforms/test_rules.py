@@ -97,6 +97,12 @@ ONE = np.float32(7) * np.ones((), np.float32)
         ([reshape("x", (2, 2, 2, 3))], {"x": A}, {"x": A.reshape(2, 2, 2, 3)}),
         ([reshape("x", (1, 4, 1, 6))], {"x": A}, {"x": A.reshape(1, 4, 1, 6)}),
         ([reshape("x", (2, 12))], {"x": A}, {"x": A.reshape(2, 12)}),
+        ([transpose("x"), reshape("x", (24,))], {"x": A}, {"x": A.T.reshape(24)}),
+        (
+            [transpose("x", (2, 0, 1)), reshape("x", (-1, 3))],
+            {"x": CUBE},
+            {"x": CUBE.transpose(2, 0, 1).reshape(-1, 3)},
+        ),
         ([reshape("x", ())], {"x": INTS[:1]}, {"x": INTS[:1].reshape(())}),
         ([reshape("x", (1, 1))], {"x": ONE}, {"x": ONE.reshape(1, 1)}),
         ([reshape("x", (0, 7))], {"x": INTS[:0]}, {"x": np.zeros((0, 7), np.int32)}),

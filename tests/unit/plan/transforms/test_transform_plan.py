@@ -161,8 +161,6 @@ def test_more_boxes_than_anyone_means_are_refused():
     n = 2**21
     rules = [reshape("x", (n, 2)), transpose("x")]
     plan = TransformMap(rules).plan({"x": ((2 * n,), F32)}, {"x": ((2, n), F32)})
-    with pytest.raises(
-        TransformError, match=r"shard \[0:2, 0:2097152\]: found 2097152 box"
-    ):
+    with pytest.raises(TransformError, match=r"shard \[0:2, 0:2097152\]: found 2097152 box"):
         plan.takes("x", Box((0, 0), (2, n)))
     assert len(plan.takes("x", Box((0, 0), (1, 5)))) == 5
