@@ -103,6 +103,11 @@ ONE = np.float32(7) * np.ones((), np.float32)
             {"x": CUBE},
             {"x": CUBE.transpose(2, 0, 1).reshape(-1, 3)},
         ),
+        (
+            [reshape("x", (6, 4)), transpose("x"), reshape("x", (24,))],
+            {"x": numbers(24)},
+            {"x": numbers(6, 4).T.reshape(24)},
+        ),
         ([reshape("x", ())], {"x": INTS[:1]}, {"x": INTS[:1].reshape(())}),
         ([reshape("x", (1, 1))], {"x": ONE}, {"x": ONE.reshape(1, 1)}),
         ([reshape("x", (0, 7))], {"x": INTS[:0]}, {"x": np.zeros((0, 7), np.int32)}),
