@@ -86,6 +86,7 @@ ONE = np.float32(7) * np.ones((), np.float32)
         ),
         ([pad_to("x", (5, 9))], {"x": A}, {"x": np.pad(A, ((0, 1), (0, 3)))}),
         ([pad_to("x", (4, 6))], {"x": A}, {"x": A}),
+        ([pad_to("x", (6, 2), 1)], {"x": A[:, :0]}, {"x": np.ones((6, 2), np.float32)}),
         ([pad_to("x", (3,))], {"x": INTS[:0]}, {"x": np.zeros(3, np.int32)}),
         ([strip("x", (3, None))], {"x": A}, {"x": A[:3]}),
         ([strip("x", (0, 2))], {"x": A}, {"x": A[:0, :2]}),
