@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 
 from benchmarks import plots, record
+from benchmarks.restore import table as restores
 from benchmarks.tables import (
     Records,
     cell,
@@ -181,6 +182,8 @@ def tables(records: Records) -> dict[str, str]:
         if workloads_of(records, part):
             body = {"scale": by_metric, "gpu": lambda r, _: _gpu(r)}.get(part, by_workload)
             made[part] = f"{machines(records, part)}\n{body(records, part)}"
+    if workloads_of(records, restores.PART):
+        made[restores.PART] = restores.section(records)
     return made
 
 

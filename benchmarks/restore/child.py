@@ -89,13 +89,13 @@ def _restore(run: Reading) -> Found:
     from benchmarks.restore import states
 
     digests = json.loads(pathlib.Path(run.digests).read_text())
-    files, found, target = _files_of(run), [], states.wanted(run)
+    files, found = _files_of(run), []
     # `stock_of_lazy` reads what lazy_orbax wrote.
     reading = peers.PEERS[run.peer.replace("_of_lazy", "_default")]
+    args = peers.restore_args(reading, states.wanted(run))
     with _manager(run, reading) as (manager, reports):
 
         def restore() -> dict[str, jax.Array]:
-            args = peers.restore_args(reading, target)
             return jax.block_until_ready(manager.restore(STEP, args=args))
 
         for i in range(run.restores):

@@ -100,7 +100,8 @@ def _digest(values: np.ndarray) -> str:
     return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(values).view(np.uint8))
 
 
-def bytes_of(restored: dict[str, jax.Array]) -> int:
-    """The memory that a state takes; what several shards share counts once."""
-    shards = (shard.data for leaf in restored.values() for shard in leaf.addressable_shards)
-    return sum({part.unsafe_buffer_pointer(): part.nbytes for part in shards}.values())
+def bytes_of(state: dict[str, jax.Array]) -> int:
+    """The host memory that a state takes; what several shards share counts once."""
+    shards = (shard for leaf in state.values() for shard in leaf.addressable_shards)
+    on_host = [shard.data for shard in shards if shard.device.platform == "cpu"]
+    return sum({part.unsafe_buffer_pointer(): part.nbytes for part in on_host}.values())

@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks import record
 from benchmarks.restore import goals
 from benchmarks.restore.cases import PEERS, RAW, STOCK
+from benchmarks.restore.samples import PART
 from benchmarks.tables import (
     Records,
     cell,
@@ -24,7 +25,6 @@ from benchmarks.tables import (
     workloads_of,
 )
 
-PART = "restore"
 METRICS = {
     "first": "first restore of the process",
     "first_cpu": "first restore, CPU seconds",
@@ -35,10 +35,11 @@ METRICS = {
     "from_storage": "bytes that storage delivered",
     "asked": "bytes asked for",
     "read_calls": "calls that read",
-    "first_requests": "requests to the bucket",
-    "first_round_trips": "requests that waited for one another, estimated",
-    "first_answered": "bytes that the bucket sent",
+    "requests": "requests to the bucket",
+    "round_trips": "requests that waited for one another, estimated",
+    "answered": "bytes that the bucket sent",
 }
+_SAMPLED = " Some peaks were sampled: here the kernel may not be told to forget the last one."
 _AGAINST_RAW = {"first", "first_cpu", "second", "second_cpu"}
 _NO_RATIO = {"state"}
 
@@ -62,13 +63,15 @@ def section(records: Records) -> str:
 
 def _circumstances(records: Records) -> str:
     """How busy the machine was, and whether all files were out of the page cache."""
-    loads, cached, repeats = [], [], []
+    loads, cached, repeats, by_kernel = [], [], [], []
     for (part, _, _, metric), found in records.items():
         if part == PART and metric == "load":
             loads += found["values"]
             repeats.append(len(found["values"]))
         elif part == PART and metric in ("first_cached", "second_cached"):
             cached += found["values"]
+        elif part == PART and metric == "peak_by_kernel":
+            by_kernel += found["values"]
     if not loads:
         return ""
     span = (
@@ -77,7 +80,7 @@ def _circumstances(records: Records) -> str:
     return (
         f"Medians of {span} repeats, the range in brackets. Load of the machine before each: "
         f"{min(loads):.1f} to {max(loads):.1f}. Still in the page cache, at most: "
-        f"{quantity(max(cached, default=0), 'bytes')}.\n"
+        f"{quantity(max(cached, default=0), 'bytes')}.{'' if all(by_kernel) else _SAMPLED}\n"
     )
 
 

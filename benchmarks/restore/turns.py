@@ -18,13 +18,12 @@ import tqdm
 from benchmarks.jobs import environment
 from benchmarks.peers import rotated
 from benchmarks.record import Sample
-from benchmarks.restore import slow_bucket, table
+from benchmarks.restore import slow_bucket
 from benchmarks.restore.cases import STEP, WORKLOADS, Reading, Row, Writing
+from benchmarks.restore.samples import samples_of
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _HANG_S = 1800
-# Of fields of lazy_orbax's reports: the house puts units into names.
-_UNITS = {"_s": "s", "_bytes": "bytes"}
 _KEPT = "lazy-orbax-restore"
 
 
@@ -80,7 +79,7 @@ class Turns:
             bar.set_description(f"writing {workload}")
             paths = {writer: self._path(workload, writer) for writer in writers}
             if not self._is_kept(workload, paths):
-                for path in paths.values():
+                for path in () if WORKLOADS[workload].in_bucket else paths.values():
                     shutil.rmtree(path, ignore_errors=True)
                 digests = self._digests(workload)
                 writing = Writing(workload=workload, size=self._size, digests=digests, paths=paths)
@@ -106,7 +105,11 @@ class Turns:
                 load = os.getloadavg()[0]
                 found = self._start(reading, latency_s=self._latency_s)
                 if found:
-                    samples += self._samples(row, peer, found, load)
+                    name = row.name
+                    if WORKLOADS[row.case.workload].in_bucket:
+                        name = f"{name}/{1000 * self._latency_s:g}ms"
+                        self._count(found)
+                    samples += samples_of(name, peer, found, load=load)
                 bar.update()
         return samples
 
@@ -132,64 +135,32 @@ class Turns:
         if self._bucket is not None:
             variables |= self._bucket.environment
             self._bucket.latency_s = latency_s
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.restore.child", json.dumps(dataclasses.asdict(run))],
-            cwd=_ROOT,
-            env=variables,
-            capture_output=True,
-            text=True,
-            timeout=_HANG_S,
-            check=False,
-        )
-        if done.returncode:
-            last = "\n".join(done.stderr.splitlines()[-15:])
-            self.failures.append(f"{run}: the process ended with {done.returncode}:\n{last}")
+        told = json.dumps(dataclasses.asdict(run))
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "benchmarks.restore.child", told],
+                cwd=_ROOT,
+                env=variables,
+                capture_output=True,
+                text=True,
+                timeout=_HANG_S,
+                check=True,
+            )
+        except subprocess.CalledProcessError as error:
+            last = "\n".join(error.stderr.splitlines()[-15:])
+            self.failures.append(f"{run}: {error}\n{last}")
+            return None
+        except subprocess.TimeoutExpired as error:
+            self.failures.append(f"{run}: {error}")
             return None
         return json.loads(done.stdout)
 
-    def _samples(
-        self, row: Row, peer: str, found: list[dict[str, Any]], load: float
-    ) -> list[Sample]:
-        in_bucket = WORKLOADS[row.case.workload].in_bucket
-
-        def sample(metric: str, value: float | None, unit: str, trace: Any = None) -> Sample:
-            return Sample(
-                part=table.PART,
-                workload=row.name if not in_bucket else f"{row.name}/{1000 * self._latency_s:g}ms",
-                peer=peer,
-                metric=metric,
-                value=value,
-                unit=unit,
-                trace=trace,
-            )
-
-        first = found[0]
-        samples = [
-            sample("peak_above", first["peak_bytes"] - first["state_bytes"], "bytes"),
-            sample("peak", first["peak_bytes"], "bytes"),
-            sample("state", first["state_bytes"], "bytes"),
-            sample("from_storage", first["read_bytes"], "bytes"),
-            sample("asked", first["asked_bytes"], "bytes"),
-            sample("read_calls", first["read_calls"], "calls"),
-            sample("load", load, ""),
-        ]
-        for name, said in zip(("first", "second"), found):
-            samples.append(sample(name, said["ended_s"] - said["began_s"], "s"))
-            samples.append(sample(f"{name}_cpu", said["cpu_s"], "s"))
-            samples.append(sample(f"{name}_cached", said["cached_bytes"], "bytes"))
-            if self._bucket is not None and in_bucket:
-                requests = self._bucket.between(said["began_s"], said["ended_s"])
-                of_kind = slow_bucket.kinds(requests)
-                n_bytes = sum(request.n_bytes for request in requests)
-                trips = slow_bucket.round_trips(requests)
-                samples.append(sample(f"{name}_requests", len(requests), "requests", of_kind))
-                samples.append(sample(f"{name}_round_trips", trips, "requests"))
-                samples.append(sample(f"{name}_answered", n_bytes, "bytes"))
-        report = first.get("report", {})
-        if report:
-            samples.append(sample("report", None, "text", report))
-        for name, value in report.items():
-            if isinstance(value, int | float):
-                unit = next((u for end, u in _UNITS.items() if name.endswith(end)), "")
-                samples.append(sample(f"report_{name}", value, unit))
-        return samples
+    def _count(self, found: list[dict[str, Any]]) -> None:
+        """Adds what came to the bucket during each of these restores."""
+        assert self._bucket is not None
+        for said in found:
+            requests = self._bucket.between(said["began_s"], said["ended_s"])
+            said["requests"] = len(requests)
+            said["round_trips"] = slow_bucket.round_trips(requests)
+            said["answered_bytes"] = sum(request.n_bytes for request in requests)
+            said["kinds"] = slow_bucket.kinds(requests)
