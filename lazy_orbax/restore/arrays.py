@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +37,14 @@ class Staging:
         wrong: the pieces that are not what was saved.
     """
 
-    def __init__(self, limit_bytes: int):
+    def __init__(self, limit_bytes: int, arrived: Callable[[int], None]):
+        """Begins with nothing.
+
+        Args:
+            limit_bytes: most bytes of staging memory.
+            arrived: is told how many of the wanted bytes have come.
+        """
+        self._arrived, self._done_bytes = arrived, 0
         self.values: dict[int, Any] = {}
         self.wrong: list[Piece] = []
         self._limit_bytes, self._n_bytes = limit_bytes, 0
@@ -76,6 +83,8 @@ class Staging:
         if blocks:  # Here the staging memory ends: its arrays must be on their devices.
             jax.block_until_ready([one for one in made if isinstance(one, jax.Array)])
         self._n_bytes -= group.n_bytes
+        self._done_bytes += group.stored_bytes
+        self._arrived(self._done_bytes)
         for member, one in zip(group.members, made, strict=True):
             self.values[member.wanted.position] = one
 

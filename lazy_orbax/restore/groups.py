@@ -49,6 +49,15 @@ class Group:
     members: tuple[Member, ...]
     n_bytes: int
 
+    @property
+    def stored_bytes(self) -> int:
+        """How many bytes of what is stored its leaves need."""
+        return sum(
+            len(m.boxes) * math.prod(m.boxes[0].shape) * m.wanted.form.dtype.itemsize
+            for m in self.members
+            if m.boxes
+        )
+
 
 def grouped(wanted: Sequence[Wanted]) -> Iterator[Group]:
     """Divides leaves into groups, in their order."""
