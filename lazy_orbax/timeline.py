@@ -9,6 +9,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from lazy_orbax import _paths
 from lazy_orbax.errors import OptionError
@@ -72,6 +73,7 @@ class RestoreTimeline:
             ones those that came out.
         requests: reads of the storage that this took.
         by_orbax: the leaves that Orbax restored, by name, with the reason.
+        transforms: what the rules came to (`TransformPlan.report`), if there were any.
         all_by_orbax: why Orbax restored all of it, or `None`.
         planned_s: what is where was known, and the first read began.
         first_byte_s: the first leaves had come.
@@ -87,6 +89,7 @@ class RestoreTimeline:
     bytes_read: int = 0
     requests: int = 0
     by_orbax: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    transforms: Mapping[str, Any] | None = None
     all_by_orbax: str | None = None
     planned_s: float | None = None
     first_byte_s: float | None = None

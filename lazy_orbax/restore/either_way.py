@@ -9,10 +9,9 @@ from typing import Any, Protocol
 
 import jax
 
-from lazy_orbax import _paths
 from lazy_orbax._orbax import handed_in
 from lazy_orbax.integrity.stored_item import Piece, StoredItem
-from lazy_orbax.restore.array_format import ArrayFormat, format_of
+from lazy_orbax.restore.array_format import formats_of
 from lazy_orbax.restore.planned import Read, read_planned
 from lazy_orbax.restore.wanted import OrbaxOnlyError, Request, requested
 from lazy_orbax.timeline import RestoreRecorder
@@ -80,8 +79,10 @@ def _by_plan(
         raise OrbaxOnlyError("there is no _METADATA")
     if not contents.tree.stores_fill_values:
         raise OrbaxOnlyError("chunks of nothing but fill values may be missing")
-    zarr3 = bool(contents.tree.use_zarr3)
-    request = requested(question.args, contents.tree, _formats(contents, zarr3), question.registry)
+    # Keys are for Orbax, which puts them together again.
+    formats = formats_of(contents)
+    simple = {name: form for name, form in formats.items() if name not in contents.keys}
+    request = requested(question.args, contents.tree, simple, question.registry)
     if not request.wanted:
         raise OrbaxOnlyError("no leaf of it is simple")
     digests = stored.leaves if stored is not None else {}
@@ -94,16 +95,6 @@ def _by_plan(
         recorder=question.recorder,
     )
     return request, found
-
-
-def _formats(contents: Contents, zarr3: bool) -> dict[str, ArrayFormat]:
-    """Returns how each array is stored, by its leaf: but of keys, which Orbax puts together."""
-    name = _paths.ZARR_V3 if zarr3 else _paths.ZARR_V2
-    return {
-        path[: -len(name) - 1]: format_of(content, zarr3=zarr3)
-        for path, content in contents.descriptions.items()
-        if path.endswith(f"/{name}") and path[: -len(name) - 1] not in contents.keys
-    }
 
 
 def _by_orbax(question: Asked, reason: str) -> Found:

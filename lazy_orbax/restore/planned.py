@@ -8,7 +8,7 @@ The story: what is asked for was taken apart (`wanted.py`); leaves that are alik
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lazy_orbax.integrity.digest_file import LeafDigests
@@ -100,29 +100,55 @@ def read_planned(
         ValueError: what is stored does not have the form that it should have.
         OSError: the storage refused.
     """
-    job = _Job(contents, digests)
-    groups = list(grouped(wanted))
-    wanted_bytes = sum(group.stored_bytes for group in groups)
-    recorder.note(n_leaves=len(wanted), bytes_wanted=wanted_bytes)
+    job = Job(contents, digests)
+
+    def start(group: Group, targets: Sequence[tuple[Target, ...]]) -> list[Any]:
+        return job.start(_requests(group, targets))
+
     with contextlib.closing(job):
-        staging = arrays.Staging(limit_bytes, recorder.arrived)
-        recorder.mark("planned")
-        for group in groups:
-            staging.reserve(group)
-            targets = targets_of(group)
-            staging.add(group, targets, job.start(_requests(group, targets)))
-        staging.finish()
-    recorder.mark("first_byte", "read")
+        groups = list(grouped((leaf,) for leaf in wanted))
+        staging = read_groups(groups, start, limit_bytes=limit_bytes, recorder=recorder)
     recorder.note(bytes_read=job.n_bytes, requests=job.requests)
     return Read(staging.values, frozenset(job.unchecked), staging.wrong)
 
 
+def read_groups(
+    groups: Sequence[Group],
+    start: Callable[[Group, Sequence[tuple[Target, ...]]], list[Any]],
+    *,
+    limit_bytes: int,
+    recorder: RestoreRecorder,
+) -> arrays.Staging:
+    """Reads groups of leaves, and makes arrays of those that have come while others are read.
+
+    Args:
+        groups: the groups.
+        start: starts to read a group into its memory, and returns futures.
+        limit_bytes: most bytes of staging.
+        recorder: is told what was read when.
+    """
+    wanted_bytes = sum(group.stored_bytes for group in groups)
+    n_leaves = sum(len(group.members) for group in groups)
+    recorder.note(n_leaves=n_leaves, bytes_wanted=wanted_bytes)
+    staging = arrays.Staging(limit_bytes, recorder.arrived)
+    recorder.mark("planned")
+    for group in groups:
+        staging.reserve(group)
+        targets = targets_of(group)
+        staging.add(group, targets, start(group, targets))
+    staging.finish()
+    recorder.mark("first_byte", "read")
+    return staging
+
+
 def _requests(group: Group, targets: Sequence[tuple[Target, ...]]) -> Iterator[Request]:
     for member, mine in zip(group.members, targets, strict=True):
-        yield Request(member.wanted.name, member.wanted.form, member.boxes, mine)
+        form = member.wanted.form
+        assert form is not None
+        yield Request(member.wanted.name, form, member.boxes, mine)
 
 
-class _Job:
+class Job:
     """One restore: where chunks lie, how kinds of leaves are planned."""
 
     def __init__(self, contents: Contents, digests: Mapping[str, LeafDigests]):

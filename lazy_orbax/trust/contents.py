@@ -26,7 +26,7 @@ class Contents:
     Attributes:
         directory: the item's directory.
         tree: what `_METADATA` says; `None` where there is none.
-        keys: names of the leaves that are typed PRNG keys.
+        keys: kinds of the leaves that are typed PRNG keys, by name.
         in_database: whether the arrays are in an OCDBT database, and not in a directory each.
         descriptions: the metadata of each array, by its path such as `name/.zarray`.
         values: where each chunk lies, or the chunk itself if it is a short one, by its path; `None`
@@ -36,7 +36,7 @@ class Contents:
 
     directory: str
     tree: Tree | None
-    keys: frozenset[str]
+    keys: Mapping[str, str]
     in_database: bool
     descriptions: Mapping[str, bytes]
     values: Mapping[str, Extent | bytes] | None
@@ -64,7 +64,7 @@ def contents_of(
     base: ts.KvStore,
     files: Files | None,
     tree: Tree | None,
-    keys: frozenset[str],
+    keys: Mapping[str, str],
 ) -> Contents:
     """Finds out where the arrays of an item are.
 
@@ -73,7 +73,7 @@ def contents_of(
         base: the same as a key-value store.
         files: what lies in it, where that could be listed.
         tree: what `_METADATA` says, if there is one.
-        keys: names of the leaves that are typed PRNG keys.
+        keys: kinds of the leaves that are typed PRNG keys, by name.
 
     Raises:
         MalformedCheckpointError: it is not what Orbax wrote.

@@ -120,17 +120,17 @@ def _check_aggregate(directory: epath.Path, name: str, limit_bytes: int) -> None
 
 def _check_json(
     directory: epath.Path, limit_bytes: int, args: Any
-) -> tuple[tree_file.Tree | None, frozenset[str]]:
+) -> tuple[tree_file.Tree | None, dict[str, str]]:
     """Checks those of Orbax's JSON files that will be read.
 
     Returns:
-        What `_METADATA` says, and the names of the leaves that are typed PRNG keys.
+        What `_METADATA` says, and the kinds of the leaves that are typed PRNG keys, by name.
     """
 
     def content(name: str, most_bytes: int = limit_bytes) -> bytes | None:
         return read_small(directory, name, most_bytes)
 
-    tree, keys = None, frozenset[str]()
+    tree, keys = None, dict[str, str]()
     if (found := content(_paths.TREE)) is not None:
         path = directory / _paths.TREE
         tree = tree_file.check_tree(found, path)
