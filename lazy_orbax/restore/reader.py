@@ -117,7 +117,7 @@ class Reader:
 
     def close(self) -> None:
         """Waits for the threads, and closes files."""
-        self._crew.close(math.inf)
+        self._crew.close(None)
         self._source.close()
 
     def _read_run(self, file: str, run: Run, members: list[tuple[Chunk, Extent]]) -> list[Piece]:
