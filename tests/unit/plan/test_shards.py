@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint._src.serialization.replica_slices import get_replica_slices
 
-from lazy_orbax.plan.shards import Layout, Leaf, Region, ReplicaPolicy, layout_of
+from lazy_orbax.plan.shards import Layout, Leaf, Region, ReplicaPolicy, is_key, layout_of
 
 DEVICES = np.array(jax.devices()[:8])
 MESH_4X2 = Mesh(DEVICES.reshape(4, 2), ("a", "b"))
@@ -41,6 +41,15 @@ SHARDINGS = {
     "single device scalar": (SingleDeviceSharding(DEVICES[0]), ()),
     "pinned": (NamedSharding(MESH_4X2, P("a"), memory_kind="pinned_host"), (8, 6)),
     "pinned, sliceable": (NamedSharding(MESH_4X2, P("a"), memory_kind="pinned_host"), (32, 256)),
+    "unpinned": (NamedSharding(MESH_4X2, P("a"), memory_kind="unpinned_host"), (8, 6)),
+    "pinned, three dimensions": (
+        NamedSharding(
+            MESH_4X2, P("a"), memory_kind="_".join(["pinned", "host"])
+        ),  # Not the same str.
+        (8, 8, 128),
+    ),
+    "pinned, too small": (NamedSharding(MESH_4X2, P("a"), memory_kind="pinned_host"), (16, 128)),
+    "pinned, short rows": (NamedSharding(MESH_4X2, P("a"), memory_kind="pinned_host"), (1024, 100)),
     "pinned, one dimension": (NamedSharding(MESH_4X2, P(), memory_kind="pinned_host"), (2048,)),
 }
 POLICIES = {
@@ -147,6 +156,7 @@ def test_processes_divide_a_replicated_leaf(policy, expected):
     leaf = Leaf(0, "x", "['x']", (8,), np.dtype(np.float32), NamedSharding(mesh, P()))
     for process, ranges in expected.items():
         layout = layout_of(leaf, policy, process)
+        assert layout.processes == {p for p, written in expected.items() if written}
         (size,) = layout.write_shape
         assert [(r.start[0], r.start[0] + size) for r in layout.regions] == ranges
 
@@ -168,6 +178,56 @@ def test_a_directory_that_is_not_shared_gets_every_local_shard(process_of_device
         }
         starts = [region.start for region in layout_of(leaf, policy, process).regions]
         assert sorted(starts) == sorted(local)
+
+
+@pytest.mark.parametrize(
+    ("process_of_device", "spec", "policy", "expected"),
+    [
+        ((0, 0, 1, 1), ("a",), ReplicaPolicy(), True),  # Both halves of its shard are its own.
+        ((0, 1, 0, 1), ("a",), ReplicaPolicy(), False),
+        ((0, 1, 0, 1), ("a",), ReplicaPolicy(parallel=False), True),
+        ((0, 1, 1, 1), (), ReplicaPolicy(), False),
+        ((0, 1, 1, 1), (), ReplicaPolicy(max_replicas=1), True),
+        ((0, 0, 1, 1), (), ReplicaPolicy(max_replicas=2), True),  # The other one has none.
+        ((0, 1, 0, 1), ("a", "b"), ReplicaPolicy(), True),
+    ],
+)
+def test_whether_a_process_writes_whole_shards(process_of_device, spec, policy, expected):
+    mesh = fake_mesh(process_of_device, (2, 2), "ab")
+    leaf = Leaf(0, "x", "['x']", (8, 2), np.dtype(np.float32), NamedSharding(mesh, P(*spec)))
+    for process in (0, 1):
+        assert layout_of(leaf, policy, process).holds_whole_shards == expected
+
+
+@pytest.mark.parametrize("replica_id", [0, 1, None])
+def test_the_processes_that_write_are_those_whose_layouts_have_regions(replica_id):
+    mesh = fake_mesh([0, 1, 2, 0], (2, 2), "ab")
+    policy = ReplicaPolicy(parallel=False, replica_id=replica_id)
+    for spec in [(), ("a",), ("b",), ("a", "b")]:
+        leaf = Leaf(0, "x", "['x']", (8, 2), np.dtype(np.float32), NamedSharding(mesh, P(*spec)))
+        layouts = [layout_of(leaf, policy, process) for process in range(3)]
+        writers = {process for process, layout in enumerate(layouts) if layout.regions}
+        assert [layout.processes for layout in layouts] == [writers] * 3
+
+
+def test_the_size_of_a_share_is_compared_exactly():
+    mesh, n = fake_mesh([0, 0], (2,), "a"), 2**53 + 1  # Floats of 64 bits do not hold it.
+    leaf = Leaf(0, "x", "['x']", (2 * n,), np.dtype(np.int8), NamedSharding(mesh, P()))
+    for least, axis in [(n, 0), (n + 1, None)]:
+        assert layout_of(leaf, ReplicaPolicy(min_slice_bytes=least), 0).share_axis == axis
+
+
+def test_one_replica_of_many_writes():
+    mesh = fake_mesh([0] * 400, (400,), "a")
+    leaf = Leaf(0, "x", "['x']", (3,), np.dtype(np.int8), NamedSharding(mesh, P()))
+    policy = ReplicaPolicy(parallel=False, replica_id=int("399"))
+    assert layout_of(leaf, policy, 0).regions == (Region(399, (0,), (0,)),)
+
+
+def test_keys_are_told_from_their_data():
+    keys = jax.random.split(jax.random.key(0), 2)
+    assert is_key(keys)
+    assert not is_key(jax.random.key_data(keys))
 
 
 def test_sharing_with_processes_that_see_no_common_directory_loses_nothing():
