@@ -244,7 +244,8 @@ def _cached_table(mesh: jax.sharding.Mesh, columns: tuple[tuple[int, ...], ...])
     table = np.array(columns, dtype=np.int32).reshape(len(columns), mesh.devices.size).T
     local = local_mesh(mesh)
     if local is not mesh:
-        table = table[[d.process_index == jax.process_index() for d in mesh.devices.flat]]
+        mine = set(local.devices.flat)
+        table = table[[device in mine for device in mesh.devices.flat]]
     sharding = NamedSharding(local, PartitionSpec(local.axis_names, None))
     return jax.make_array_from_callback(table.shape, sharding, lambda index: table[index])
 

@@ -1,5 +1,6 @@
 """The layout against JAX's own shards, and against what stock Orbax would choose."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -222,6 +223,15 @@ def test_one_replica_of_many_writes():
     leaf = Leaf(0, "x", "['x']", (3,), np.dtype(np.int8), NamedSharding(mesh, P()))
     policy = ReplicaPolicy(parallel=False, replica_id=int("399"))
     assert layout_of(leaf, policy, 0).regions == (Region(399, (0,), (0,)),)
+
+
+def test_records_cannot_be_changed():
+    """Layouts are cached, and shared by all the plans of one process."""
+    leaf = Leaf(0, "x", "['x']", (3,), np.dtype(np.int8), None)
+    layout = layout_of(leaf, ReplicaPolicy(), 0)
+    for record in (leaf, ReplicaPolicy(), layout, layout.regions[0]):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(record, dataclasses.fields(record)[0].name, None)
 
 
 def test_keys_are_told_from_their_data():

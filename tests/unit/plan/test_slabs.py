@@ -215,6 +215,12 @@ def test_without_a_mesh_only_the_leaves_of_one_device_are_packed():
     assert plan.slabs[1].mesh == mesh_of_one(DEVICES[3])
 
 
+def test_a_mesh_without_axes_is_packed_as_its_one_device_is():
+    leaves = leaves_of(((8,), F32, on(Mesh(DEVICES[2], ()))))
+    (slab,) = plan_of(leaves).slabs
+    assert (slab.kind, slab.mesh) == ("mesh", mesh_of_one(DEVICES[2]))
+
+
 def test_a_leaf_is_packed_up_to_the_last_element_that_32_bits_can_index():
     int8, one = np.dtype(np.int8), SingleDeviceSharding(DEVICES[0])
     plan = plan_of(leaves_of(((2**31 - 1,), int8, one), ((2**31,), int8, one)), slab_bytes=2**40)
@@ -316,6 +322,9 @@ def test_plans_and_slabs_are_keys_whatever_they_hold():
     plan.kept[plan.slabs[0]] = "a program"
     assert alike.kept == {}
     assert "a program" not in repr(plan)
+    for record in (plan, plan.slabs[0], plan.slabs[0].pieces[0]):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(record, dataclasses.fields(record)[0].name, None)
 
 
 def test_indices_of_a_piece():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from equipment.fake_devices import FakeDevice
+from equipment.fake_devices import FakeDevice, fake_mesh
 from equipment.trees import on_mesh, random_array
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
@@ -157,8 +157,20 @@ def test_a_process_packs_what_it_has_itself(is_mine, into):
     check_pieces(plan, slab, found, hosts)
 
 
+@pytest.mark.parametrize("process_index", [1, 10**6])
+def test_the_mesh_of_a_process_has_the_devices_of_its_number(process_index, monkeypatch):
+    # Made anew each time: Python keeps one object for each small number only.
+    number = str(process_index)
+    monkeypatch.setattr(jax, "process_index", lambda: int(number))
+    mesh = fake_mesh([0, int(number), 10**9, int(number)], (2, 2), "ab")
+    devices = list(mesh.devices.flat)
+    assert list(pack.local_mesh(mesh).devices.flat) == [devices[1], devices[3]]
+
+
 def test_the_mesh_of_a_process_that_has_all_devices_is_the_mesh_itself():
     assert pack.local_mesh(MESH) is MESH
+    many = fake_mesh([0] * 400, (400,), "a")
+    assert pack.local_mesh(many) is many
     leaves = [on_mesh(np.ones((8, 6), np.float32), MESH, "a")]
     _, slab = planned(*leaves)
     assert pack.operands(slab, leaves)[0] is leaves[0]
