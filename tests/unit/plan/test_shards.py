@@ -44,22 +44,24 @@ SHARDINGS = {
     "pinned, sliceable": (NamedSharding(MESH_4X2, P("a"), memory_kind="pinned_host"), (32, 256)),
     "unpinned": (NamedSharding(MESH_4X2, P("a"), memory_kind="unpinned_host"), (8, 6)),
     "pinned, three dimensions": (
-        NamedSharding(
-            MESH_4X2, P("a"), memory_kind="_".join(["pinned", "host"])
-        ),  # Not the same str.
+        NamedSharding(MESH_4X2, P("a"), memory_kind="pinned_host"),
         (8, 8, 128),
     ),
     "pinned, too small": (NamedSharding(MESH_4X2, P("a"), memory_kind="pinned_host"), (16, 128)),
-    "pinned, short rows": (NamedSharding(MESH_4X2, P("a"), memory_kind="pinned_host"), (1024, 100)),
+    "pinned, short rows": (
+        NamedSharding(MESH_4X2, P("a"), memory_kind="_".join(["pinned", "host"])),  # Another str.
+        (1024, 100),
+    ),
     "pinned, one dimension": (NamedSharding(MESH_4X2, P(), memory_kind="pinned_host"), (2048,)),
 }
 POLICIES = {
     "shared": ReplicaPolicy(),
     "not shared": ReplicaPolicy(parallel=False),
     "another replica": ReplicaPolicy(parallel=False, replica_id=1),
+    "shared, another replica": ReplicaPolicy(replica_id=1),
     "every process its own": ReplicaPolicy(parallel=False, replica_id=None),
     **{f"at least {n} B": ReplicaPolicy(min_slice_bytes=n) for n in (1, 12, 24, 64, 10**9)},
-    **{f"at most {n} replicas": ReplicaPolicy(max_replicas=n) for n in (1, 2, 3, 100)},
+    **{f"at most {n} replicas": ReplicaPolicy(max_replicas=n) for n in (0, 1, 2, 3, 100)},
     "two limits": ReplicaPolicy(max_replicas=2, min_slice_bytes=32),
 }
 

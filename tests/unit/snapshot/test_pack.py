@@ -248,6 +248,15 @@ def test_leaves_that_are_replicated_alike_share_a_column_of_the_table():
     assert [shard.data.shape for shard in table.addressable_shards] == [(1, 3)] * 8
 
 
+def test_replicas_are_numbered_in_32_bits_where_jax_has_64():
+    plan, slab = planned(on_mesh(np.ones((8, 16), np.float32), MESH, "a"))
+    pack._cached_table.cache_clear()
+    with jax.enable_x64(True):
+        _, table = pack._replica_table(plan, slab)
+    pack._cached_table.cache_clear()
+    assert table.dtype == np.int32
+
+
 def test_a_slab_without_cuts_has_a_table_all_the_same():
     plan, slab = planned(on_mesh(np.ones((8, 6), np.float32), MESH, "a", "b"))
     cuts, table = pack._replica_table(plan, slab)
@@ -263,6 +272,7 @@ LARGE, BELOW, SMALL = 32, 31, 4  # Elements on each device; 64 bytes are large h
     ("given", "n_writes"),
     [
         ([(LARGE, BF16)], 1),
+        ([(LARGE + SMALL, BF16)], 1),
         ([(BELOW, BF16)], 0),
         ([(LARGE, U16)], 0),
         ([(SMALL, BF16)] * 3, 0),
