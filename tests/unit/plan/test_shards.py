@@ -112,6 +112,7 @@ def test_the_same_regions_as_stock_orbax(name, policy_name):
         )
         layout = layout_of(leaf_of(array), policy, 0)
         assert layout.write_shape == stock.local_shape
+        assert layout.holds_whole_shards, "there is no other process"
         devices = list(sharding.devices_indices_map(shape))
         ours = {(devices[region.device].id, region.start) for region in layout.regions}
         theirs = {
