@@ -70,7 +70,8 @@ class RestoreTimeline:
         n_leaves: leaves that were read by plan.
         bytes_wanted: bytes of those leaves that this process needs, as they are stored.
         bytes_read: bytes that were read for them: of plain chunks those of the files, of encoded
-            ones those that came out.
+            ones those that came out. Short chunks, which are in the tree of a database, came with
+            the tree.
         requests: reads of the storage that this took.
         by_orbax: the leaves that Orbax restored, by name, with the reason.
         transforms: what the rules came to (`TransformPlan.report`), if there were any.

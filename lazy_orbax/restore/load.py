@@ -39,6 +39,7 @@ from lazy_orbax.storage.places import place_of
 from lazy_orbax.timeline import RestoreRecorder
 from lazy_orbax.trust.malformed import refuse_malformed
 
+# Of what only passes through host memory, on the way to devices.
 _LIMIT_BYTES = 2**32
 
 
@@ -96,7 +97,6 @@ def load(  # noqa: PLR0913 - Keywords, of which most calls give none.
                 return _as_it_is(like, _Place(mesh, rule), sources[""], recorder)
             wanted = likeness_of(like, None, mesh, rule)
             plan = _planned(wanted, transforms, sources)
-            recorder.note(transforms=plan.report)
             return plan if dry_run else _transformed(wanted, plan, sources, recorder)
     except BaseException as error:
         recorder.note(error=error)
@@ -189,6 +189,7 @@ def _transformed(
     sources: Mapping[str, Checkpoint],
     recorder: RestoreRecorder,
 ) -> Any:
+    recorder.note(transforms=plan.report)
     with _missing_is_corrupt(*sources.values()):
         found = read_transformed(
             wanted.wanted, plan, sources, limit_bytes=_LIMIT_BYTES, recorder=recorder
