@@ -68,8 +68,23 @@ def save_two(directory, mesh, every):
     return failures, steps
 
 
-@pytest.mark.parametrize("by", ["the host", "programs"])
-@pytest.mark.parametrize("plant", [*planted.BLIND, *planted.OTHERS], ids=lambda f: f.__name__)
+ALL = [*planted.BLIND, *planted.OTHERS]
+# Both find fingerprints of the same arrays; what differs is who reads those.
+CASES = [
+    *[pytest.param(plant, "the host", id=plant.__name__) for plant in ALL],
+    *[
+        pytest.param(
+            plant,
+            "programs",
+            id=f"{plant.__name__}, by programs",
+            marks=[pytest.mark.slow] * (i > 3),
+        )
+        for i, plant in enumerate(ALL)
+    ],
+]
+
+
+@pytest.mark.parametrize(("plant", "by"), CASES)
 def test_a_verified_save_fails_and_names_the_leaf(plant, by, tmp_path, mesh, monkeypatch):
     if by == "programs":  # As on an accelerator.
         monkeypatch.setattr(proof_subjects, "is_in_host_memory", lambda sharding: False)

@@ -89,6 +89,11 @@ def kind_of_disk(request):
     return request.node.callspec.params["disk"]
 
 
+# What ext4 loses with its heuristic it also loses without.
+SOME_DISKS = [pytest.param("ext4", marks=pytest.mark.slow), "xfs", NO_HEURISTIC]
+
+
+@pytest.mark.parametrize("disk", SOME_DISKS, indirect=True)
 @pytest.mark.parametrize("how", ["default", "DurablePath"])
 def test_a_save_whose_power_is_cut_at_every_call(cuts, how, tell, request):
     durable_path = how == "DurablePath"
