@@ -46,7 +46,7 @@ def look(subjects: Mapping[int, Subject], arrays: Sequence[Any]) -> dict[Hashabl
     return found
 
 
-def _our_shards(array: jax.Array) -> dict[Device, jax.Array]:
+def _our_shards(array: jax.Array) -> dict[Device, Any]:
     """Returns the shards of an array of our own that has the memory of the caller's.
 
     NumPy's views are cached on it and die with it. Cached on the caller's, they would make the next
