@@ -59,6 +59,7 @@ def survey(directory: str, metadata_names: frozenset[str]) -> Files:
     """
     names, sizes = set(), {}
     seen: set[tuple[int, int]] = set()
+    # A list and no recursion: how deep directories lie is not ours to say.
     pending = [""]
     while pending:
         folder = pending.pop()
@@ -105,6 +106,7 @@ def read_small(directory: epath.Path, name: str, limit_bytes: int) -> bytes | No
     """
     try:
         with (directory / name).open("rb") as file:
+            # One more than allowed, which tells that there is more without reading that.
             content = file.read(limit_bytes + 1)
     except FileNotFoundError:
         return None
