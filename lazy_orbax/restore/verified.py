@@ -123,23 +123,51 @@ def restore(question: Question, contents: Contents | None) -> Any:
         RestoreError: the target does not fit what is stored.
         CorruptCheckpointError: what is stored, or was restored, is not what was saved.
     """
+    is_alone = _DEFERRED.get() is None
+    asks = question.verifies and question.is_shared
+    return agreed(
+        question.directory,
+        lambda: _restored(question, contents, look=is_alone),
+        instead=getattr(question.args, "item", None),
+        asks=asks,
+        recorder=question.recorder,
+    )
+
+
+def agreed(
+    directory: Any,
+    action: Callable[[], Any],
+    *,
+    instead: Any,
+    asks: bool,
+    recorder: RestoreRecorder,
+) -> Any:
+    """Restores, and fails where another process fails: who did not would wait in Orbax's barrier.
+
+    Args:
+        directory: the item's directory.
+        action: restores it.
+        instead: what to return where it fails while errors are deferred.
+        asks: whether to ask the other processes.
+        recorder: is told of the error.
+
+    Raises:
+        RestoreError: another process failed.
+    """
     errors, failure, value = _DEFERRED.get(), None, None
     try:
-        value = _restored(question, contents, look=errors is None)
+        value = action()
     except Exception as error:  # noqa: BLE001 - Raised below, or put where it is waited for.
         failure = error
-        question.recorder.note(error=error)
+        recorder.note(error=error)
     if errors is not None:
         errors += [failure] if failure is not None else []
-        return getattr(question.args, "item", None) if failure is not None else value
-    # Who did not fail would wait for the others in Orbax's barrier.
-    asks = question.verifies and question.is_shared
+        return instead if failure is not None else value
     failed = consensus.which_processes(failure is not None) if asks else []
     if failure is not None:
         raise failure
     if failed:
-        where = question.directory
-        raise RestoreError(f"{where} was not restored: process {failed[0]} failed; see there.")
+        raise RestoreError(f"{directory} was not restored: process {failed[0]} failed; see there.")
     return value
 
 
