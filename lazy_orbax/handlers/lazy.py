@@ -29,8 +29,9 @@ from lazy_orbax.handlers.stock_fallback import (
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.plan.slabs import Plan
 from lazy_orbax.plan.transforms.transform_map import TransformMap
+from lazy_orbax.restore.either_way import Question
 from lazy_orbax.restore.load import load
-from lazy_orbax.restore.verified import Question, agreed, examined, restore
+from lazy_orbax.restore.verified import agreed, examined, restore
 from lazy_orbax.save.begin import Saver, begin
 from lazy_orbax.save.finish import end_all, finish
 from lazy_orbax.save.merge import merge

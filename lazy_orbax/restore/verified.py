@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,7 +26,7 @@ from lazy_orbax.integrity.verify import raise_corrupt
 from lazy_orbax.plan.shards import is_key
 from lazy_orbax.pods import consensus
 from lazy_orbax.restore.compare_arrays import check_restored, explain
-from lazy_orbax.restore.either_way import restore_either_way
+from lazy_orbax.restore.either_way import Question, restore_either_way
 from lazy_orbax.timeline import RestoreRecorder
 from lazy_orbax.trust.contents import Contents
 from lazy_orbax.trust.malformed import checked
@@ -83,33 +82,6 @@ def examined(
                 problems = problems or [error.problem]
             raise_corrupt(str(directory), problems, error, look=True)
         raise
-
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """What is to be restored, and how Orbax would do it.
-
-    Attributes:
-        directory: the item's directory.
-        args: what was asked for, or `None`.
-        by_orbax: restores what it is given in the place of `args`.
-        metadata: returns what Orbax says of what is in a directory.
-        registry: the type handlers.
-        limit_bytes: most bytes of host memory for what only passes through it.
-        verifies: whether to verify what was restored.
-        is_shared: whether all processes restore it together.
-        recorder: is told what happened when.
-    """
-
-    directory: Any
-    args: Any
-    by_orbax: Callable[[Any], Any]
-    metadata: Callable[[Any], Any]
-    registry: Any
-    limit_bytes: int
-    verifies: bool
-    is_shared: bool
-    recorder: RestoreRecorder
 
 
 def restore(question: Question, contents: Contents | None) -> Any:
