@@ -146,7 +146,7 @@ def _wanted(leaf: _Leaf, kind: str, argument: Any, form: ArrayFormat | None) -> 
     if kind == SCALAR and form.shape:
         return "it is stored as an array and wanted as a number"
     dtype = getattr(argument, "dtype", None)
-    dtype = form.dtype if dtype is None else np.dtype(dtype)
+    dtype = form.dtype if dtype is None else np.dtype(dtype).newbyteorder("=")
     restore_type = getattr(argument, "restore_type", None) if kind == SCALAR else None
     return Wanted(leaf.position, leaf.name, kind, form, form.shape, dtype, None, restore_type)
 
