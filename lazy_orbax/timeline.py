@@ -133,10 +133,14 @@ class RestoreRecorder:
         self.note(**{name: now_s for name in names if getattr(self.timeline, name) is None})
 
     def arrived(self, done_bytes: int) -> None:
-        """Tells how many of the wanted bytes have come so far."""
+        """Tells how many of the wanted bytes have come so far. What that raises is logged, once."""
         self.mark("first_byte")
         if self._progress is not None:
-            self._progress(done_bytes, self.timeline.bytes_wanted)
+            try:
+                self._progress(done_bytes, self.timeline.bytes_wanted)
+            except Exception:  # noqa: BLE001 - A progress bar is no reason to restore otherwise.
+                _log.exception("on_restore_progress raised for %s", self.timeline.directory)
+                self._progress = None
 
     @property
     def is_by_plan(self) -> bool:

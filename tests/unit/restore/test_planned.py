@@ -310,3 +310,18 @@ def test_a_restore_that_fails_has_a_timeline_with_the_error(tmp_path):
             epath.Path(tmp_path / "c"), args=lazy_orbax.args.LazyRestore(wrong, args)
         )
     assert isinstance(seen[0].error, RestoreError)
+
+
+def test_a_progress_bar_that_fails_does_not_end_a_restore(tmp_path, caplog):
+    tree = state()
+    saved(tmp_path / "c", lazy_orbax.LazyCheckpointHandler(), tree, lazy_orbax.args.LazySave)
+
+    def failing(done, total):
+        raise RuntimeError("no terminal")
+
+    found, timeline = restored(
+        tmp_path / "c", tree, arguments(tree, TARGETS["same"]()), on_restore_progress=failing
+    )
+    assert_same(found, tree)
+    assert timeline.all_by_orbax is None
+    assert caplog.text.count("no terminal") == 1
