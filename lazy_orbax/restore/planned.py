@@ -107,7 +107,7 @@ def read_planned(
         return job.start(_requests(group, targets))
 
     with contextlib.closing(job):
-        groups = list(grouped((leaf,) for leaf in wanted))
+        groups = list(grouped(((leaf,) for leaf in wanted), limit_bytes))
         staging = read_groups(groups, start, limit_bytes=limit_bytes, recorder=recorder)
     recorder.note(bytes_read=job.n_bytes, requests=job.requests)
     return Read(staging.values, frozenset(job.unchecked), staging.wrong)

@@ -324,4 +324,4 @@ def test_a_progress_bar_that_fails_does_not_end_a_restore(tmp_path, caplog):
     )
     assert_same(found, tree)
     assert timeline.all_by_orbax is None
-    assert caplog.text.count("no terminal") == 1
+    assert caplog.text.count("on_restore_progress raised") == 1
