@@ -11,66 +11,56 @@ ours makes what is written of them.
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from lazy_orbax.integrity import fingerprint
-from lazy_orbax.integrity.proof_programs import (
-    Misplaced,
-    Part,
-    Run,
-    Subject,
-    compiled,
-    enqueue,
-    results,
-)
-from lazy_orbax.plan.shards import Device, Leaf, Shape
-from lazy_orbax.plan.slabs import Piece, Plan, Slab
+from lazy_orbax.integrity.proof_programs import Misplaced, Run, compiled, enqueue, results
+from lazy_orbax.integrity.proof_subjects import check_cover, subjects_of
+from lazy_orbax.plan.slabs import Piece, Plan
 
 # The save of a plan whose programs are begun: who saves once does not pay for them.
 _COMPILED_AT = 2
+# Where that fails, it is tried again when there were so many times more saves.
+_LATER = 10
 _LOG = logging.getLogger("lazy_orbax")
 
 
 class Prover:
-    """The programs that look at what a plan saves, and which saves are looked at.
+    """The programs that look at what a plan saves.
 
-    Invariant, under the lock: `_n_saves` saves have begun; the last one that was looked at was
-    number `_looked_at`, if any was; at most one thread compiles.
+    Invariant, under the lock: of one item, `_n_saves` saves have begun, and of no other more; at
+    most one thread compiles, and none does before the save of number `_begin_at`.
     """
 
     def __init__(self) -> None:
         self._lock, self._compiling = threading.Lock(), threading.Lock()
-        self._n_saves = 0
-        self._looked_at: int | None = None
+        self._n_saves, self._begin_at = 0, _COMPILED_AT
         self._runs: list[Run] | None = None
+        # Goes on where a thread was stopped that compiled.
+        self._programs: Iterator[list[Run] | None] | None = None
         self._failure: Misplaced | None = None
         self._thread: threading.Thread | None = None
         self._stopped = threading.Event()
 
-    def due(self, plan: Plan, every: int) -> Evidence | None:
-        """Returns what becomes the evidence for a save that begins, or `None`.
+    def note_save(self, number: int) -> None:
+        """Notes that a save begins.
 
         Args:
-            plan: the plan of the save.
-            every: `LazyOptions.verify_snapshot`. Where it is 1 the first save waits until the
-                programs are compiled; else none does.
+            number: how many of its item have begun with it.
         """
         with self._lock:
-            self._n_saves += 1
-            misplaced = self._failure is not None
-            if not every or not (every == 1 or self._runs is not None or misplaced):
-                return None
-            if self._looked_at is not None and self._n_saves - self._looked_at < every:
-                return None
-            self._looked_at = self._n_saves
-        return Evidence(plan, self)
+            self._n_saves = max(self._n_saves, number)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a save need not wait for programs; where the plan is wrong, it needs none."""
+        return self._runs is not None or self._failure is not None
 
     def begin_to_prepare(
         self, plan: Plan, every: int, *, lower_priority: Callable[[], None]
@@ -83,7 +73,7 @@ class Prover:
             lower_priority: called in that thread.
         """
         with self._lock:
-            if not every or self._thread is not None or self._n_saves < _COMPILED_AT:
+            if not every or self._thread is not None or self._n_saves < self._begin_at:
                 return
 
             def prepare() -> None:
@@ -91,15 +81,26 @@ class Prover:
                 try:
                     self.prepare(plan, goes_on=lambda: not self._stopped.is_set())
                 except Exception:  # noqa: BLE001 - Saves go on; the log has it.
-                    _LOG.exception("Snapshots cannot be verified (LazyOptions.verify_snapshot).")
+                    self._put_off()
 
             # The interpreter waits for it: a compiler must not run while the process is taken down.
             self._thread = threading.Thread(target=prepare, name="lazy_orbax-proof", daemon=False)
             self._thread.start()
             _PREPARING.add(self)
 
+    def _put_off(self) -> None:
+        """Lets a later save begin anew. Called where an error is handled."""
+        with self._lock:
+            self._begin_at = _LATER * self._n_saves
+            self._thread = None
+        _LOG.exception(
+            "Snapshots are not verified (LazyOptions.verify_snapshot): the programs for it could "
+            "not be compiled. This is tried again after %d saves of the tree.",
+            self._begin_at,
+        )
+
     def stop(self) -> None:
-        """Ends the thread that compiles after its next program. A later save begins anew."""
+        """Ends the thread that compiles after its next program. A later save goes on with it."""
         with self._lock:
             thread = self._thread
         if thread is None:
@@ -125,12 +126,33 @@ class Prover:
                 raise self._failure
             if self._runs is None:
                 try:
-                    _check_cover(plan)
-                    self._runs = _all_while(goes_on, plan)
+                    self._runs = self._all_while(goes_on, plan)
                 except Misplaced as error:  # What else fails, memory perhaps, is tried again.
                     self._failure = error
                     raise
             return self._runs or []
+
+    def _all_while(self, goes_on: Callable[[], bool], plan: Plan) -> list[Run] | None:
+        """Compiles program after program; stops as well where the main thread has ended."""
+        self._programs = self._programs or _all_of(plan)
+        try:
+            for runs in self._programs:
+                if runs is not None or not (goes_on() and threading.main_thread().is_alive()):
+                    return runs
+        except BaseException:
+            self._programs = None  # It has ended.
+            raise
+        raise AssertionError("The last one tells of all.")
+
+
+def _all_of(plan: Plan) -> Iterator[list[Run] | None]:
+    """Compiles a program between one `None` and the next, and yields all calls when it is done."""
+    check_cover(plan)
+    runs = []
+    for run in compiled(subjects_of(plan)):
+        runs.append(run)
+        yield None
+    yield runs
 
 
 # Whose threads may be compiling.
@@ -143,21 +165,12 @@ def stop_preparing() -> None:
         prover.stop()
 
 
-def _all_while(goes_on: Callable[[], bool], plan: Plan) -> list[Run] | None:
-    """Compiles program after program; stops as well where the main thread has ended."""
-    runs = []
-    for run in compiled(_subjects(plan)):
-        runs.append(run)
-        if not (goes_on() and threading.main_thread().is_alive()):
-            return None
-    return runs
-
-
 class Evidence:
     """The fingerprints of one save's pieces, in the caller's arrays and as they are written.
 
     Attributes:
         found: the fingerprint of what is on storage of each piece, by the `id` of the piece.
+        is_proven: set when everything was written, and was what it had to be.
     """
 
     def __init__(self, plan: Plan, prover: Prover):
@@ -166,6 +179,7 @@ class Evidence:
         self._enqueued: list[tuple[Run, jax.Array]] = []
         self._wanted: dict[Any, int] = {}
         self.found: dict[int, int] = {}
+        self.is_proven = threading.Event()
 
     def take(self, leaves: Sequence[Any]) -> None:
         """Enqueues programs that read the caller's arrays; those in host memory are read at once.
@@ -205,11 +219,18 @@ class Evidence:
         """Notes what is stored of a piece, where that is not what was given."""
         self._note(piece, index, view)
 
-    def missing(self) -> str | None:
-        """Returns the name of a leaf of which not every piece was written, if there is one."""
+    def conclude(self) -> str | None:
+        """Concludes that all was proven, now that no more is written.
+
+        Returns:
+            The name of a leaf of which not every piece was written. If there is one, it was not.
+        """
         pieces = (piece for slab in self._plan.slabs for piece in slab.pieces)
         absent = (piece.leaf for piece in pieces if id(piece) not in self.found)
-        return next((self._plan.leaves[leaf].name for leaf in absent), None)
+        missing = next((self._plan.leaves[leaf].name for leaf in absent), None)
+        if missing is None:
+            self.is_proven.set()
+        return missing
 
     def _note(self, piece: Piece, index: tuple[slice, ...], view: np.ndarray) -> int:
         found = fingerprint.of_host(view, [part.start for part in index])
@@ -226,63 +247,3 @@ class Evidence:
 def prover_of(plan: Plan) -> Prover:
     """Returns the one prover of a plan."""
     return plan.kept.setdefault(Prover, Prover())
-
-
-def _subjects(plan: Plan) -> dict[int, Subject]:
-    """Returns the leaves that programs can look at, with the pieces that this process writes."""
-    parts: dict[int, list[Part]] = {}
-    shapes: dict[int, Shape] = {}
-    for slab in plan.slabs:
-        for piece in slab.pieces if slab.kind in ("mesh", "shards") else ():
-            device = _device_of(slab, plan.leaves[piece.leaf], piece)
-            parts.setdefault(piece.leaf, []).append(Part(id(piece), device, piece.start))
-            shapes[piece.leaf] = piece.shape
-    subjects = {}
-    for i, some in parts.items():
-        leaf = plan.leaves[i]
-        assert leaf.sharding is not None
-        memory = some[0].device.default_memory().kind
-        if leaf.sharding.memory_kind in (None, memory):
-            about = leaf.name, leaf.shape, leaf.dtype, leaf.sharding
-            subjects[i] = Subject(*about, shapes[i], tuple(some))
-    return subjects
-
-
-def _device_of(slab: Slab, leaf: Leaf, piece: Piece) -> Device:
-    if slab.mesh is not None:
-        return slab.mesh.devices.flat[piece.device]
-    assert leaf.sharding is not None
-    return list(leaf.sharding.devices_indices_map(leaf.shape))[piece.device]
-
-
-def _check_cover(plan: Plan) -> None:
-    """Looks whether the pieces cover each leaf that is all here, exactly once.
-
-    Raises:
-        Misplaced: they do not.
-    """
-    pieces: dict[int, list[Piece]] = {}
-    for slab in plan.slabs:
-        for piece in slab.pieces:
-            pieces.setdefault(piece.leaf, []).append(piece)
-    for i, leaf in enumerate(plan.leaves):
-        mine = pieces.get(i, [])
-        if leaf.sharding is None and not mine:
-            continue  # Another process writes it.
-        if leaf.sharding is not None and not leaf.sharding.is_fully_addressable:
-            continue  # Other processes write the rest.
-        if not _is_grid(leaf.shape, mine):
-            raise Misplaced(leaf.name, f"its {len(mine)} pieces do not cover it exactly once")
-
-
-def _is_grid(shape: Shape, pieces: Sequence[Piece]) -> bool:
-    """Whether pieces of one shape fill each cell of a grid over the leaf once."""
-    shapes = {piece.shape for piece in pieces}
-    if len(shapes) != 1:
-        return False
-    (cell,) = shapes
-    axes = [range(0, n, step) for n, step in zip(shape, cell, strict=True)]
-    fits = not any(n % step for n, step in zip(shape, cell, strict=True))
-    starts = {piece.start for piece in pieces}
-    on_grid = all(at in axis for start in starts for at, axis in zip(start, axes, strict=True))
-    return fits and on_grid and len(starts) == len(pieces) == math.prod(map(len, axes))

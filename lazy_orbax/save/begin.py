@@ -18,7 +18,7 @@ from lazy_orbax._orbax import handed_in, lifecycle, multihost
 from lazy_orbax._orbax.interrupted import await_interrupted
 from lazy_orbax._orbax.records import Destination, Settings
 from lazy_orbax.errors import OptionError, SaveError
-from lazy_orbax.integrity.proof import prover_of
+from lazy_orbax.integrity.proof_turns import Turns
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.pods.agreement import agreement_on
 from lazy_orbax.recovery.attempt import attempt_at
@@ -47,6 +47,7 @@ class Saver:
         merge: merges in a directory what several processes wrote.
         pace: how fast it may write.
         fingerprints: what its last saves held.
+        turns: which of its saves are verified.
         publications: what it has finalized and Orbax has not published yet.
         commits: its saves of which more may come.
     """
@@ -59,6 +60,7 @@ class Saver:
     merge: Callable[[Any], None]
     pace: Pace
     fingerprints: Fingerprints = dataclasses.field(default_factory=Fingerprints)
+    turns: Turns = dataclasses.field(default_factory=Turns)
     publications: Publications = dataclasses.field(default_factory=Publications)
     commits: list[Commit] = dataclasses.field(default_factory=list)
 
@@ -154,7 +156,7 @@ def _end_earlier_saves(saver: Saver, path: str) -> list[BaseException]:
 
 
 def _job(saver: Saver, prepared: Prepared, leaves: Sequence[Any], path: str) -> Job:
-    plan, every = prepared.plan, saver.options.verify_snapshot
+    item, every = _paths.item_of(path), saver.options.verify_snapshot
     return Job(
         prepared=prepared,
         texts=prepared.texts(leaves),
@@ -163,7 +165,7 @@ def _job(saver: Saver, prepared: Prepared, leaves: Sequence[Any], path: str) -> 
         pace=saver.pace,
         path=path,
         fingerprints=saver.fingerprints,
-        evidence=prover_of(plan).due(plan, every),
+        evidence=saver.turns.next(prepared.plan, item, every),
     )
 
 

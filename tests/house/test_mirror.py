@@ -37,6 +37,7 @@ COVERED_BY = {
     "integrity.fingerprint_traced": "unit/integrity/test_fingerprint.py",
     "integrity.proof_programs": "unit/integrity/test_fingerprint.py",
     "integrity.proof_restored": "unit/integrity/test_proof.py",
+    "integrity.proof_subjects": "unit/integrity/test_proof.py",
     "integrity.sidecar_files": "faults/test_flips.py",
     "integrity.step_metadata": "faults/test_integrity.py",
     "integrity.step_place": "faults/test_rolled_back.py",
