@@ -10,6 +10,7 @@ ours makes what is written of them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import weakref
@@ -84,9 +85,11 @@ class Prover:
                     self._put_off()
 
             # The interpreter waits for it: a compiler must not run while the process is taken down.
-            self._thread = threading.Thread(target=prepare, name="lazy_orbax-proof", daemon=False)
-            self._thread.start()
-            _PREPARING.add(self)
+            thread = threading.Thread(target=prepare, name="lazy_orbax-proof", daemon=False)
+            with contextlib.suppress(RuntimeError):  # No thread is to be had now: the next save.
+                thread.start()
+                self._thread = thread
+                _PREPARING.add(self)
 
     def _put_off(self) -> None:
         """Lets a later save begin anew. Called where an error is handled."""

@@ -325,3 +325,19 @@ def test_who_is_stopped_while_it_compiles_goes_on_where_it_was(monkeypatch):
         assert prover.prepare(plan, goes_on=lambda: False) in ([], list("abc"))
     assert prover.prepare(plan) == list("abc")
     assert len(begun) == 1
+
+
+def test_where_there_is_no_thread_to_compile_in_the_next_save_begins(monkeypatch):
+    def out_of_threads(_thread):
+        raise RuntimeError("can't start new thread")
+
+    plan, prover = Plan((), (), ()), proof.Prover()
+    prover.note_save(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", out_of_threads)
+        prover.begin_to_prepare(plan, 2, lower_priority=lambda: None)
+    prover.stop()
+    assert not prover.is_ready
+    prover.begin_to_prepare(plan, 2, lower_priority=lambda: None)
+    await_programs()
+    assert prover.is_ready
