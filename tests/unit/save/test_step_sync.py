@@ -2,6 +2,8 @@
 
 import errno
 import os
+import pathlib
+import tempfile
 
 import jax
 import numpy as np
@@ -34,7 +36,8 @@ class Synced:
         while not os.path.ismount(root):
             root = root.parent
             paths.append(root)
-        return {str(path) for path in paths if version(path) not in self.versions}
+        shared = pathlib.Path(tempfile.gettempdir())  # Others make files there meanwhile.
+        return {str(p) for p in paths if p != shared and version(p) not in self.versions}
 
 
 def version(path_or_descriptor):
