@@ -34,7 +34,7 @@ from lazy_orbax.storage.pace import Pace
 from lazy_orbax.storage.places import place_of
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Saver:
     """How one handler saves, and what it keeps from save to save.
 
@@ -63,6 +63,11 @@ class Saver:
     turns: Turns = dataclasses.field(default_factory=Turns)
     publications: Publications = dataclasses.field(default_factory=Publications)
     commits: list[Commit] = dataclasses.field(default_factory=list)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether something of its saves may be left to do."""
+        return bool(self.commits or self.publications.has_pending)
 
 
 async def begin(saver: Saver, directory: Any, args: Any) -> list[Commit]:
