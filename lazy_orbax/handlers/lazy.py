@@ -28,13 +28,14 @@ from lazy_orbax.handlers.stock_fallback import (
 )
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.plan.slabs import Plan
-from lazy_orbax.restore.verified import examined, restore
+from lazy_orbax.restore.verified import Question, examined, restore
 from lazy_orbax.save.begin import Saver, begin
 from lazy_orbax.save.finish import end_all, finish
 from lazy_orbax.save.merge import merge
 from lazy_orbax.save.plan_cache import prepare
 from lazy_orbax.save.process_end import finish_at_the_end
 from lazy_orbax.storage.pace import Pace
+from lazy_orbax.timeline import RestoreRecorder
 from lazy_orbax.trust.malformed import checked
 
 # Slabs that fit the budget at once: some are copied while others are written.
@@ -87,8 +88,8 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
             self.options.write_bytes_per_s or self.options.slab_bytes,
         )
         given = {**keywords, "use_compression": use_compression}
-        restore_bytes = (restore_concurrent_gb or STOCK_CONCURRENT_GB) * GB
-        super().__init__(**given, restore_concurrent_bytes=restore_bytes)
+        self._restore_bytes = (restore_concurrent_gb or STOCK_CONCURRENT_GB) * GB
+        super().__init__(**given, restore_concurrent_bytes=self._restore_bytes)
         tell_threads_apart()
         self._saver = Saver(
             settings=describe.settings_of(self, given),
@@ -170,16 +171,23 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
             MalformedCheckpointError: it is not a checkpoint that Orbax wrote.
         """
         directory = handed_in.without_dots(directory)
-        by_orbax = functools.partial(super().restore, directory, args=args)
-        with examined(directory, args, verifies=self.options.verify_restore):
-            return restore(
-                directory,
-                args,
-                by_orbax,
-                metadata=self.metadata,
-                verifies=self.options.verify_restore,
-                is_shared=self.is_shared,
-            )
+        stock = super().restore
+        question = Question(
+            directory,
+            args,
+            by_orbax=lambda args: stock(directory, args=args),
+            metadata=self.metadata,
+            registry=self.settings.type_handlers,
+            limit_bytes=self._restore_bytes,
+            verifies=self.options.verify_restore,
+            is_shared=self.is_shared,
+            recorder=RestoreRecorder(str(directory), self.options.on_restore_progress),
+        )
+        try:
+            with examined(directory, args, verifies=question.verifies) as contents:
+                return restore(question, contents)
+        finally:
+            question.recorder.report(self.options.on_restore)
 
     def metadata(self, directory: Any) -> Any:
         """Returns what Orbax says about the leaves of a checkpoint.

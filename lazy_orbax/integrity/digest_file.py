@@ -250,8 +250,11 @@ def _parsed(found: dict[str, Any]) -> ProcessDigests:
     if proof and len(proof) != len(digests):
         raise DigestError(f"it has {len(proof)} fingerprints for {len(digests)} pieces")
     leaves, done = [], 0
+    alike: dict[str, tuple[Box, ...]] = {}  # Most leaves of a model are divided like others.
     for name, dtype, shape, pieces in found["leaves"]:
-        boxes = tuple(_box(start, extent, shape) for start, extent in pieces)
+        kind = f"{shape} {pieces}"
+        if (boxes := alike.get(kind)) is None:
+            boxes = alike[kind] = tuple(_box(start, extent, shape) for start, extent in pieces)
         part = slice(done, done + len(boxes))
         mine = tuple(digests[part]), tuple(proof[part])
         done += len(boxes)

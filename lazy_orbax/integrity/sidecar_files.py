@@ -58,7 +58,7 @@ def changed_strings(place: Place, store: ts.KvStore, wanted: Mapping[str, int]) 
     return [
         Problem("is not the string that was saved", _paths.STRINGS, name)
         for name, digest in wanted.items()
-        if not isinstance(text := _at(found, name), str) or digest_of_text(text) != digest
+        if not isinstance(text := string_at(found, name), str) or digest_of_text(text) != digest
     ]
 
 
@@ -69,8 +69,8 @@ def _content(read: Any) -> bytes | Exception:
         return error
 
 
-def _at(found: Any, name: str) -> Any:
-    """Returns the value at a leaf's name, which Orbax takes for a JSON pointer."""
+def string_at(found: Any, name: str) -> Any:
+    """Returns the value at a leaf's name, which Orbax takes for a JSON pointer; `None`: none is."""
     for key in name.split("/"):
         found = found.get(key) if isinstance(found, dict) else None
     return found

@@ -73,7 +73,7 @@ def check_restored(stored: StoredItem, leaves: Mapping[str, Any]) -> list[Proble
                 again.append(part)  # Another process has the rest.
                 break
             if digest.digest_of(host[piece.box.relative_to(part.box)]) != piece.digest:
-                problems.append(_explain(stored, piece))
+                problems.append(explain(stored, piece))
     problems += _compare(stored, again)
     explained = {problem.leaf for problem in problems}
     what = "restored wrongly, though the storage and another replica are right"
@@ -138,7 +138,7 @@ def _touching(stored: StoredItem, part: _Part) -> Iterator[Piece]:
         yield Piece(part.leaf, box, found)
 
 
-def _explain(stored: StoredItem, piece: Piece) -> Problem:
+def explain(stored: StoredItem, piece: Piece) -> Problem:
     """Finds out whether the storage is wrong, or only what was read from it."""
     for problem in stored.check_pieces([piece]):
         return problem

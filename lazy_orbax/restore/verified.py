@@ -1,9 +1,10 @@
-"""Restore is Orbax's own; what it restored is verified, and its complaints name the leaf."""
+"""A restore, by plan or by Orbax: verified, agreed on, and its complaints name the leaf."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,14 +12,24 @@ from typing import Any
 import jax
 
 from lazy_orbax._jax_context import neutral
-from lazy_orbax._orbax import handed_in, symbols
-from lazy_orbax.errors import MalformedCheckpointError, Problem, RestoreError, summarize
+from lazy_orbax._machine import without_garbage_collection
+from lazy_orbax._orbax import metrics, symbols
+from lazy_orbax.errors import (
+    CorruptCheckpointError,
+    MalformedCheckpointError,
+    Problem,
+    RestoreError,
+    summarize,
+)
 from lazy_orbax.integrity import step_metadata
 from lazy_orbax.integrity.stored_item import StoredItem
 from lazy_orbax.integrity.verify import raise_corrupt
 from lazy_orbax.plan.shards import is_key
 from lazy_orbax.pods import consensus
-from lazy_orbax.restore.compare_arrays import check_restored
+from lazy_orbax.restore.compare_arrays import check_restored, explain
+from lazy_orbax.restore.either_way import restore_either_way
+from lazy_orbax.timeline import RestoreRecorder
+from lazy_orbax.trust.contents import Contents
 from lazy_orbax.trust.malformed import checked
 
 # Where it is set, what goes wrong is put there, and not raised: the other processes are in the
@@ -43,8 +54,10 @@ def deferred() -> Iterator[list[Exception]]:
 @contextlib.contextmanager
 def examined(
     directory: Any, args: Any, aggregate: str | None = None, *, verifies: bool
-) -> Iterator[None]:
+) -> Iterator[Contents | None]:
     """Refuses a malformed checkpoint; as a corrupt one, where its digests say that it is that.
+
+    Gives what the checkpoint holds. Within it Python collects no garbage.
 
     Args:
         directory: the item's directory.
@@ -57,8 +70,8 @@ def examined(
         CorruptCheckpointError: it was one.
     """
     try:
-        with checked(directory, args, aggregate):
-            yield
+        with without_garbage_collection(), checked(directory, args, aggregate) as contents:
+            yield contents
     except MalformedCheckpointError as error:
         if verifies:
             stored = StoredItem(str(directory))
@@ -70,69 +83,94 @@ def examined(
         raise
 
 
-def restore(
-    directory: Any,
-    args: Any,
-    by_orbax: Callable[[], Any],
-    *,
-    metadata: Callable[[Any], Any],
-    verifies: bool,
-    is_shared: bool,
-) -> Any:
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What is to be restored, and how Orbax would do it.
+
+    Attributes:
+        directory: the item's directory.
+        args: what was asked for, or `None`.
+        by_orbax: restores what it is given in the place of `args`.
+        metadata: returns what Orbax says of what is in a directory.
+        registry: the type handlers.
+        limit_bytes: most bytes of host memory for what only passes through it.
+        verifies: whether to verify what was restored.
+        is_shared: whether all processes restore it together.
+        recorder: is told what happened when.
+    """
+
+    directory: Any
+    args: Any
+    by_orbax: Callable[[Any], Any]
+    metadata: Callable[[Any], Any]
+    registry: Any
+    limit_bytes: int
+    verifies: bool
+    is_shared: bool
+    recorder: RestoreRecorder
+
+
+def restore(question: Question, contents: Contents | None) -> Any:
     """Restores an item, and verifies it if it is told to.
 
     Args:
-        directory: the item's directory.
-        args: what was asked for, or `None`.
-        by_orbax: restores it.
-        metadata: returns what Orbax says of what is in a directory.
-        verifies: whether to verify what was restored.
-        is_shared: whether all processes restore it together.
+        question: what to restore.
+        contents: what is known to be there.
 
     Raises:
         RestoreError: the target does not fit what is stored.
         CorruptCheckpointError: what is stored, or was restored, is not what was saved.
     """
-
-    def read() -> Any:
-        with explained(metadata, directory, args):
-            return by_orbax()
-
     errors, failure, value = _DEFERRED.get(), None, None
     try:
-        value = _verified(directory, read, look=errors is None) if verifies else read()
+        value = _restored(question, contents, look=errors is None)
     except Exception as error:  # noqa: BLE001 - Raised below, or put where it is waited for.
         failure = error
+        question.recorder.note(error=error)
     if errors is not None:
         errors += [failure] if failure is not None else []
-        return getattr(args, "item", None) if failure is not None else value
+        return getattr(question.args, "item", None) if failure is not None else value
     # Who did not fail would wait for the others in Orbax's barrier.
-    asks = verifies and is_shared
+    asks = question.verifies and question.is_shared
     failed = consensus.which_processes(failure is not None) if asks else []
     if failure is not None:
         raise failure
     if failed:
-        raise RestoreError(f"{directory} was not restored: process {failed[0]} failed; see there.")
+        where = question.directory
+        raise RestoreError(f"{where} was not restored: process {failed[0]} failed; see there.")
     return value
 
 
-def _verified(directory: Any, read: Callable[[], Any], *, look: bool) -> Any:
+def _restored(question: Question, contents: Contents | None, *, look: bool) -> Any:
     # With several processes one looks for another step: each would read all of it.
     look = look and jax.process_index() == 0
-    place = str(directory)
-    stored = StoredItem(place)
-    if not stored.is_covered:
-        return read()
-    raise_corrupt(place, [*stored.problems, *stored.check_files()], look=look)
-    for problem in step_metadata.check_beside(place) if jax.process_index() == 0 else ():
-        _LOG.warning("Of the step of %s, %s. The item itself is whole.", place, problem)
+    place = str(question.directory)
+    stored = StoredItem(place) if question.verifies else None
+    if stored is not None and stored.is_covered:
+        raise_corrupt(place, [*stored.problems, *stored.check_files()], look=look)
+        for problem in step_metadata.check_beside(place) if jax.process_index() == 0 else ():
+            _LOG.warning("Of the step of %s, %s. The item itself is whole.", place, problem)
+    else:
+        stored = None
     try:
-        value = read()
-    except Exception as error:
-        raise_corrupt(place, _reasons(stored, error), error, look=look)
+        with explained(question.metadata, question.directory, question.args):
+            found = restore_either_way(question, contents, stored)
+    except CorruptCheckpointError:
         raise
-    raise_corrupt(place, check_restored(stored, handed_in.named_leaves(value)), look=look)
-    return value
+    except Exception as error:
+        if stored is not None:
+            raise_corrupt(place, _reasons(stored, error), error, look=look)
+        raise
+    question.recorder.mark("on_device")
+    if question.recorder.is_by_plan:
+        done = question.recorder.timeline
+        metrics.record_read(place, done.bytes_wanted, done.on_device_s or 0.0)
+    if stored is not None:
+        problems = [explain(stored, piece) for piece in found.wrong]
+        problems = problems or check_restored(stored, found.unchecked())
+        raise_corrupt(place, problems, look=look)
+        question.recorder.mark("verified")
+    return found.value
 
 
 def _reasons(stored: StoredItem, error: Exception) -> list[Problem]:

@@ -33,14 +33,18 @@ class Files:
 
     Attributes:
         names: of the files that describe an array, as paths relative to the directory.
-        count: the number of files.
-        longest_chunk: the largest of the other files further down, and its bytes; a chunk in plain
-            Zarr.
+        sizes: the bytes of each file, by the same kind of path.
     """
 
     names: frozenset[str]
-    count: int
-    longest_chunk: tuple[str, int]
+    sizes: dict[str, int]
+
+    @property
+    def longest_chunk(self) -> tuple[str, int]:
+        """The largest of the other files further down, a chunk in plain Zarr, and its bytes."""
+        chunks = ((s, n) for n, s in self.sizes.items() if "/" in n and n not in self.names)
+        size, name = max(chunks, default=(0, ""))
+        return name, size
 
 
 def survey(directory: str, metadata_names: frozenset[str]) -> Files:
@@ -53,7 +57,7 @@ def survey(directory: str, metadata_names: frozenset[str]) -> Files:
     Raises:
         MalformedCheckpointError: there is something else than files and directories.
     """
-    names, count, longest = set(), 0, ("", 0)
+    names, sizes = set(), {}
     seen: set[tuple[int, int]] = set()
     pending = [""]
     while pending:
@@ -67,12 +71,10 @@ def survey(directory: str, metadata_names: frozenset[str]) -> Files:
                     seen.add((status.st_dev, status.st_ino))
                     pending.append(name)
                 continue
-            count += 1
+            sizes[name] = status.st_size
             if entry.name in metadata_names:
                 names.add(name)
-            elif folder and status.st_size > longest[1]:
-                longest = (name, status.st_size)
-    return Files(frozenset(names), count, longest)
+    return Files(frozenset(names), sizes)
 
 
 def _status(entry: os.DirEntry[str], path: str) -> os.stat_result:

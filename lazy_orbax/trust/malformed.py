@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import tensorstore as ts
 from etils import epath
 
 from lazy_orbax import _paths
@@ -20,9 +19,10 @@ from lazy_orbax._machine import memory_bytes
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.errors import MalformedCheckpointError
 from lazy_orbax.storage.places import place_of
-from lazy_orbax.trust import ocdbt_nodes, sidecar_json, tree_file, zarr_arrays
-from lazy_orbax.trust.declared_sizes import Arrays, refuse_oversize
-from lazy_orbax.trust.files import Files, brief, read_small, survey
+from lazy_orbax.trust import sidecar_json, tree_file
+from lazy_orbax.trust.contents import ZARR_NAMES, Contents, contents_of
+from lazy_orbax.trust.declared_sizes import refuse_oversize
+from lazy_orbax.trust.files import brief, read_small, survey
 
 # Parsed JSON takes up to 25 times its text: this is a tenth of memory. `_METADATA` has about 220
 # bytes a leaf, and 16 MiB are 76,000 leaves.
@@ -32,16 +32,18 @@ _JSON_SHARE = 256
 _SHARDING_SHARE = 32
 # Small arrays are in the file of older checkpoints itself.
 _AGGREGATE_SHARE = 8
-_ZARR_NAMES = frozenset({_paths.ZARR_V2, _paths.ZARR_V3})
 _AGGREGATE_FILE = "checkpoint"
 
-# The directory that a face has checked already, while it restores through the handler inside.
-_CHECKED: contextvars.ContextVar[str] = contextvars.ContextVar("lazy_orbax_checked", default="")
+
+# What a face has checked already, while it restores through the handler inside.
+_CHECKED: contextvars.ContextVar[Contents | None] = contextvars.ContextVar(
+    "lazy_orbax_checked", default=None
+)
 
 
 @contextlib.contextmanager
-def checked(directory: Any, args: Any, aggregate: str | None = None) -> Iterator[None]:
-    """Refuses a malformed checkpoint once, whatever is nested within.
+def checked(directory: Any, args: Any, aggregate: str | None = None) -> Iterator[Contents | None]:
+    """Refuses a malformed checkpoint once, whatever is nested within. Gives what it holds.
 
     Args:
         directory: the item's directory.
@@ -51,13 +53,14 @@ def checked(directory: Any, args: Any, aggregate: str | None = None) -> Iterator
     Raises:
         MalformedCheckpointError: it is not a checkpoint that Orbax wrote.
     """
-    if _CHECKED.get() == str(directory):
-        yield
+    known = _CHECKED.get()
+    if known is not None and known.directory == str(directory):
+        yield known
         return
-    refuse_malformed(directory, args, aggregate or _AGGREGATE_FILE)
-    token = _CHECKED.set(str(directory))
+    contents = refuse_malformed(directory, args, aggregate or _AGGREGATE_FILE)
+    token = _CHECKED.set(contents)
     try:
-        yield
+        yield contents
     except Exception as error:
         if str(directory) not in str(error):
             error.add_note(f"This was while reading the checkpoint {directory}.")
@@ -66,7 +69,9 @@ def checked(directory: Any, args: Any, aggregate: str | None = None) -> Iterator
         _CHECKED.reset(token)
 
 
-def refuse_malformed(directory: Any, args: Any, aggregate: str = _AGGREGATE_FILE) -> None:
+def refuse_malformed(
+    directory: Any, args: Any, aggregate: str = _AGGREGATE_FILE
+) -> Contents | None:
     """Checks the files of an item, what they declare, and whether this machine could hold it.
 
     Args:
@@ -74,20 +79,25 @@ def refuse_malformed(directory: Any, args: Any, aggregate: str = _AGGREGATE_FILE
         args: what is to be restored; `None` for metadata alone.
         aggregate: the file in which older checkpoints keep small arrays.
 
+    Returns:
+        What it holds; `None` where there is no such directory.
+
     Raises:
         MalformedCheckpointError: it is not a checkpoint that Orbax wrote, or is too large for this
             machine and no target says that so much is wanted.
     """
     directory, place = epath.Path(directory), place_of(str(directory))
     if not place.may_be_there():
-        return
-    files = survey(place.directory, _ZARR_NAMES) if place.has_special_files else None
+        return None
+    files = survey(place.directory, ZARR_NAMES) if place.has_special_files else None
     limit_bytes = max(_LEAST_JSON_BYTES, memory_bytes() // _JSON_SHARE)
     _check_aggregate(directory, aggregate, memory_bytes() // _AGGREGATE_SHARE)
-    tree = _check_json(directory, limit_bytes, args)
-    arrays = _declared(directory, files, tree)
+    tree, keys = _check_json(directory, limit_bytes, args)
+    contents = contents_of(directory, place.kvstore, files, tree, keys)
+    arrays = contents.declared()
     names = arrays.declared.keys() & tree.leaves.keys() if tree else arrays.declared.keys()
     refuse_oversize(directory, arrays, set(names), args)
+    return contents
 
 
 def _check_aggregate(directory: epath.Path, name: str, limit_bytes: int) -> None:
@@ -108,13 +118,19 @@ def _check_aggregate(directory: epath.Path, name: str, limit_bytes: int) -> None
         ) from error
 
 
-def _check_json(directory: epath.Path, limit_bytes: int, args: Any) -> tree_file.Tree | None:
-    """Checks those of Orbax's JSON files that will be read."""
+def _check_json(
+    directory: epath.Path, limit_bytes: int, args: Any
+) -> tuple[tree_file.Tree | None, dict[str, str]]:
+    """Checks those of Orbax's JSON files that will be read.
+
+    Returns:
+        What `_METADATA` says, and the kinds of the leaves that are typed PRNG keys, by name.
+    """
 
     def content(name: str, most_bytes: int = limit_bytes) -> bytes | None:
         return read_small(directory, name, most_bytes)
 
-    tree = None
+    tree, keys = None, dict[str, str]()
     if (found := content(_paths.TREE)) is not None:
         path = directory / _paths.TREE
         tree = tree_file.check_tree(found, path)
@@ -125,12 +141,12 @@ def _check_json(directory: epath.Path, limit_bytes: int, args: Any) -> tree_file
     for path in (directory / _paths.ARRAY_METADATAS).glob("process_*"):
         name = f"{_paths.ARRAY_METADATAS}/{path.name}"
         if (found := content(name)) is not None:
-            sidecar_json.check_array_metadatas(found, path)
+            keys |= sidecar_json.check_array_metadatas(found, path)
     strings = [name for name, kind in (tree.leaves if tree else {}).items() if kind == "string"]
     if strings and (found := content(_paths.STRINGS)) is not None:
         path = directory / _paths.STRINGS
         sidecar_json.check_strings(found, path, strings)
-    return tree
+    return tree, keys
 
 
 def _needs_shardings(args: Any) -> bool:
@@ -143,56 +159,3 @@ def _needs_shardings(args: Any) -> bool:
         and getattr(leaf, "mesh", None) is None
         for leaf in leaves
     )
-
-
-def _declared(directory: epath.Path, files: Files | None, tree: tree_file.Tree | None) -> Arrays:
-    base = place_of(str(directory)).kvstore
-    # Orbax goes by `_METADATA`, and by the manifest where that does not say.
-    if tree is None or tree.use_ocdbt is not False:
-        suffixes = tuple(f"/{name}" for name in _ZARR_NAMES)
-        database = ocdbt_nodes.contents(directory, base, suffixes)
-        if database is not None:
-            where = directory / _paths.MANIFEST
-            found = zarr_arrays.declared_by_all(
-                database.metadata.items(), lambda key: f"{where}, key {brief(key)}"
-            )
-            return Arrays(found, database.keys, database.longest_value)
-    if tree is not None:
-        _refuse_paths(directory, tree)
-    if files is not None:
-        names = [name for name in files.names if name.rpartition("/")[2] in _ZARR_NAMES]
-    else:
-        leaves = tree.leaves if tree else {}
-        names = [f"{leaf}/{name}" for leaf in leaves for name in _ZARR_NAMES]
-    contents = _contents(directory, base, names, files is not None)
-    found = zarr_arrays.declared_by_all(contents, lambda name: str(directory / name))
-    count, longest = (files.count, files.longest_chunk) if files else (None, ("", 0))
-    return Arrays(found, count, longest)
-
-
-def _contents(
-    directory: epath.Path, base: ts.KvStore, names: Iterable[str], one_by_one: bool
-) -> Iterator[tuple[str, bytes]]:
-    """Yields what there is of some small files: one after the other, or all requests at once."""
-    if one_by_one:
-        for name in names:
-            if (
-                content := read_small(directory, name, zarr_arrays.MOST_METADATA_BYTES)
-            ) is not None:
-                yield name, content
-        return
-    reads = [(name, base.read(name)) for name in names]
-    for name, read in reads:
-        if (result := read.result()).state == "value":
-            yield name, bytes(result.value)
-
-
-def _refuse_paths(directory: epath.Path, tree: tree_file.Tree) -> None:
-    """In plain Zarr a name is a path."""
-    problems = [
-        f"leaf {brief(name)}: found a path out of the directory, wanted one within"
-        for name in tree.leaves
-        if name.startswith("/") or "\0" in name or ".." in name.split("/")
-    ]
-    if problems:
-        raise MalformedCheckpointError.of(directory / _paths.TREE, problems)

@@ -8,8 +8,9 @@ bounded here from the headers of its zstd blocks, before TensorStore decodes it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import urllib.parse
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorstore as ts
 from etils import epath
@@ -31,18 +32,26 @@ _HEADER_BYTES = 12  # The magic value and the length, before the version and the
 _CHECKSUM_BYTES = 4
 
 
+class Extent(NamedTuple):
+    """Where a value lies: a file of the item's directory, and bytes of it."""
+
+    file: str
+    offset: int
+    length: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Database:
     """What the newest version of a database holds.
 
     Attributes:
         metadata: content of the keys that describe an array, by key.
-        keys: how many there are.
+        values: the other keys: where their values lie, or the value itself if it is a short one.
         longest_value: the key of the longest value that is not a description, and its bytes.
     """
 
     metadata: dict[str, bytes]
-    keys: int
+    values: dict[str, Extent | bytes]
     longest_value: tuple[str, int]
 
 
@@ -69,9 +78,11 @@ def contents(directory: epath.Path, base: ts.KvStore, suffixes: tuple[str, ...])
 class _Reader:
     def __init__(self, directory: epath.Path, base: ts.KvStore, suffixes: tuple[bytes, ...]):
         self._directory, self._base, self._suffixes = directory, base, suffixes
-        self._keys, self._longest, self._tree_bytes = 0, ("", 0), 0
+        self._longest, self._tree_bytes = ("", 0), 0
         self._inline: dict[bytes, bytes] = {}
         self._elsewhere: dict[bytes, str] = {}
+        self._values: dict[str, Extent | bytes] = {}
+        self._file_of = functools.cache(functools.partial(_file, directory))
 
     def read(self, manifest: bytes) -> Database:
         where = self._directory / _paths.MANIFEST
@@ -97,7 +108,7 @@ class _Reader:
                     pending.append((entry["location"], height - 1, inner))
                 else:
                     self._take(key, entry)
-        return Database(self._descriptions(), self._keys, self._longest)
+        return Database(self._descriptions(), self._values, self._longest)
 
     def _node(self, location: str, height: int) -> dict[str, Any]:
         name, offset, length = _place(location, self._directory)
@@ -134,16 +145,20 @@ class _Reader:
         return bytes(found.value)
 
     def _take(self, key: bytes, entry: dict[str, Any]) -> None:
-        self._keys += 1
         if key.endswith(self._suffixes):
             if "inline_value" in entry:
                 self._inline[key] = bytes(entry["inline_value"])
             else:
                 self._elsewhere[key] = entry["indirect_value"]
-        elif "indirect_value" in entry:
-            length = int(entry["indirect_value"].rpartition(":")[2])
-            if length > self._longest[1]:
-                self._longest = (key.decode(errors="backslashreplace"), length)
+            return
+        name = key.decode(errors="backslashreplace")
+        if "inline_value" in entry:
+            self._values[name] = bytes(entry["inline_value"])
+            return
+        file, offset, length = entry["indirect_value"].rsplit(":", 2)
+        self._values[name] = found = Extent(self._file_of(file), int(offset), int(length))
+        if found.length > self._longest[1]:
+            self._longest = (name, found.length)
 
     def _descriptions(self) -> dict[str, bytes]:
         found = dict(self._inline)
@@ -157,15 +172,21 @@ class _Reader:
         return {key.decode(errors="backslashreplace"): value for key, value in found.items()}
 
 
-def _place(location: str, directory: epath.Path) -> tuple[str, int, int]:
+def _place(location: str, directory: epath.Path) -> Extent:
     """Returns the file, the offset and the length that a location means."""
-    _, folder, name, offset, length = location.split(":")
+    file, offset, length = location.rsplit(":", 2)
+    return Extent(_file(directory, file), int(offset), int(length))
+
+
+def _file(directory: epath.Path, location: str) -> str:
+    """Returns the file that a location without its offset and length means."""
+    _, folder, name = location.split(":")
     path = urllib.parse.unquote(folder) + urllib.parse.unquote(name)
     if path.startswith("/") or "\0" in path or {"", ".", ".."} & set(path.split("/")):
         raise MalformedCheckpointError(
             directory / _paths.MANIFEST, f"data file {brief(path)}", "a file of this directory"
         )
-    return path, int(offset), int(length)
+    return path
 
 
 def _bound_node(node: bytes, where: Any) -> None:

@@ -7,12 +7,14 @@ import re
 import sys
 from typing import Any
 
+from lazy_orbax._orbax.restored_kinds import DICT, EMPTY, SEQUENCE
 from lazy_orbax.trust.bounded_json import Complain, Complaints, is_shape, parse_json
 
 # JAX and Python walk trees recursively. Without a limit of Python's a stack of 8 MiB would overflow
 # at some 30 000 levels.
 _MOST_LEVELS = 10_000
-_SEQUENCE, _DICT = 1, 2
+
+Path = tuple[tuple[int, str], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +23,20 @@ class Tree:
 
     Attributes:
         leaves: the type that each leaf is restored as, by the name it is stored under.
+        paths: the name that each leaf is stored under, by its path: for each key whether it is one
+            of a sequence (1) or of a dictionary (2), and its text.
         use_ocdbt: whether arrays are in OCDBT; `None` where it does not say.
+        use_zarr3: whether they are in Zarr's third version; `None` where it does not say.
+        stores_fill_values: whether every chunk is stored: a missing one is lost.
+        is_rich: whether there is a second form of the tree, with its containers' classes.
     """
 
     leaves: dict[str, str]
+    paths: dict[Path, str]
     use_ocdbt: bool | None
+    use_zarr3: bool | None
+    stores_fill_values: bool
+    is_rich: bool
 
 
 def check_tree(content: bytes, file: Any) -> Tree:
@@ -47,6 +58,7 @@ def check_tree(content: bytes, file: Any) -> Tree:
         complain("tree_metadata", entries, "a JSON object")
         entries = {}
     leaves: dict[str, str] = {}
+    paths: dict[Path, str] = {}
     root: dict[Any, Any] = {}
     for keypath, entry in entries.items():
         if not isinstance(entry, dict):
@@ -58,12 +70,20 @@ def check_tree(content: bytes, file: Any) -> Tree:
             complain((keypath, "key_metadata"), keys, "a key: there are other leaves")
         elif keys is not None and value_type is not None:
             _place(root, keys)
-            leaves[".".join(name for _, name in keys)] = value_type
+            name = paths[tuple(keys)] = ".".join([key for _, key in keys])
+            leaves[name] = value_type
     _check_containers(root, complain)
     rich = metadata.get("value_metadata_tree")
     _check_rich(parse_json(rich, file, object) if isinstance(rich, str) else rich, complain)
     complain.raise_all()
-    return Tree(leaves, metadata.get("use_ocdbt"))
+    return Tree(
+        leaves,
+        paths,
+        metadata.get("use_ocdbt"),
+        metadata.get("use_zarr3"),
+        stores_fill_values=metadata.get("store_array_data_equal_to_fill_value") is True,
+        is_rich=rich is not None,
+    )
 
 
 def _check_keys(keys: Any, keypath: str, complain: Complain) -> list[tuple[int, str]] | None:
@@ -78,11 +98,11 @@ def _check_keys(keys: Any, keypath: str, complain: Complain) -> list[tuple[int, 
             not isinstance(name, str)
             or re.search("[\ud800-\udfff]", name)
             or type(kind) is not int
-            or kind not in (_SEQUENCE, _DICT)
+            or kind not in (SEQUENCE, DICT)
         ):
             complain((keypath, "key_metadata"), key, "a key of a dictionary or a sequence")
             return None
-        if kind == _SEQUENCE and not (name.isascii() and name.isdigit() and len(name) < 19):
+        if kind == SEQUENCE and not (name.isascii() and name.isdigit() and len(name) < 19):
             complain((keypath, "key_metadata"), name, "the position in a sequence")
             return None
         path.append((kind, name))
@@ -105,7 +125,7 @@ def _check_value(value: Any, keypath: str, complain: Complain) -> str | None:
         complain((keypath, "value_type"), value_type, "the name of a type")
     if "write_shape" in value and not is_shape(value["write_shape"]):
         complain((keypath, "write_shape"), value["write_shape"], "a list of sizes")
-    return "None" if skip is True else str(value_type)
+    return "None" if skip is True and value_type not in EMPTY else str(value_type)
 
 
 def _place(root: dict[Any, Any], keys: list[tuple[int, str]]) -> None:
@@ -120,7 +140,7 @@ def _check_containers(root: dict[Any, Any], complain: Complain) -> None:
     pending = [("the tree", root)]
     while pending:
         name, node = pending.pop()
-        positions = sorted(int(name) for kind, name in node if kind == _SEQUENCE)
+        positions = sorted(int(name) for kind, name in node if kind == SEQUENCE)
         if positions and positions != list(range(len(node))):
             found = [name for _, name in node]
             complain((name, "keys"), found, "one kind of key, and positions without gaps")

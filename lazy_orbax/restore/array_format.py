@@ -1,0 +1,147 @@
+"""How a stored array is cut into chunks, and whether a chunk is stored as it lies in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import struct
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from lazy_orbax import _paths
+from lazy_orbax.plan.boxes import Shape
+from lazy_orbax.trust.contents import Contents
+
+# They have less than a byte an element, or not every byte is one.
+_ENCODED_DTYPES = frozenset({"bool", "int2", "int4", "uint2", "uint4"})
+# Behind the only chunk of a Zarr v3 shard: where it starts, its length, and a checksum of these.
+_INDEX_BYTES = 20
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ArrayFormat:
+    """What the metadata of an array says of its chunks.
+
+    Attributes:
+        driver: TensorStore's name of the format, `zarr` or `zarr3`.
+        metadata: the metadata itself, as JSON values.
+        shape: of the array.
+        chunk: shape of its chunks.
+        dtype: of its elements.
+        is_plain: whether the elements of a chunk are stored as they lie in memory, in C order.
+        tail: what follows them then.
+    """
+
+    driver: str
+    metadata: dict[str, Any]
+    shape: Shape
+    chunk: Shape
+    dtype: np.dtype
+    is_plain: bool
+    tail: bytes = b""
+
+    @functools.cached_property
+    def chunk_bytes(self) -> int:
+        """Size of a chunk in memory, in bytes."""
+        return math.prod(self.chunk) * self.dtype.itemsize
+
+    def key(self, position: Shape) -> str:
+        """Returns the key of a chunk below the array's own."""
+        if self.driver == "zarr":
+            separator, first = self.metadata.get("dimension_separator", "."), []
+        else:
+            encoding = self.metadata["chunk_key_encoding"]
+            is_v2 = encoding["name"] == "v2"
+            default = "." if is_v2 else "/"
+            separator = encoding.get("configuration", {}).get("separator", default)
+            first = [] if is_v2 else ["c"]
+        return separator.join([*first, *map(str, position)]) or "0"
+
+
+@functools.lru_cache(maxsize=4096)
+def format_of(content: bytes, *, zarr3: bool) -> ArrayFormat:
+    """Returns what the metadata of an array says, which was checked to be that.
+
+    Args:
+        content: of `.zarray` or `zarr.json`.
+        zarr3: whether it is the latter.
+
+    Raises:
+        ValueError: it is of no dtype that TensorStore knows, or has an unknown form.
+        KeyError: a field is missing.
+    """
+    found = json.loads(content)
+    if not zarr3:
+        dtype = _dtype_of_v2(found["dtype"])
+        plain = found["order"] == "C" and not found.get("filters") and found["compressor"] is None
+        plain = plain and dtype.byteorder != ">"
+        return _format("zarr", found, found["chunks"], dtype, is_plain=plain, tail=b"")
+    dtype = ts.dtype(found["data_type"]).numpy_dtype
+    chunk = found["chunk_grid"]["configuration"]["chunk_shape"]
+    tail = _tail(found["codecs"], chunk, dtype)
+    return _format("zarr3", found, chunk, dtype, is_plain=tail is not None, tail=tail or b"")
+
+
+def formats_of(contents: Contents) -> dict[str, ArrayFormat]:
+    """Returns how each array of an item is stored, by its leaf.
+
+    Raises:
+        ValueError: see `format_of`.
+        KeyError: see `format_of`.
+    """
+    zarr3 = contents.tree is not None and bool(contents.tree.use_zarr3)
+    end = f"/{_paths.ZARR_V3 if zarr3 else _paths.ZARR_V2}"
+    return {
+        path[: -len(end)]: format_of(content, zarr3=zarr3)
+        for path, content in contents.descriptions.items()
+        if path.endswith(end)
+    }
+
+
+def _format(
+    driver: str, found: dict[str, Any], chunk: Any, dtype: np.dtype, *, is_plain: bool, tail: bytes
+) -> ArrayFormat:
+    is_plain = is_plain and dtype.name not in _ENCODED_DTYPES
+    shape = tuple(found["shape"])
+    return ArrayFormat(driver, found, shape, tuple(chunk), dtype, is_plain, tail)
+
+
+def _dtype_of_v2(name: str) -> np.dtype:
+    return np.dtype(name) if name[0] in "<>|" else ts.dtype(name).numpy_dtype
+
+
+def _tail(codecs: list[Any], chunk: list[int], dtype: np.dtype) -> bytes | None:
+    """Returns what follows the elements of a chunk; `None` if they are encoded in some way."""
+    if len(codecs) != 1:
+        return None
+    (codec,) = codecs
+    if _is_little(codec):
+        return b""
+    inner = codec.get("configuration", {})
+    is_one = codec.get("name") == "sharding_indexed" and inner.get("chunk_shape") == chunk
+    at_end = inner.get("index_location", "end") == "end"
+    index = [one.get("name") for one in inner.get("index_codecs", ())]
+    simple = len(inner.get("codecs", ())) == 1 and _is_little(inner["codecs"][0])
+    if not (is_one and at_end and simple and index == ["bytes", "crc32c"]):
+        return None
+    fields = struct.pack("<QQ", 0, math.prod(chunk) * dtype.itemsize)
+    return fields + struct.pack("<I", _crc32c(fields))
+
+
+def _is_little(codec: dict[str, Any]) -> bool:
+    endian = codec.get("configuration", {}).get("endian", "little")
+    return codec.get("name") == "bytes" and endian == "little"
+
+
+def _crc32c(data: bytes) -> int:
+    """Returns the checksum of a few bytes (Castagnoli, as in RFC 3720)."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF

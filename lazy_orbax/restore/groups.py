@@ -1,0 +1,109 @@
+"""Host memory for what is read: slabs, each for some leaves, in which shards lie side by side.
+
+On CPU devices an array takes the memory as it is: a slab lives as long as one of its arrays. So
+slabs are small, a large leaf has one of its own, and large subtrees at the top have their own. For
+other devices a slab is staging: it is given back when its arrays are on their devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+from lazy_orbax.plan.boxes import Box
+from lazy_orbax.restore.reader import Target, aligned, rounded_up
+from lazy_orbax.restore.wanted import Wanted, shards_of
+
+_SLAB_BYTES = 2**24
+LARGE_BYTES = 2**22
+"""Such a leaf has a slab of its own."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Member:
+    """A leaf in a slab.
+
+    Attributes:
+        wanted: the leaf.
+        boxes: what is needed of it.
+        first: where in the slab the first box starts.
+        step: from one box to the next, in bytes.
+    """
+
+    wanted: Wanted
+    boxes: tuple[Box, ...]
+    first: int
+    step: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Group:
+    """Leaves that share a slab.
+
+    Attributes:
+        members: the leaves.
+        n_bytes: size of the slab.
+    """
+
+    members: tuple[Member, ...]
+    n_bytes: int
+
+    @property
+    def stored_bytes(self) -> int:
+        """How many bytes its leaves need, in the dtype in which they are stored."""
+        return sum(
+            len(m.boxes) * math.prod(m.boxes[0].shape) * (m.wanted.form or m.wanted).dtype.itemsize
+            for m in self.members
+            if m.boxes
+        )
+
+
+def grouped(families: Iterable[Sequence[Wanted]]) -> Iterator[Group]:
+    """Divides leaves into groups, in their order.
+
+    Args:
+        families: the leaves; those of a family come into one group.
+    """
+    members: list[Member] = []
+    done, subtree = 0, None
+    for family in families:
+        mine, end = _placed(family, done)
+        top, n_bytes = family[0].name.partition(".")[0], end - done
+        apart = (top != subtree and done >= LARGE_BYTES) or n_bytes >= LARGE_BYTES
+        if members and (apart or end > _SLAB_BYTES):
+            yield Group(tuple(members), done)
+            members = []
+            mine, end = _placed(family, 0)
+        members += mine
+        done, subtree = end, top
+    if members:
+        yield Group(tuple(members), done)
+
+
+def _placed(family: Sequence[Wanted], first: int) -> tuple[list[Member], int]:
+    """Returns leaves in a slab, from a place on, and where they end."""
+    members = []
+    for leaf in family:
+        boxes = shards_of(leaf.sharding, leaf.shape).boxes
+        step = rounded_up(math.prod(boxes[0].shape) * leaf.dtype.itemsize) if boxes else 0
+        members.append(Member(leaf, boxes, first, step))
+        first += step * len(boxes)
+    return members, first
+
+
+def targets_of(group: Group) -> list[tuple[Target, ...]]:
+    """Returns memory for each box of each leaf of a group."""
+    slab = aligned(group.n_bytes)
+    memory = memoryview(slab)
+    found = []
+    for member in group.members:
+        leaf, targets, start = member.wanted, [], member.first
+        is_same = leaf.form is not None and leaf.dtype == leaf.form.dtype
+        for box in member.boxes:
+            stop = start + math.prod(box.shape) * leaf.dtype.itemsize
+            array = slab[start:stop].view(leaf.dtype).reshape(box.shape)
+            targets.append(Target(array, memory[start:stop] if is_same else None))
+            start += member.step
+        found.append(tuple(targets))
+    return found

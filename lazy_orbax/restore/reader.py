@@ -1,0 +1,255 @@
+"""Reads chunks that are stored as they lie in memory: few large reads, straight to where they go.
+
+Neighbours in a file are read at once and scattered. The digest of each chunk is taken while it is
+in the processor's cache. What is encoded in some way is read in `decoder.py`.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorstore as ts
+
+from lazy_orbax.integrity import digest
+from lazy_orbax.integrity.stored_item import Piece
+from lazy_orbax.plan.reads import ChunkRead, Run, coalesced, rows_of
+from lazy_orbax.restore.array_format import ArrayFormat
+from lazy_orbax.restore.source import Source
+from lazy_orbax.storage.threads import Crew
+from lazy_orbax.trust.ocdbt_nodes import Extent
+
+# A chunk with more bytes is read, hashed and put in its place in parts of this size.
+_LARGE_BYTES = 2**22
+_PART_BYTES = 2**20
+ALIGNMENT = 64
+
+
+class Target(NamedTuple):
+    """Where a wanted box goes.
+
+    Attributes:
+        array: of the box's shape, in the dtype that is wanted.
+        memory: the same as bytes, where it is one piece of memory in the dtype that is stored.
+    """
+
+    array: np.ndarray
+    memory: memoryview | None
+
+
+class Chunk(NamedTuple):
+    """A chunk that is to be read.
+
+    Attributes:
+        leaf: the leaf it is of.
+        format: how that is stored.
+        read: which chunk, and what of it goes where.
+        targets: the wanted boxes.
+        digest: what it should be; `None` where nobody knows, or it is looked at later.
+    """
+
+    leaf: str
+    format: ArrayFormat
+    read: ChunkRead
+    targets: Sequence[Target]
+    digest: int | None
+
+    @property
+    def piece(self) -> Piece:
+        """What was saved there, where there is a digest of it."""
+        assert self.digest is not None
+        return Piece(self.leaf, self.read.box, self.digest)
+
+    @property
+    def place(self) -> memoryview | None:
+        """The memory to which it goes as it is; `None` if it does not."""
+        offset = self.read.offset
+        if offset is None:
+            return None
+        memory = self.targets[self.read.placed[0].wanted].memory
+        return None if memory is None else memory[offset : offset + self.format.chunk_bytes]
+
+
+class Reader:
+    """Reads, in several threads. What it was given to read is there when `futures` are done."""
+
+    def __init__(self, source: Source):
+        self._source = source
+        self._crew = Crew("lazy_orbax-restore", source.concurrency)
+
+    def start(self, chunks: Iterable[tuple[Chunk, Extent]]) -> list[Any]:
+        """Starts to read plain chunks.
+
+        Args:
+            chunks: each with where it lies.
+
+        Returns:
+            Futures of lists of the pieces that are not what was saved.
+
+        Raises:
+            ValueError: two lie on top of each other, or one has not the length that it should have.
+        """
+        by_file: dict[str, list[tuple[Chunk, Extent]]] = collections.defaultdict(list)
+        for chunk, extent in chunks:
+            length = chunk.format.chunk_bytes + len(chunk.format.tail)
+            if extent.length != length:
+                raise ValueError(
+                    f"leaf {chunk.leaf}, chunk {list(chunk.read.position)}: found {extent.length} "
+                    f"bytes, wanted {length}"
+                )
+            by_file[extent.file].append((chunk, extent))
+        futures = []
+        for file, members in by_file.items():
+            runs = coalesced(
+                [(extent.offset, extent.length) for _, extent in members],
+                gap_bytes=self._source.gap_bytes,
+                most_bytes=self._source.run_bytes,
+                most_members=self._source.most_buffers // 3,
+            )
+            for run in runs:
+                large = len(run.members) == 1 and run.stop - run.start > _LARGE_BYTES
+                work = self._read_large if large else self._read_run
+                futures.append(self._crew.submit(work, file, run, members))
+        return futures
+
+    def close(self) -> None:
+        """Waits for the threads, and closes files."""
+        self._crew.close(None)
+        self._source.close()
+
+    def _read_run(self, file: str, run: Run, members: list[tuple[Chunk, Extent]]) -> list[Piece]:
+        mine = [members[i] for i in run.members]
+        places = [chunk.place for chunk, _ in mine]
+        elsewhere = [
+            c.format.chunk_bytes for (c, _), p in zip(mine, places, strict=True) if p is None
+        ]
+        spare = memoryview(aligned(sum(map(rounded_up, elsewhere))))
+        gap = memoryview(bytearray(self._source.gap_bytes))
+        buffers, tails, memories, position = [], [], [], run.start
+        for (chunk, extent), place in zip(mine, places, strict=True):
+            if extent.offset > position:
+                buffers.append(gap[: extent.offset - position])
+            n_bytes = chunk.format.chunk_bytes
+            memory = spare[:n_bytes] if place is None else place
+            if place is None:
+                spare = spare[rounded_up(n_bytes) :]
+            memories.append(memory)
+            buffers.append(memory)
+            if chunk.format.tail:
+                tails.append((chunk, tail := bytearray(len(chunk.format.tail))))
+                buffers.append(memoryview(tail))
+            position = extent.offset + extent.length
+        self._source.read(file, run.start, buffers)
+        for chunk, tail in tails:
+            check_tail(chunk, tail)
+        found = [
+            arrived(chunk, memory, in_place=place is not None)
+            for (chunk, _), memory, place in zip(mine, memories, places, strict=True)
+        ]
+        return [wrong for wrong in found if wrong is not None]
+
+    def _read_large(self, file: str, run: Run, members: list[tuple[Chunk, Extent]]) -> list[Piece]:
+        (chunk, extent) = members[run.members[0]]
+        hasher = digest.hasher() if chunk.digest is not None else None
+        place, done = chunk.place, 0
+        if place is not None:
+            for part in range(0, len(place), _PART_BYTES):
+                memory = place[part : part + _PART_BYTES]
+                self._source.read(file, extent.offset + part, [memory])
+                if hasher is not None:
+                    hasher.update(memory)
+            done = len(place)
+        else:
+            done = self._scatter_rows(file, extent, chunk, hasher)
+        if chunk.format.tail:
+            tail = bytearray(len(chunk.format.tail))
+            self._source.read(file, extent.offset + done, [memoryview(tail)])
+            check_tail(chunk, tail)
+        wrong = hasher is not None and hasher.intdigest() != chunk.digest
+        return [chunk.piece] if wrong else []
+
+    def _scatter_rows(self, file: str, extent: Extent, chunk: Chunk, hasher: Any) -> int:
+        form, done = chunk.format, 0
+        memory = aligned(max(_PART_BYTES, form.dtype.itemsize))
+        for rows in rows_of(chunk.read, form.chunk, form.dtype.itemsize, _PART_BYTES):
+            n_bytes = math.prod(rows.box.shape) * form.dtype.itemsize
+            self._source.read(file, extent.offset + done, [memoryview(memory)[:n_bytes]])
+            done += n_bytes
+            data = memory[:n_bytes].view(form.dtype).reshape(rows.box.shape)
+            if hasher is not None and rows.kept is not None:
+                hasher.update(digest.bytes_of(data[rows.kept]))
+            for one in rows.placed:
+                put(chunk.targets[one.wanted].array[(*one.target, ...)], data[(*one.source, ...)])
+        return done
+
+
+def arrived(chunk: Chunk, memory: Any, *, in_place: bool) -> Piece | None:
+    """Looks at the bytes of a chunk, and puts them in their places if they are not there.
+
+    Args:
+        chunk: what they are of.
+        memory: the bytes.
+        in_place: whether they are where they go.
+    """
+    form, read = chunk.format, chunk.read
+    is_whole = read.box.shape == form.chunk
+    if is_whole and chunk.digest is not None and digest.digest_of_bytes(memory) != chunk.digest:
+        return chunk.piece
+    if in_place:
+        return None
+    data = np.frombuffer(memory, np.uint8).view(form.dtype).reshape(form.chunk)
+    if not is_whole:
+        data = data[tuple(slice(n) for n in read.box.shape)]
+    return scatter(chunk, data, is_checked=is_whole)
+
+
+def scatter(chunk: Chunk, data: np.ndarray, *, is_checked: bool) -> Piece | None:
+    """Puts what is wanted of a chunk in its places, if it is what was saved.
+
+    Args:
+        chunk: the chunk.
+        data: what of the array is in it, in the dtype that is stored.
+        is_checked: whether its digest is known to be right.
+    """
+    wrong = not is_checked and chunk.digest is not None and digest.digest_of(data) != chunk.digest
+    if wrong:
+        return chunk.piece
+    for one in chunk.read.placed:
+        put(chunk.targets[one.wanted].array[(*one.target, ...)], data[(*one.source, ...)])
+    return None
+
+
+def put(target: np.ndarray, data: np.ndarray) -> None:
+    """Copies an array into another one, and casts it as TensorStore does where it reads."""
+    if target.dtype == data.dtype:
+        np.copyto(target, data)
+    else:
+        ts.array(target).write(ts.cast(ts.array(data), ts.dtype(target.dtype))).result()
+
+
+def check_tail(chunk: Chunk, tail: bytearray) -> None:
+    """Checks what follows the elements of a chunk.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if tail != chunk.format.tail:
+        raise ValueError(
+            f"leaf {chunk.leaf}, chunk {list(chunk.read.position)}: found an index "
+            f"{bytes(tail)!r}, wanted {chunk.format.tail!r}"
+        )
+
+
+def aligned(n_bytes: int) -> np.ndarray:
+    """Returns uninitialised memory that starts where any dtype, and XLA, may have its elements."""
+    whole = np.empty(n_bytes + ALIGNMENT, np.uint8)
+    first = -whole.ctypes.data % ALIGNMENT
+    return whole[first : first + n_bytes]
+
+
+def rounded_up(n_bytes: int) -> int:
+    """Returns where the next thing may start behind so many bytes."""
+    return -(-n_bytes // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,126 @@
+"""Where the bytes of chunks come from: a local directory, or an object store."""
+
+# ruff: noqa: D102 - `Source` says what each does.
+
+from __future__ import annotations
+
+import abc
+import functools
+import os
+import threading
+from collections.abc import Sequence
+from typing import ClassVar
+
+from lazy_orbax.storage.place import Place
+
+_MEBIBYTE = 2**20
+
+
+class Source(abc.ABC):
+    """Files of an item, read in ranges.
+
+    Attributes:
+        concurrency: reads that are worth while at once.
+        gap_bytes: so much is rather read and thrown away than not read.
+        run_bytes: most bytes of a read.
+        most_buffers: most buffers of a read.
+        requests: how many reads there were.
+        n_bytes: how many bytes they were.
+    """
+
+    concurrency: ClassVar[int]
+    gap_bytes: ClassVar[int]
+    run_bytes: ClassVar[int]
+    most_buffers: ClassVar[int] = 1000  # Linux takes 1024.
+
+    def __init__(self) -> None:
+        self._counting = threading.Lock()
+        self.requests = self.n_bytes = 0
+
+    def read(self, file: str, start: int, buffers: Sequence[memoryview]) -> None:
+        """Fills buffers, one after the other.
+
+        Args:
+            file: its path relative to the item.
+            start: the first byte.
+            buffers: where the bytes go.
+
+        Raises:
+            OSError: the storage refused, or there is no such file.
+            ValueError: the file ends too early, or the object store refused.
+        """
+        n_bytes = sum(map(len, buffers))
+        with self._counting:
+            self.requests += 1
+            self.n_bytes += n_bytes
+        self._read(file, start, buffers, n_bytes)
+
+    @abc.abstractmethod
+    def _read(self, file: str, start: int, buffers: Sequence[memoryview], wanted: int) -> None: ...
+
+    def close(self) -> None:  # noqa: B027 - Most have nothing.
+        """Gives back what it holds."""
+
+
+class Directory(Source):
+    """A local directory."""
+
+    concurrency, gap_bytes, run_bytes = 4, 2**16, 4 * _MEBIBYTE
+
+    def __init__(self, directory: str):
+        super().__init__()
+        self._directory = directory
+        self._lock = threading.Lock()
+        self._open = functools.cache(self._opened)
+        self._files: list[int] = []
+
+    def _read(self, file: str, start: int, buffers: Sequence[memoryview], wanted: int) -> None:
+        with self._lock:
+            descriptor = self._open(file)
+        done = os.preadv(descriptor, buffers, start) if wanted else 0
+        while done < wanted:  # Of a long read the system may give a part.
+            left, skip = [], done
+            for buffer in buffers:
+                if skip < len(buffer):
+                    left.append(buffer[skip:])
+                skip = max(0, skip - len(buffer))
+            more = os.preadv(descriptor, left, start + done)
+            if more == 0:
+                raise ValueError(f"{file} ends before byte {start + wanted}")
+            done += more
+
+    def _opened(self, file: str) -> int:
+        path = os.path.join(self._directory, file)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        self._files.append(descriptor)
+        return descriptor
+
+    def close(self) -> None:
+        with self._lock:
+            while self._files:
+                os.close(self._files.pop())
+            self._open.cache_clear()
+
+
+class Bucket(Source):
+    """A directory in an object store: each read is a request."""
+
+    concurrency, gap_bytes, run_bytes = 16, _MEBIBYTE, 16 * _MEBIBYTE
+
+    def __init__(self, place: Place):
+        super().__init__()
+        self._store = place.kvstore
+
+    def _read(self, file: str, start: int, buffers: Sequence[memoryview], wanted: int) -> None:
+        found = self._store.read(file, byte_range=slice(start, start + wanted)).result()
+        if found.state != "value" or len(found.value) != wanted:
+            raise ValueError(f"{file} has no bytes {start} to {start + wanted}")
+        content, done = memoryview(found.value), 0
+        for buffer in buffers:
+            buffer[:] = content[done : done + len(buffer)]
+            done += len(buffer)
+
+
+def source_of(place: Place) -> Source:
+    """Returns what reads the files of an item."""
+    return Directory(place.directory) if place.has_special_files else Bucket(place)
