@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
 
+from lazy_orbax.errors import MalformedCheckpointError
 from lazy_orbax.integrity import digest
 from lazy_orbax.integrity.stored_item import Piece
 from lazy_orbax.plan.reads import ChunkRead, Run, coalesced, rows_of
@@ -90,16 +91,16 @@ class Reader:
             Futures of lists of the pieces that are not what was saved.
 
         Raises:
-            ValueError: two lie on top of each other, or one has not the length that it should have.
+            MalformedCheckpointError: two lie on top of each other, or one has not the length that
+                it should have.
         """
         by_file: dict[str, list[tuple[Chunk, Extent]]] = collections.defaultdict(list)
         for chunk, extent in chunks:
             length = chunk.format.chunk_bytes + len(chunk.format.tail)
             if extent.length != length:
-                raise ValueError(
-                    f"leaf {chunk.leaf}, chunk {list(chunk.read.position)}: found {extent.length} "
-                    f"bytes, wanted {length}"
-                )
+                where = f"{extent.file}, leaf {chunk.leaf}, chunk {list(chunk.read.position)}"
+                found = f"{extent.length} bytes"
+                raise MalformedCheckpointError(where, found, f"{length}: they are not encoded")
             by_file[extent.file].append((chunk, extent))
         futures = []
         for file, members in by_file.items():
@@ -109,7 +110,7 @@ class Reader:
                 most_bytes=self._source.run_bytes,
                 most_members=self._source.most_buffers // 3,
             )
-            for run in runs:
+            for run in _apart(file, runs):
                 large = len(run.members) == 1 and run.stop - run.start > _LARGE_BYTES
                 work = self._read_large if large else self._read_run
                 futures.append(self._crew.submit(work, file, run, members))
@@ -184,6 +185,13 @@ class Reader:
             for one in rows.placed:
                 put(chunk.targets[one.wanted].array[(*one.target, ...)], data[(*one.source, ...)])
         return done
+
+
+def _apart(file: str, runs: Iterator[Run]) -> list[Run]:
+    try:
+        return list(runs)
+    except ValueError as error:
+        raise MalformedCheckpointError(file, str(error), "values beside each other") from error
 
 
 def arrived(chunk: Chunk, memory: Any, *, in_place: bool) -> Piece | None:
