@@ -127,7 +127,7 @@ class Reader:
         elsewhere = [
             c.format.chunk_bytes for (c, _), p in zip(mine, places, strict=True) if p is None
         ]
-        spare = memoryview(aligned(sum(map(rounded_up, elsewhere))))
+        spare = aligned(sum(map(rounded_up, elsewhere))).data
         gap = memoryview(bytearray(self._source.gap_bytes))
         buffers, tails, memories, position = [], [], [], run.start
         for (chunk, extent), place in zip(mine, places, strict=True):
@@ -177,7 +177,7 @@ class Reader:
         memory = aligned(max(_PART_BYTES, form.dtype.itemsize))
         for rows in rows_of(chunk.read, form.chunk, form.dtype.itemsize, _PART_BYTES):
             n_bytes = math.prod(rows.box.shape) * form.dtype.itemsize
-            self._source.read(file, extent.offset + done, [memoryview(memory)[:n_bytes]])
+            self._source.read(file, extent.offset + done, [memory.data[:n_bytes]])
             done += n_bytes
             data = memory[:n_bytes].view(form.dtype).reshape(rows.box.shape)
             if hasher is not None and rows.kept is not None:
