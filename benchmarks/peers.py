@@ -14,6 +14,12 @@ import orbax.checkpoint as ocp
 
 import lazy_orbax
 
+# What lazy_orbax calls with a report of each restore; versions that make none have no such option.
+_RESTORE_HOOKS = [
+    field.name
+    for field in dataclasses.fields(lazy_orbax.LazyOptions)
+    if field.name.startswith("on_restore")
+]
 OnTimeline = Callable[[lazy_orbax.SaveTimeline], None] | None
 
 
@@ -76,9 +82,12 @@ def _lazy(
     *,
     host_fraction: float | None = None,
     options: dict[str, Any] | None = None,
+    on_restore: Callable[[Any], None] | None = None,
     **keywords: Any,
 ) -> Any:
     knobs = dict(options or {})
+    if on_restore is not None:
+        knobs |= dict.fromkeys(_RESTORE_HOOKS, on_restore)
     if host_fraction is not None:
         knobs["host_bytes"] = quarter_bytes(state_bytes, host_fraction)
     return lazy_orbax.standard_handler(
@@ -100,6 +109,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "lazy_stage": {"options": {"mode": "stage"}},
     "lazy_direct": {"options": {"mode": "direct"}},
     "lazy_quarter": {"host_fraction": 0.25},
+    "lazy_unverified": {"options": {"verify_restore": False}},
     "lazy_low_priority": {"options": {"low_priority": True}},
     "lazy_slab16": {"options": {"slab_bytes": 16 * 2**20}},
     "lazy_slab256": {"options": {"slab_bytes": 256 * 2**20}},

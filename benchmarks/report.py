@@ -6,17 +6,23 @@ python -m benchmarks.report benchmarks/results/mine.jsonl
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from benchmarks import plots, record
-
-Records = dict[tuple[str, str, str, str], dict[str, Any]]
-"""By part, workload, peer and metric. The last one of several counts."""
+from benchmarks.restore import table as restores
+from benchmarks.tables import (
+    Records,
+    cell,
+    machines,
+    markdown,
+    peer_title,
+    quantity,
+    ratio,
+    workloads_of,
+)
 
 _HERE = pathlib.Path(__file__).parent
 _OURS, _STOCK, _BEST = "lazy", "stock_default", "stock_best"
@@ -70,8 +76,6 @@ METRICS: dict[str, dict[str, str]] = {
     },
     "gpu": _STEPS,
 }
-_SECONDS = ((1, "s"), (1e-3, "ms"), (1e-6, "µs"))
-_BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
 _NO_RATIO = {"state", "budget", "growth", "in_use", "files"} | {
     *("loop", "steps_overlapped", "tail", "step_otherwise_median"),
 }
@@ -83,57 +87,6 @@ _CEILINGS = {
     "memcpy": "memcpy",
     "dispatch": "dispatch of an empty jitted function over the tree",
 }
-
-
-def _scale(value: float, unit: str) -> tuple[float, str]:
-    """The factor and the name of the unit that suits the size of a value."""
-    prefixes = {"s": _SECONDS, "bytes": _BYTES, "bytes/s": _BYTES}.get(unit, ((1, ""),))
-    factor, name = next((p for p in prefixes if abs(value) >= p[0]), prefixes[-1])
-    return factor, name + "/s" * unit.endswith("/s")
-
-
-def _digits(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-
-
-def quantity(value: float, unit: str) -> str:
-    """Formats a value with three digits and the unit that suits its size."""
-    factor, name = _scale(value, unit)
-    return f"{_digits(value / factor)} {name}".strip()
-
-
-def cell(found: dict[str, Any] | None) -> str:
-    """The median, and the range in brackets."""
-    if found is None:
-        return ""
-    if found["median"] is None:
-        return ", ".join(sorted({str(value) for value in found["values"]}))
-    text = quantity(found["median"], found["unit"])
-    if found["min"] == found["max"]:
-        return text
-    factor, _ = _scale(found["median"], found["unit"])
-    return f"{text} ({_digits(found['min'] / factor)} to {_digits(found['max'] / factor)})"
-
-
-def ratio(ours: dict[str, Any] | None, theirs: dict[str, Any] | None) -> str:
-    """How much less we take, or more: losses are printed in bold."""
-    if ours is None or theirs is None or ours["median"] is None or theirs["median"] is None:
-        return ""
-    if theirs["median"] <= 0:
-        return "both within noise" if ours["median"] <= theirs["max"] else "**more**"
-    if ours["median"] <= 0:
-        return "within noise of 0"
-    factor = theirs["median"] / ours["median"]
-    return f"{factor:.1f}x less" if factor >= 1 else f"**{1 / factor:.1f}x more**"
-
-
-def _title(peer: str) -> str:
-    return {"none": "no checkpoint"}.get(peer, peer.replace("_", " "))
-
-
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def compared(
@@ -149,8 +102,8 @@ def compared(
     """
     shown = [p for p in peers if any((part, w, p, m) in records for _, w, m in rows)]
     against = [p for p in (_STOCK, _BEST) if p in shown and _OURS in shown]
-    header = ["", *(_title(p) for p in shown)]
-    header += [f"lazy vs {_title(p)}" for p in against]
+    header = ["", *(peer_title(p) for p in shown)]
+    header += [f"lazy vs {peer_title(p)}" for p in against]
     lines = []
     for label, workload, metric in rows:
         found = {p: records.get((part, workload, p, metric)) for p in shown}
@@ -158,7 +111,7 @@ def compared(
             continue
         ratios = [ratio(found[_OURS], found[p]) if metric not in _NO_RATIO else "" for p in against]
         lines.append([label, *(cell(found[p]) for p in shown), *ratios])
-    return _markdown(header, lines)
+    return markdown(header, lines)
 
 
 def _peers_of(records: Records, part: str) -> list[str]:
@@ -167,14 +120,10 @@ def _peers_of(records: Records, part: str) -> list[str]:
     return [*_COLUMNS, *(p for p in others if p not in _COLUMNS)]
 
 
-def _workloads_of(records: Records, part: str) -> list[str]:
-    return list(dict.fromkeys(w for found, w, _, _ in records if found == part))
-
-
 def by_workload(records: Records, part: str) -> str:
     """A table for each workload, with a row for each metric."""
     text = []
-    for workload in _workloads_of(records, part):
+    for workload in workloads_of(records, part):
         rows = [(title, workload, metric) for metric, title in METRICS[part].items()]
         text.append(f"**{workload}**\n\n{compared(records, part, rows, _peers_of(records, part))}")
         if part == "throughput":
@@ -197,15 +146,15 @@ def _ceilings(records: Records, workload: str) -> str:
         if committed and written:
             times = f"{committed['median'] / min(written):.2f}x the fastest durable write"
             rate = quantity(n_bytes / committed["median"], "bytes/s")
-            rows.append([f"{_title(peer)}, to committed", times, rate])
-    return _markdown([f"ceilings, {quantity(n_bytes, 'bytes')}", "time", "rate"], rows)
+            rows.append([f"{peer_title(peer)}, to committed", times, rate])
+    return markdown([f"ceilings, {quantity(n_bytes, 'bytes')}", "time", "rate"], rows)
 
 
 def by_metric(records: Records, part: str) -> str:
     """A table for each metric, with a row for each workload."""
     text = []
     for metric, title in METRICS[part].items():
-        rows = [(workload, workload, metric) for workload in _workloads_of(records, part)]
+        rows = [(workload, workload, metric) for workload in workloads_of(records, part)]
         text.append(f"**{title}**\n\n{compared(records, part, rows, _peers_of(records, part))}")
     return "\n".join(text)
 
@@ -219,42 +168,22 @@ def _gpu(records: Records) -> str:
         table = compared(records, "gpu", rows, _peers_of(records, "gpu"))
         text += f"**{workload}**\n\n{table}\n"
     others = [
-        [workload, _title(peer), metric.replace("_", " "), cell(found)]
+        [workload, peer_title(peer), metric.replace("_", " "), cell(found)]
         for (part, workload, peer, metric), found in records.items()
         if part == "gpu" and workload not in ("fused_step", "modes")
     ]
-    return f"{text}\n{_markdown(['measurement', 'peer', 'metric', ''], others)}"
-
-
-def _machine(found: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    hardware = found["hardware"]
-    return (
-        f"Measured {found['time']} at size {found['size']} on {hardware['cpu']}, "
-        f"{hardware['cores']} cores, {quantity(hardware['memory_bytes'], 'bytes')} of memory, "
-        f"{hardware['file_system']}, accelerator {hardware['accelerator']}; {versions}.\n"
-    )
-
-
-def _machines(records: Records, part: str) -> str:
-    """What a part was measured with: once, unless its workloads are of several runs."""
-    runs: dict[str, dict[str, Any]] = {}
-    for (found_part, workload, _, _), found in records.items():
-        if found_part == part:
-            key = json.dumps([found["versions"], found["hardware"], found["size"]])
-            runs.setdefault(key, {})[workload] = found
-    names = [f"{', '.join(run)}: " if len(runs) > 1 else "" for run in runs.values()]
-    lines = [_machine(list(run.values())[-1]) for run in runs.values()]
-    return "\n".join(map("".join, zip(names, lines)))
+    return f"{text}\n{markdown(['measurement', 'peer', 'metric', ''], others)}"
 
 
 def tables(records: Records) -> dict[str, str]:
     """The text for each part that was measured."""
     made = {}
     for part in METRICS:
-        if _workloads_of(records, part):
+        if workloads_of(records, part):
             body = {"scale": by_metric, "gpu": lambda r, _: _gpu(r)}.get(part, by_workload)
-            made[part] = f"{_machines(records, part)}\n{body(records, part)}"
+            made[part] = f"{machines(records, part)}\n{body(records, part)}"
+    if workloads_of(records, restores.PART):
+        made[restores.PART] = restores.section(records)
     return made
 
 

@@ -14,12 +14,13 @@ from lazy_orbax.pods.node_local import node_local_options
 from lazy_orbax.recovery.failed_saves import log_failed_saves
 from lazy_orbax.recovery.preemption import Preemption
 from lazy_orbax.restore.latest_good import restore_latest_good
+from lazy_orbax.restore.load import load
 from lazy_orbax.restore.replacing import FromStep, restore_replacing
 from lazy_orbax.save.durable_path import DurablePath
 from lazy_orbax.save.in_flight import wait_until_staged
 from lazy_orbax.snapshot.snapshot_step import SnapshotStep
 from lazy_orbax.snapshot.split_step import split_step
-from lazy_orbax.timeline import SaveTimeline
+from lazy_orbax.timeline import RestoreTimeline, SaveTimeline
 
 __all__ = [
     "DurablePath",
@@ -27,10 +28,12 @@ __all__ = [
     "LazyCheckpointHandler",
     "LazyOptions",
     "Preemption",
+    "RestoreTimeline",
     "SaveTimeline",
     "SnapshotStep",
     "args",
     "errors",
+    "load",
     "log_failed_saves",
     "node_local_options",
     "prewarm",

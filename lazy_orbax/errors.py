@@ -7,6 +7,7 @@
 | `SaveError` | goes on training; the last committed step is untouched, the next save may work |
 | `NotDurableError` | the same; the step is listed, but only a later one will survive a power cut |
 | `RestoreError` | fixes the restore target |
+| `TransformError` | fixes the rules by which a restore transforms what is stored |
 | `CorruptCheckpointError` | takes an older step: this one is not what was saved |
 | `MalformedCheckpointError` | restores another checkpoint; nobody should trust this one |
 """
@@ -95,6 +96,19 @@ class NotDurableError(SaveError):
 
 class RestoreError(LazyOrbaxError, ValueError):
     """The restore target does not fit what the checkpoint holds. Nothing was changed."""
+
+
+class TransformError(RestoreError):
+    """The rules of a restore do not make the wanted leaves from the stored ones. Nothing was read.
+
+    Attributes:
+        problems: everything wrong that was found, by leaf or by rule.
+    """
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = tuple(problems)
+        listed = summarize(problems)
+        super().__init__(f"The transforms do not make what is wanted from what is stored:{listed}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from lazy_orbax._machine import memory_bytes
 from lazy_orbax.errors import OptionError
-from lazy_orbax.timeline import SaveTimeline
+from lazy_orbax.timeline import RestoreTimeline, SaveTimeline
 
 Mode = Literal["auto", "stage", "direct"]
 
@@ -60,6 +60,10 @@ class LazyOptions:
             has failed. The save waits up to 5 seconds for it to return, and then ends without it.
             The log has what it raises, `SystemExit` included; the save goes on. It must not save
             or wait for saves: Orbax's `save` and `wait_until_finished` raise `OptionError` in it.
+        on_restore: called once per restored item with its `RestoreTimeline`, when it was restored
+            or has failed, in the thread that restores. The log has what it raises.
+        on_restore_progress: called in that thread, again and again, with the bytes that have come
+            and the bytes that will: for a progress bar. What it raises ends the restore.
 
     Raises:
         OptionError: a value is out of range.
@@ -74,6 +78,8 @@ class LazyOptions:
     verify_restore: bool = True
     verify_snapshot: int = 100
     on_timeline: Callable[[SaveTimeline], None] | None = None
+    on_restore: Callable[[RestoreTimeline], None] | None = None
+    on_restore_progress: Callable[[int, int], None] | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in _MODES:
@@ -101,8 +107,13 @@ class LazyOptions:
             raise OptionError(
                 f"storage_timeout_s={timeout_s!r} must be a finite number of seconds, at least 1."
             )
-        if self.on_timeline is not None and not callable(self.on_timeline):
-            raise OptionError(f"on_timeline={self.on_timeline!r} is not callable.")
+        self._check_callables()
+
+    def _check_callables(self) -> None:
+        for name in ("on_timeline", "on_restore", "on_restore_progress"):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                raise OptionError(f"{name}={value!r} is not callable.")
 
     @property
     def host_limit_bytes(self) -> int:

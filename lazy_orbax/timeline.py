@@ -1,4 +1,4 @@
-"""The timeline of a save: its four moments, its bytes, its mode."""
+"""The timelines of a save and of a restore: their moments, their bytes, and which way they went."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from lazy_orbax import _paths
 from lazy_orbax.errors import OptionError
@@ -58,6 +59,92 @@ class SaveTimeline:
     committed_s: float | None = None
     error: BaseException | None = None
     same_as: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RestoreTimeline:
+    """What happened to one restored item, on this process. Times are seconds since `restore()`.
+
+    Attributes:
+        directory: the item's directory.
+        n_leaves: leaves that were read by plan.
+        bytes_wanted: bytes of those leaves that this process needs, as they are stored.
+        bytes_read: bytes that were read for them: of plain chunks those of the files, of encoded
+            ones those that came out.
+        requests: reads of the storage that this took.
+        by_orbax: the leaves that Orbax restored, by name, with the reason.
+        transforms: what the rules came to (`TransformPlan.report`), if there were any.
+        all_by_orbax: why Orbax restored all of it, or `None`.
+        planned_s: what is where was known, and the first read began.
+        first_byte_s: the first leaves had come.
+        read_s: all of them had come.
+        on_device_s: they were arrays, the leaves of Orbax too.
+        verified_s: what the digests say was looked at; `None` where there are none.
+        error: why the restore failed, or `None`.
+    """
+
+    directory: str
+    n_leaves: int = 0
+    bytes_wanted: int = 0
+    bytes_read: int = 0
+    requests: int = 0
+    by_orbax: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    transforms: Mapping[str, Any] | None = None
+    all_by_orbax: str | None = None
+    planned_s: float | None = None
+    first_byte_s: float | None = None
+    read_s: float | None = None
+    on_device_s: float | None = None
+    verified_s: float | None = None
+    error: BaseException | None = None
+
+
+class RestoreRecorder:
+    """Fills in one `RestoreTimeline`, and tells how far the restore is.
+
+    Attributes:
+        timeline: so far.
+    """
+
+    def __init__(self, directory: str, progress: Callable[[int, int], None] | None = None):
+        """Starts the clock.
+
+        Args:
+            directory: the item's directory.
+            progress: what is called with the bytes that have come and all that will.
+        """
+        self._start_s = time.perf_counter()
+        self._progress = progress
+        self.timeline = RestoreTimeline(directory=directory)
+
+    def note(self, **facts: object) -> None:
+        """Replaces fields of the timeline."""
+        self.timeline = dataclasses.replace(self.timeline, **facts)
+
+    def mark(self, *moments: str) -> None:
+        """Timestamps moments that have none yet: planned, first_byte, read, on_device, verified."""
+        now_s = time.perf_counter() - self._start_s
+        names = (f"{moment}_s" for moment in moments)
+        self.note(**{name: now_s for name in names if getattr(self.timeline, name) is None})
+
+    def arrived(self, done_bytes: int) -> None:
+        """Tells how many of the wanted bytes have come so far."""
+        self.mark("first_byte")
+        if self._progress is not None:
+            self._progress(done_bytes, self.timeline.bytes_wanted)
+
+    @property
+    def is_by_plan(self) -> bool:
+        """Whether some leaves were read by plan."""
+        return self.timeline.read_s is not None and self.timeline.all_by_orbax is None
+
+    def report(self, on_restore: Callable[[RestoreTimeline], None] | None) -> None:
+        """Hands the timeline out. What that raises is logged: the restore has ended."""
+        if on_restore is not None:
+            try:
+                on_restore(self.timeline)
+            except Exception:  # noqa: BLE001 - Nobody else could tell of it.
+                _log.exception("on_restore raised for %s", self.timeline.directory)
 
 
 class Recorder:

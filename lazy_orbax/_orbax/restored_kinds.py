@@ -9,6 +9,8 @@ import jax
 from lazy_orbax._orbax.symbols import SRC, ocp
 
 ARRAY, NUMPY, SCALAR, OTHER = "array", "numpy", "scalar", "other"
+SEQUENCE, DICT = 1, 2
+"""How Orbax numbers the kinds of keys."""
 # What Orbax writes as the type of what has no content.
 EMPTY = frozenset({"None", "Dict", "List", "Tuple", "NamedTuple"})
 
@@ -41,6 +43,26 @@ def flat_target(item: Any) -> tuple[list[tuple[Any, Any]], Any]:
     return jax.tree_util.tree_flatten_with_path(item, is_leaf=SRC["is_empty_or_leaf"])
 
 
+def path_of(path: Any) -> tuple[tuple[int, str], ...]:
+    """Returns a key path as Orbax stores it: for each key its kind, and its text.
+
+    Raises:
+        TypeError: it has keys of a kind that Orbax alone knows how to store.
+    """
+    found = []
+    for key in path:
+        kind = type(key)
+        if kind is jax.tree_util.DictKey:
+            found.append((DICT, str(key.key)))
+        elif kind is jax.tree_util.GetAttrKey:
+            found.append((DICT, key.name))
+        elif kind is jax.tree_util.SequenceKey:
+            found.append((SEQUENCE, str(key.idx)))
+        else:
+            raise TypeError(f"keys of type {kind.__name__}")
+    return tuple(found)
+
+
 def is_empty(node: Any) -> bool:
     """Whether a leaf of `flat_target` is an empty node."""
     return SRC["is_empty_node"](node)
@@ -56,3 +78,11 @@ def sharding_of(args: Any) -> Any:
 def completed(args: Any, leaf: Any) -> Any:
     """Returns `ArrayRestoreArgs` with the shape and dtype that Orbax takes from a target's leaf."""
     return SRC["fill_args"](leaf, args, mode="restore")
+
+
+def sharding_of_key_data(sharding: Any, n_more: int) -> Any:
+    """Returns the sharding of the data of typed PRNG keys, which has more axes than the keys."""
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return sharding
+    spec = (*sharding.spec, *[None] * n_more)
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))

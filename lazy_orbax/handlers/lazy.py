@@ -34,6 +34,7 @@ from lazy_orbax.save.finish import end_all, finish
 from lazy_orbax.save.merge import merge
 from lazy_orbax.save.plan_cache import prepare
 from lazy_orbax.storage.pace import Pace
+from lazy_orbax.timeline import RestoreRecorder
 from lazy_orbax.trust.malformed import checked
 
 # Slabs that fit the budget at once: some are copied while others are written.
@@ -178,9 +179,13 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
             limit_bytes=self._restore_bytes,
             verifies=self.options.verify_restore,
             is_shared=self.is_shared,
+            recorder=RestoreRecorder(str(directory), self.options.on_restore_progress),
         )
-        with examined(directory, args, verifies=question.verifies) as contents:
-            return restore(question, contents)
+        try:
+            with examined(directory, args, verifies=question.verifies) as contents:
+                return restore(question, contents)
+        finally:
+            question.recorder.report(self.options.on_restore)
 
     def metadata(self, directory: Any) -> Any:
         """Returns what Orbax says about the leaves of a checkpoint.

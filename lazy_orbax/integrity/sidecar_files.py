@@ -48,7 +48,7 @@ def changed_strings(files: ItemFiles, wanted: Mapping[str, int]) -> list[Problem
     return [
         Problem("is not the string that was saved", _paths.STRINGS, name)
         for name, digest in wanted.items()
-        if not isinstance(text := _at(found, name), str) or digest_of_text(text) != digest
+        if not isinstance(text := string_at(found, name), str) or digest_of_text(text) != digest
     ]
 
 
@@ -68,8 +68,8 @@ def _content(files: ItemFiles, name: str, size: int) -> bytes | Problem:
     return Problem(f"has {found} bytes, but {size} were written", name)
 
 
-def _at(found: Any, name: str) -> Any:
-    """Returns the value at a leaf's name, which Orbax takes for a JSON pointer."""
+def string_at(found: Any, name: str) -> Any:
+    """Returns the value at a leaf's name, which Orbax takes for a JSON pointer; `None`: none is."""
     for key in name.split("/"):
         found = found.get(key) if isinstance(found, dict) else None
     return found

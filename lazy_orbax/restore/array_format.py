@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from lazy_orbax import _paths
 from lazy_orbax.plan.boxes import Shape
+from lazy_orbax.trust.contents import Contents
 
 # They have less than a byte an element, or not every byte is one.
 _ENCODED_DTYPES = frozenset({"bool", "int2", "int4", "uint2", "uint4"})
@@ -82,6 +84,22 @@ def format_of(content: bytes, *, zarr3: bool) -> ArrayFormat:
     chunk = found["chunk_grid"]["configuration"]["chunk_shape"]
     tail = _tail(found["codecs"], chunk, dtype)
     return _format("zarr3", found, chunk, dtype, is_plain=tail is not None, tail=tail or b"")
+
+
+def formats_of(contents: Contents) -> dict[str, ArrayFormat]:
+    """Returns how each array of an item is stored, by its leaf.
+
+    Raises:
+        ValueError: see `format_of`.
+        KeyError: see `format_of`.
+    """
+    zarr3 = contents.tree is not None and bool(contents.tree.use_zarr3)
+    end = f"/{_paths.ZARR_V3 if zarr3 else _paths.ZARR_V2}"
+    return {
+        path[: -len(end)]: format_of(content, zarr3=zarr3)
+        for path, content in contents.descriptions.items()
+        if path.endswith(end)
+    }
 
 
 def _format(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +37,14 @@ class Staging:
         wrong: the pieces that are not what was saved.
     """
 
-    def __init__(self, limit_bytes: int):
+    def __init__(self, limit_bytes: int, arrived: Callable[[int], None]):
+        """Begins with nothing.
+
+        Args:
+            limit_bytes: most bytes of staging memory.
+            arrived: is told how many of the wanted bytes have come.
+        """
+        self._arrived, self._done_bytes = arrived, 0
         self.values: dict[int, Any] = {}
         self.wrong: list[Piece] = []
         self._limit_bytes, self._n_bytes = limit_bytes, 0
@@ -56,7 +63,8 @@ class Staging:
         Args:
             group: the group.
             targets: its memory.
-            futures: of lists of pieces that are not what was saved.
+            futures: of lists of pieces that are not what was saved, in the order in which they
+                are asked.
         """
         self._reading.append((group, targets, futures))
         self._n_bytes += group.n_bytes
@@ -76,6 +84,8 @@ class Staging:
         if blocks:  # Here the staging memory ends: its arrays must be on their devices.
             jax.block_until_ready([one for one in made if isinstance(one, jax.Array)])
         self._n_bytes -= group.n_bytes
+        self._done_bytes += group.stored_bytes
+        self._arrived(self._done_bytes)
         for member, one in zip(group.members, made, strict=True):
             self.values[member.wanted.position] = one
 
@@ -83,17 +93,17 @@ class Staging:
 def _made(leaf: Wanted, targets: tuple[Target, ...]) -> Any:
     """Returns a leaf, of the memory in which its boxes are."""
     if leaf.kind == ARRAY:
-        by_start = shards_of(leaf.sharding, leaf.form.shape).by_start
+        by_start = shards_of(leaf.sharding, leaf.shape).by_start
 
         def part(index: Any) -> np.ndarray:
             if not targets:
-                return np.empty(leaf.sharding.shard_shape(leaf.form.shape), leaf.dtype)
+                return np.empty(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
             start = tuple([s.start or 0 for s in index]) if index else ()
             return targets[by_start[start]].array
 
-        return jax.make_array_from_callback(leaf.form.shape, leaf.sharding, part)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
     if leaf.kind == NUMPY:
-        array = targets[0].array if targets else np.empty(leaf.form.shape, leaf.dtype)
+        array = targets[0].array if targets else np.empty(leaf.shape, leaf.dtype)
         return array if array.nbytes >= LARGE_BYTES else array.copy()  # It lets go of the slab.
     number = targets[0].array.item()
     return leaf.restore_type(number) if leaf.restore_type else number

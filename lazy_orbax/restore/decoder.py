@@ -21,7 +21,12 @@ _CACHE_BYTES = 2**27
 
 
 class Decoder:
-    """The arrays of an item, decoded by TensorStore. Nothing is opened before it is asked for."""
+    """The arrays of an item, decoded by TensorStore. Nothing is opened before it is asked for.
+
+    Attributes:
+        requests: how many chunks were read.
+        n_bytes: how many bytes they have, decoded.
+    """
 
     def __init__(self, place: Place, *, in_database: bool):
         """Notes where the arrays are.
@@ -33,6 +38,7 @@ class Decoder:
         cache = {"total_bytes_limit": _CACHE_BYTES}
         spec = {"cache_pool#ocdbt": cache, **place.context_spec()}
         self._place, self._context, self._in_database = place, ts.Context(spec), in_database
+        self.requests = self.n_bytes = 0
 
     @functools.cached_property
     def _kvstore(self) -> ts.KvStore:
@@ -73,6 +79,7 @@ class Decoder:
                 n_bytes -= reading[0][0].format.chunk_bytes
                 wrong.append(_taken(*reading.popleft()))
             n_bytes += chunk.format.chunk_bytes
+            self.requests, self.n_bytes = self.requests + 1, self.n_bytes + chunk.format.chunk_bytes
             reading.append((chunk, store[chunk.read.box.index].read()))
         while reading:
             wrong.append(_taken(*reading.popleft()))

@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 import jax
 
-from lazy_orbax import _paths
 from lazy_orbax._orbax import handed_in
 from lazy_orbax.integrity.stored_item import Piece, StoredItem
-from lazy_orbax.restore.array_format import ArrayFormat, format_of
+from lazy_orbax.restore.array_format import formats_of
 from lazy_orbax.restore.planned import Read, read_planned
 from lazy_orbax.restore.wanted import OrbaxOnlyError, Request, requested
+from lazy_orbax.timeline import RestoreRecorder
 from lazy_orbax.trust.contents import Contents
 
 _LOG = logging.getLogger("lazy_orbax")
@@ -27,6 +27,7 @@ class Asked(Protocol):
     by_orbax: Callable[[Any], Any]
     registry: Any
     limit_bytes: int
+    recorder: RestoreRecorder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +58,10 @@ def restore_either_way(
     try:
         request, found = _by_plan(question, contents, stored)
     except OrbaxOnlyError as reason:
-        _LOG.debug("Orbax restores all of it: %s.", reason)
-        return _by_orbax(question)
+        return _by_orbax(question, str(reason))
     except Exception as error:  # noqa: BLE001 - What is wrong with it, Orbax finds out and says.
         _LOG.info("Orbax restores all of it, for it could not be read by plan: %r.", error)
-        return _by_orbax(question)
+        return _by_orbax(question, f"it could not be read by plan: {error!r}")
     for position, value in found.values.items():
         request.values[position] = value
     by_name = {leaf.name: request.values[leaf.position] for leaf in request.wanted}
@@ -79,26 +79,26 @@ def _by_plan(
         raise OrbaxOnlyError("there is no _METADATA")
     if not contents.tree.stores_fill_values:
         raise OrbaxOnlyError("chunks of nothing but fill values may be missing")
-    zarr3 = bool(contents.tree.use_zarr3)
-    request = requested(question.args, contents.tree, _formats(contents, zarr3), question.registry)
+    # Keys are for Orbax, which puts them together again.
+    formats = formats_of(contents)
+    simple = {name: form for name, form in formats.items() if name not in contents.keys}
+    request = requested(question.args, contents.tree, simple, question.registry)
     if not request.wanted:
         raise OrbaxOnlyError("no leaf of it is simple")
-    # A key's data is restored as a key again.
     digests = stored.leaves if stored is not None else {}
-    found = read_planned(request.wanted, contents, digests, limit_bytes=question.limit_bytes)
+    question.recorder.note(by_orbax=request.others)
+    found = read_planned(
+        request.wanted,
+        contents,
+        digests,
+        limit_bytes=question.limit_bytes,
+        recorder=question.recorder,
+    )
     return request, found
 
 
-def _formats(contents: Contents, zarr3: bool) -> dict[str, ArrayFormat]:
-    name = _paths.ZARR_V3 if zarr3 else _paths.ZARR_V2
-    return {
-        path[: -len(name) - 1]: format_of(content, zarr3=zarr3)
-        for path, content in contents.descriptions.items()
-        if path.endswith(f"/{name}") and path[: -len(name) - 1] not in contents.keys
-    }
-
-
-def _by_orbax(question: Asked) -> Found:
+def _by_orbax(question: Asked, reason: str) -> Found:
+    question.recorder.note(all_by_orbax=reason)
     value = question.by_orbax(question.args)
     return Found(value, [], lambda: handed_in.named_leaves(value))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from lazy_orbax.plan.boxes import Box
 from lazy_orbax.restore.reader import Target, aligned, rounded_up
@@ -49,23 +49,47 @@ class Group:
     members: tuple[Member, ...]
     n_bytes: int
 
+    @property
+    def stored_bytes(self) -> int:
+        """How many bytes its leaves need, in the dtype in which they are stored."""
+        return sum(
+            len(m.boxes) * math.prod(m.boxes[0].shape) * (m.wanted.form or m.wanted).dtype.itemsize
+            for m in self.members
+            if m.boxes
+        )
 
-def grouped(wanted: Sequence[Wanted]) -> Iterator[Group]:
-    """Divides leaves into groups, in their order."""
+
+def grouped(families: Iterable[Sequence[Wanted]]) -> Iterator[Group]:
+    """Divides leaves into groups, in their order.
+
+    Args:
+        families: the leaves; those of a family come into one group.
+    """
     members: list[Member] = []
     done, subtree = 0, None
-    for leaf in wanted:
-        boxes = shards_of(leaf.sharding, leaf.form.shape).boxes
-        step = rounded_up(math.prod(boxes[0].shape) * leaf.dtype.itemsize) if boxes else 0
-        n_bytes, mine = step * len(boxes), leaf.name.partition(".")[0]
-        apart = (mine != subtree and done >= LARGE_BYTES) or n_bytes >= LARGE_BYTES
-        if members and (apart or done + n_bytes > _SLAB_BYTES):
+    for family in families:
+        mine, end = _placed(family, done)
+        top, n_bytes = family[0].name.partition(".")[0], end - done
+        apart = (top != subtree and done >= LARGE_BYTES) or n_bytes >= LARGE_BYTES
+        if members and (apart or end > _SLAB_BYTES):
             yield Group(tuple(members), done)
-            members, done = [], 0
-        members.append(Member(leaf, boxes, done, step))
-        done, subtree = done + n_bytes, mine
+            members = []
+            mine, end = _placed(family, 0)
+        members += mine
+        done, subtree = end, top
     if members:
         yield Group(tuple(members), done)
+
+
+def _placed(family: Sequence[Wanted], first: int) -> tuple[list[Member], int]:
+    """Returns leaves in a slab, from a place on, and where they end."""
+    members = []
+    for leaf in family:
+        boxes = shards_of(leaf.sharding, leaf.shape).boxes
+        step = rounded_up(math.prod(boxes[0].shape) * leaf.dtype.itemsize) if boxes else 0
+        members.append(Member(leaf, boxes, first, step))
+        first += step * len(boxes)
+    return members, first
 
 
 def targets_of(group: Group) -> list[tuple[Target, ...]]:
@@ -75,7 +99,7 @@ def targets_of(group: Group) -> list[tuple[Target, ...]]:
     found = []
     for member in group.members:
         leaf, targets, start = member.wanted, [], member.first
-        is_same = leaf.dtype == leaf.form.dtype
+        is_same = leaf.form is not None and leaf.dtype == leaf.form.dtype
         for box in member.boxes:
             stop = start + math.prod(box.shape) * leaf.dtype.itemsize
             array = slab[start:stop].view(leaf.dtype).reshape(box.shape)

@@ -7,9 +7,8 @@ The story: what is asked for was taken apart (`wanted.py`); leaves that are alik
 
 from __future__ import annotations
 
-import collections
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lazy_orbax.integrity.digest_file import LeafDigests
@@ -22,8 +21,9 @@ from lazy_orbax.restore.decoder import Decoder
 from lazy_orbax.restore.groups import Group, grouped, targets_of
 from lazy_orbax.restore.reader import Chunk, Reader, Target, arrived
 from lazy_orbax.restore.source import source_of
-from lazy_orbax.restore.wanted import Wanted, shards_of
+from lazy_orbax.restore.wanted import Wanted
 from lazy_orbax.storage.places import place_of
+from lazy_orbax.timeline import RestoreRecorder
 from lazy_orbax.trust.contents import Contents
 from lazy_orbax.trust.ocdbt_nodes import Extent
 
@@ -39,11 +39,29 @@ class Plan(NamedTuple):
         reads: its chunks.
         keys: of each chunk, below the leaf's own.
         pieces: for each chunk, which of the saved pieces it is; -1: no digest is of it alone.
+        kind: what it was made of.
     """
 
     reads: tuple[ChunkRead, ...]
     keys: tuple[str, ...]
     pieces: tuple[int, ...]
+    kind: Any
+
+
+class Request(NamedTuple):
+    """What is wanted of a stored leaf.
+
+    Attributes:
+        leaf: its name.
+        form: how it is stored.
+        boxes: what is wanted of it.
+        targets: where each of them goes.
+    """
+
+    leaf: str
+    form: ArrayFormat
+    boxes: tuple[Box, ...]
+    targets: tuple[Target, ...]
 
 
 class Read(NamedTuple):
@@ -66,6 +84,7 @@ def read_planned(
     digests: Mapping[str, LeafDigests],
     *,
     limit_bytes: int,
+    recorder: RestoreRecorder,
 ) -> Read:
     """Reads leaves.
 
@@ -74,46 +93,85 @@ def read_planned(
         contents: what the item holds.
         digests: what is known of what was saved, by name of the leaf; may be of none.
         limit_bytes: most bytes of staging, where arrays do not take host memory as it is.
+        recorder: is told what was read when.
 
     Raises:
         MissingChunkError: a chunk is not stored.
         ValueError: what is stored does not have the form that it should have.
         OSError: the storage refused.
     """
-    job = _Job(contents, digests)
+    job = Job(contents, digests)
+
+    def start(group: Group, targets: Sequence[tuple[Target, ...]]) -> list[Any]:
+        return job.start(_requests(group, targets))
+
     with contextlib.closing(job):
-        staging = arrays.Staging(limit_bytes)
-        for group in grouped(wanted):
-            staging.reserve(group)
-            staging.add(group, *job.start(group))
-        staging.finish()
+        groups = list(grouped((leaf,) for leaf in wanted))
+        staging = read_groups(groups, start, limit_bytes=limit_bytes, recorder=recorder)
+    recorder.note(bytes_read=job.n_bytes, requests=job.requests)
     return Read(staging.values, frozenset(job.unchecked), staging.wrong)
 
 
-class _Job:
+def read_groups(
+    groups: Sequence[Group],
+    start: Callable[[Group, Sequence[tuple[Target, ...]]], list[Any]],
+    *,
+    limit_bytes: int,
+    recorder: RestoreRecorder,
+) -> arrays.Staging:
+    """Reads groups of leaves, and makes arrays of those that have come while others are read.
+
+    Args:
+        groups: the groups.
+        start: starts to read a group into its memory, and returns futures.
+        limit_bytes: most bytes of staging.
+        recorder: is told what was read when.
+    """
+    wanted_bytes = sum(group.stored_bytes for group in groups)
+    n_leaves = sum(len(group.members) for group in groups)
+    recorder.note(n_leaves=n_leaves, bytes_wanted=wanted_bytes)
+    staging = arrays.Staging(limit_bytes, recorder.arrived)
+    recorder.mark("planned")
+    for group in groups:
+        staging.reserve(group)
+        targets = targets_of(group)
+        staging.add(group, targets, start(group, targets))
+    staging.finish()
+    recorder.mark("first_byte", "read")
+    return staging
+
+
+def _requests(group: Group, targets: Sequence[tuple[Target, ...]]) -> Iterator[Request]:
+    for member, mine in zip(group.members, targets, strict=True):
+        form = member.wanted.form
+        assert form is not None
+        yield Request(member.wanted.name, form, member.boxes, mine)
+
+
+class Job:
     """One restore: where chunks lie, how kinds of leaves are planned."""
 
     def __init__(self, contents: Contents, digests: Mapping[str, LeafDigests]):
         place = place_of(contents.directory)
         self.unchecked: set[str] = set()
         self._values, self._digests = contents.values, digests
-        self._reader = Reader(source_of(place))
+        self._source = source_of(place)
+        self._reader = Reader(self._source)
         self._decoder = Decoder(place, in_database=contents.in_database)
         self._plans: dict[Any, Plan] = {}
 
-    def start(self, group: Group) -> tuple[list[tuple[Target, ...]], list[Any]]:
-        """Starts to read a group.
+    def start(self, requests: Iterable[Request]) -> list[Any]:
+        """Starts to read what is wanted of some stored leaves.
 
         Returns:
-            The memory of each leaf, and futures of lists of pieces that are not what was saved.
+            Futures of lists of pieces that are not what was saved.
         """
-        targets = targets_of(group)
         plain: list[tuple[Chunk, Extent]] = []
         encoded: list[Chunk] = []
         wrong: list[Piece | None] = []
-        for member, mine in zip(group.members, targets, strict=True):
-            for chunk, value in self._chunks(member.wanted, mine):
-                if not chunk.format.is_plain or value is None:
+        for request in requests:
+            for chunk, value in self._chunks(request):
+                if value is None or not chunk.format.is_plain:
                     encoded.append(chunk)
                 elif isinstance(value, Extent):
                     plain.append((chunk, value))
@@ -122,53 +180,61 @@ class _Job:
         futures = self._reader.start(plain) if plain else []
         if encoded:
             wrong += self._decoder.read(encoded)
-        done = collections.deque(futures)
         found = [one for one in wrong if one is not None]
-        return targets, [*done, *([arrays.Done(found)] if found else [])]
+        return [*futures, arrays.Done(found)] if found else futures
 
-    def _chunks(
-        self, leaf: Wanted, targets: tuple[Target, ...]
-    ) -> Iterator[tuple[Chunk, Extent | bytes | None]]:
-        saved = self._digests.get(leaf.name)
-        plan, values = self._plan_of(leaf, saved), self._values
+    def _chunks(self, request: Request) -> Iterator[tuple[Chunk, Extent | bytes | None]]:
+        leaf, form, _, targets = request
+        saved = self._digests.get(leaf)
+        plan, values = self._plan_of(request, saved), self._values
         known = saved.digests if saved is not None else None
-        for read, key, piece in zip(*plan, strict=True):
+        for read, key, piece in zip(plan.reads, plan.keys, plan.pieces, strict=True):
             value = None
-            if values is not None and (value := values.get(leaf.name + key)) is None:
-                raise MissingChunkError(f"leaf {leaf.name}, key {key[1:]}")
+            if values is not None and (value := values.get(leaf + key)) is None:
+                raise MissingChunkError(f"leaf {leaf}, key {key[1:]}")
             digest = None
             if known is not None:
                 if piece >= 0:
                     digest = known[piece]
                 else:
-                    self.unchecked.add(leaf.name)
-            yield Chunk(leaf.name, leaf.form, read, targets, digest), value
+                    self.unchecked.add(leaf)
+            yield Chunk(leaf, form, read, targets, digest), value
 
-    def _plan_of(self, leaf: Wanted, saved: LeafDigests | None) -> Plan:
-        boxes = saved.boxes if saved is not None else ()
-        kind = leaf.form, leaf.sharding, id(boxes)
+    def _plan_of(self, request: Request, saved: LeafDigests | None) -> Plan:
+        # By identity: leaves that are alike share their boxes, and a plan keeps them alive.
+        boxes, pieces = request.boxes, saved.boxes if saved is not None else ()
+        kind = request.form, id(boxes), id(pieces)
         if (plan := self._plans.get(kind)) is None:
-            plan = self._plans[kind] = plan_of(leaf.form, leaf.sharding, boxes)
+            plan = self._plans[kind] = plan_of(request.form, boxes, pieces)
         return plan
+
+    @property
+    def n_bytes(self) -> int:
+        """How many bytes were read."""
+        return self._source.n_bytes + self._decoder.n_bytes
+
+    @property
+    def requests(self) -> int:
+        """In how many reads."""
+        return self._source.requests + self._decoder.requests
 
     def close(self) -> None:
         """Waits for the threads, and closes files."""
         self._reader.close()
 
 
-def plan_of(form: ArrayFormat, sharding: Any, saved: tuple[Box, ...]) -> Plan:
+def plan_of(form: ArrayFormat, boxes: tuple[Box, ...], saved: tuple[Box, ...]) -> Plan:
     """Plans the leaves of one kind.
 
     Args:
         form: how they are stored.
-        sharding: how they are wanted; `None` is host memory.
+        boxes: what is wanted of each.
         saved: the pieces of which there are digests.
     """
-    boxes = shards_of(sharding, form.shape).boxes
     reads = chunk_reads(form.shape, form.chunk, form.dtype.itemsize, boxes)
     places = {box: i for i, box in enumerate(saved)}
     keys = tuple(f"/{form.key(read.position)}" for read in reads)
-    return Plan(reads, keys, tuple(places.get(read.box, -1) for read in reads))
+    return Plan(reads, keys, tuple(places.get(read.box, -1) for read in reads), (boxes, saved))
 
 
 def _inline(chunk: Chunk, value: bytes) -> Piece | None:

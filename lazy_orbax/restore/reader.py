@@ -117,7 +117,7 @@ class Reader:
 
     def close(self) -> None:
         """Waits for the threads, and closes files."""
-        self._crew.close(math.inf)
+        self._crew.close(None)
         self._source.close()
 
     def _read_run(self, file: str, run: Run, members: list[tuple[Chunk, Extent]]) -> list[Piece]:
@@ -182,7 +182,7 @@ class Reader:
             if hasher is not None and rows.kept is not None:
                 hasher.update(digest.bytes_of(data[rows.kept]))
             for one in rows.placed:
-                put(chunk.targets[one.wanted].array[one.target], data[one.source])
+                put(chunk.targets[one.wanted].array[(*one.target, ...)], data[(*one.source, ...)])
         return done
 
 
@@ -218,7 +218,7 @@ def scatter(chunk: Chunk, data: np.ndarray, *, is_checked: bool) -> Piece | None
     if wrong:
         return chunk.piece
     for one in chunk.read.placed:
-        put(chunk.targets[one.wanted].array[one.target], data[one.source])
+        put(chunk.targets[one.wanted].array[(*one.target, ...)], data[(*one.source, ...)])
     return None
 
 

@@ -14,7 +14,7 @@ import jax
 
 from lazy_orbax._jax_context import neutral
 from lazy_orbax._machine import without_garbage_collection
-from lazy_orbax._orbax import symbols
+from lazy_orbax._orbax import metrics, symbols
 from lazy_orbax.errors import (
     CorruptCheckpointError,
     MalformedCheckpointError,
@@ -30,6 +30,7 @@ from lazy_orbax.pods import consensus
 from lazy_orbax.restore.compare_arrays import check_restored, explain
 from lazy_orbax.restore.either_way import restore_either_way
 from lazy_orbax.storage import threads
+from lazy_orbax.timeline import RestoreRecorder
 from lazy_orbax.trust.contents import Contents
 from lazy_orbax.trust.malformed import checked
 
@@ -98,6 +99,7 @@ class Question:
         limit_bytes: most bytes of host memory for what only passes through it.
         verifies: whether to verify what was restored.
         is_shared: whether all processes restore it together.
+        recorder: is told what happened when.
     """
 
     directory: Any
@@ -108,6 +110,7 @@ class Question:
     limit_bytes: int
     verifies: bool
     is_shared: bool
+    recorder: RestoreRecorder
 
 
 def restore(question: Question, contents: Contents | None) -> Any:
@@ -126,6 +129,7 @@ def restore(question: Question, contents: Contents | None) -> Any:
         value = _restored(question, contents, look=errors is None)
     except Exception as error:  # noqa: BLE001 - Raised below, or put where it is waited for.
         failure = error
+        question.recorder.note(error=error)
     if errors is not None:
         errors += [failure] if failure is not None else []
         return getattr(question.args, "item", None) if failure is not None else value
@@ -162,10 +166,15 @@ def _restored(question: Question, contents: Contents | None, *, look: bool) -> A
         if stored is not None:
             raise_corrupt(place, _reasons(stored, error), error, look=look)
         raise
+    question.recorder.mark("on_device")
+    if question.recorder.is_by_plan:
+        done = question.recorder.timeline
+        metrics.record_read(place, done.bytes_wanted, done.on_device_s or 0.0)
     if stored is not None:
         problems = [explain(stored, piece) for piece in found.wrong]
         problems = problems or check_restored(stored, found.unchecked())
         raise_corrupt(place, problems, look=look)
+        question.recorder.mark("verified")
     for problem in beside.result() if beside is not None else ():
         _LOG.warning("Of the step of %s, %s. The item itself is whole.", place, problem)
     return found.value

@@ -16,7 +16,7 @@ from lazy_orbax._orbax.restored_kinds import ARRAY, OTHER, SCALAR
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.plan.boxes import Box, Shape
 from lazy_orbax.restore.array_format import ArrayFormat
-from lazy_orbax.trust.tree_file import DICT, SEQUENCE, Path, Tree
+from lazy_orbax.trust.tree_file import Tree
 
 _PLACEHOLDER = ...
 
@@ -28,7 +28,8 @@ class Wanted(NamedTuple):
         position: of the leaf in the target.
         name: as Orbax names it.
         kind: what becomes of it: an array on devices, a NumPy array or a number.
-        form: how it is stored.
+        form: how it is stored; `None` if it is made of several, or of a part of one.
+        shape: its shape.
         dtype: in which it is wanted.
         sharding: of an array on devices.
         restore_type: of a number: what makes it, if that is not its dtype.
@@ -37,7 +38,8 @@ class Wanted(NamedTuple):
     position: int
     name: str
     kind: str
-    form: ArrayFormat
+    form: ArrayFormat | None
+    shape: Shape
     dtype: np.dtype
     sharding: Any = None
     restore_type: Any = None
@@ -83,7 +85,10 @@ def requested(args: Any, tree: Tree, formats: Mapping[str, ArrayFormat], registr
         raise OrbaxOnlyError("a tree with rich types")
     leaves, structure = restored_kinds.flat_target(item)
     arguments = _arguments(args, structure, len(leaves))
-    paths = [_path_of(path) for path, _ in leaves]
+    try:
+        paths = [restored_kinds.path_of(path) for path, _ in leaves]
+    except TypeError as error:
+        raise OrbaxOnlyError(str(error)) from error
     missing = set(paths) - tree.paths.keys()
     if missing or (len(set(paths)) != len(tree.paths) and not is_part):
         raise OrbaxOnlyError("another structure than the checkpoint's")
@@ -125,22 +130,6 @@ def _arguments(args: Any, structure: Any, n_leaves: int) -> list[Any]:
     return [one if isinstance(one, ocp.RestoreArgs) else None for one in found]
 
 
-def _path_of(path: Any) -> Path:
-    """Returns a key path as Orbax stores it."""
-    found = []
-    for key in path:
-        kind = type(key)
-        if kind is jax.tree_util.DictKey:
-            found.append((DICT, str(key.key)))
-        elif kind is jax.tree_util.GetAttrKey:
-            found.append((DICT, key.name))
-        elif kind is jax.tree_util.SequenceKey:
-            found.append((SEQUENCE, str(key.idx)))
-        else:
-            raise OrbaxOnlyError(f"keys of type {kind.__name__}")
-    return tuple(found)
-
-
 class _Leaf(NamedTuple):
     position: int
     name: str
@@ -158,7 +147,7 @@ def _wanted(leaf: _Leaf, kind: str, argument: Any, form: ArrayFormat | None) -> 
     dtype = getattr(argument, "dtype", None)
     dtype = form.dtype if dtype is None else np.dtype(dtype)
     restore_type = getattr(argument, "restore_type", None) if kind == SCALAR else None
-    return Wanted(leaf.position, leaf.name, kind, form, dtype, None, restore_type)
+    return Wanted(leaf.position, leaf.name, kind, form, form.shape, dtype, None, restore_type)
 
 
 def _wanted_array(leaf: _Leaf, argument: Any, form: ArrayFormat) -> Wanted | str:
@@ -180,13 +169,14 @@ def _wanted_array(leaf: _Leaf, argument: Any, form: ArrayFormat) -> Wanted | str
     dtype = np.dtype(dtype)
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         return f"{dtype} is not enabled in JAX"
-    if not _is_in_default_memory(sharding):
+    if not is_in_default_memory(sharding):
         return "it is wanted in another memory than the devices' own"
-    return Wanted(leaf.position, leaf.name, ARRAY, form, dtype, sharding)
+    return Wanted(leaf.position, leaf.name, ARRAY, form, form.shape, dtype, sharding)
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_in_default_memory(sharding: jax.sharding.Sharding) -> bool:
+def is_in_default_memory(sharding: jax.sharding.Sharding) -> bool:
+    """Whether a sharding is of the memory that programs read."""
     devices = sharding.addressable_devices
     kinds = {device.default_memory().kind for device in devices}
     return sharding.memory_kind is None or kinds <= {sharding.memory_kind}

@@ -212,8 +212,8 @@ class Crew:
                 _outcome_of(work)(future)
             del future, work
 
-    def close(self, timeout_s: float) -> None:
-        """Cancels what has not begun, and waits for what has, but not for longer."""
+    def close(self, timeout_s: float | None) -> None:
+        """Cancels what has not begun, and waits for what has; `None`: for as long as it takes."""
         with self._changed:
             self._is_closed = True
             for future, _, _ in self._waiting:

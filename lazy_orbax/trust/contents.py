@@ -23,7 +23,7 @@ class Contents:
     Attributes:
         files: the item's files, and what is in the small ones.
         tree: what `_METADATA` says; `None` where there is none.
-        keys: names of the leaves that are typed PRNG keys.
+        keys: kinds of the leaves that are typed PRNG keys, by name.
         in_database: whether the arrays are in an OCDBT database, and not in a directory each.
         descriptions: the metadata of each array, by its path such as `name/.zarray`.
         values: where each chunk lies, or the chunk itself if it is a short one, by its path; `None`
@@ -33,7 +33,7 @@ class Contents:
 
     files: ItemFiles
     tree: Tree | None
-    keys: frozenset[str]
+    keys: Mapping[str, str]
     in_database: bool
     descriptions: Mapping[str, bytes]
     values: Mapping[str, Extent | bytes] | None
@@ -61,13 +61,13 @@ class Contents:
         return Arrays(found, stored, self.longest_value)
 
 
-def contents_of(files: ItemFiles, tree: Tree | None, keys: frozenset[str]) -> Contents:
+def contents_of(files: ItemFiles, tree: Tree | None, keys: Mapping[str, str]) -> Contents:
     """Finds out where the arrays of an item are.
 
     Args:
         files: the item's files.
         tree: what `_METADATA` says, if there is one.
-        keys: names of the leaves that are typed PRNG keys.
+        keys: kinds of the leaves that are typed PRNG keys, by name.
 
     Raises:
         MalformedCheckpointError: it is not what Orbax wrote.

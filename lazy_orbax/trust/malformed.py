@@ -146,13 +146,13 @@ def _check_aggregate(files: ItemFiles, name: str, limit_bytes: int) -> None:
 
 def _check_json(
     files: ItemFiles, limit_bytes: int, args: Any
-) -> tuple[tree_file.Tree | None, frozenset[str]]:
+) -> tuple[tree_file.Tree | None, dict[str, str]]:
     """Checks those of Orbax's JSON files that will be read.
 
     Returns:
-        What `_METADATA` says, and the names of the leaves that are typed PRNG keys.
+        What `_METADATA` says, and the kinds of the leaves that are typed PRNG keys, by name.
     """
-    tree, keys = None, frozenset[str]()
+    tree, keys = None, dict[str, str]()
     if (found := files.read(_paths.TREE, limit_bytes)) is not None:
         tree = tree_file.check_tree(found, files.path(_paths.TREE))
     if _needs_shardings(args):

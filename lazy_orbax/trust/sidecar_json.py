@@ -14,8 +14,8 @@ _ENTRIES, _KEY_IMPL = "array_metadatas", "random_key_impl"
 _AXIS_TYPES = frozenset(map(str, jax.sharding.AxisType))
 
 
-def check_array_metadatas(content: bytes, file: Any) -> frozenset[str]:
-    """Checks one of the files in `array_metadatas`. Returns the names of typed PRNG keys.
+def check_array_metadatas(content: bytes, file: Any) -> dict[str, str]:
+    """Checks one of the files in `array_metadatas`. Returns the kinds of typed keys, by name.
 
     Raises:
         MalformedCheckpointError: fields are missing or of the wrong type.
@@ -47,9 +47,8 @@ def check_array_metadatas(content: bytes, file: Any) -> frozenset[str]:
             complain(f"{where}, {_KEY_IMPL}", more[_KEY_IMPL], "the name of a kind of keys")
     complain.raise_all()
     arrays = [entry["array_metadata"] for entry in entries]
-    return frozenset(
-        one["param_name"] for one in arrays if (one.get("ext_metadata") or {}).get(_KEY_IMPL)
-    )
+    kinds = {one["param_name"]: (one.get("ext_metadata") or {}).get(_KEY_IMPL) for one in arrays}
+    return {name: kind for name, kind in kinds.items() if kind}
 
 
 def _nested(objects: list[Any], known: tuple[str, ...]) -> bool:

@@ -7,12 +7,12 @@ import re
 import sys
 from typing import Any
 
+from lazy_orbax._orbax.restored_kinds import DICT, EMPTY, SEQUENCE
 from lazy_orbax.trust.bounded_json import Complain, Complaints, is_shape, parse_json
 
 # JAX and Python walk trees recursively. Without a limit of Python's a stack of 8 MiB would overflow
 # at some 30 000 levels.
 _MOST_LEVELS = 10_000
-SEQUENCE, DICT = 1, 2
 
 Path = tuple[tuple[int, str], ...]
 
@@ -125,7 +125,7 @@ def _check_value(value: Any, keypath: str, complain: Complain) -> str | None:
         complain((keypath, "value_type"), value_type, "the name of a type")
     if "write_shape" in value and not is_shape(value["write_shape"]):
         complain((keypath, "write_shape"), value["write_shape"], "a list of sizes")
-    return "None" if skip is True else str(value_type)
+    return "None" if skip is True and value_type not in EMPTY else str(value_type)
 
 
 def _place(root: dict[Any, Any], keys: list[tuple[int, str]]) -> None:

@@ -103,6 +103,7 @@ def test_every_error_is_in_the_one_tree():
         (errors.DeletedArrayError, RuntimeError),
         (errors.SaveError, RuntimeError),
         (errors.RestoreError, ValueError),
+        (errors.TransformError, errors.RestoreError),
     ],
 )
 def test_code_that_catches_what_stock_raises_still_catches(cls, also):

@@ -1,0 +1,130 @@
+"""A fresh process: writes one checkpoint, or restores one as a peer does, and says what it took.
+
+python -m benchmarks.restore.child '{"peer": "lazy", ...}'
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks import meters
+from benchmarks.restore import plain_read
+from benchmarks.restore.cases import RAW, STEP, WORKLOADS, Reading, Writing
+from benchmarks.restore.measure import Measured, measure
+
+Found = list[dict[str, Any]]
+
+
+def main() -> None:
+    # What libraries print must not get between the lines.
+    messages = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    told = json.loads(sys.argv[1])
+    print(json.dumps(obey(told)), file=messages, flush=True)
+
+
+def obey(told: dict[str, Any]) -> Found | None:
+    """Does what the fields of a `Writing` or a `Reading` say."""
+    if "paths" in told:
+        return _write(Writing(**told))
+    reading = Reading(**told)
+    return _read_plainly(reading) if reading.peer in RAW else _restore(reading)
+
+
+def _files_of(run: Reading) -> list[pathlib.Path]:
+    if WORKLOADS[run.workload].in_bucket:
+        return []
+    return sorted(meters.files_under(pathlib.Path(run.path) / str(STEP)))
+
+
+def _said(measured: Measured, state_bytes: int, **more: Any) -> dict[str, Any]:
+    return {**dataclasses.asdict(measured), "state_bytes": state_bytes, **more}
+
+
+def _read_plainly(run: Reading) -> Found | None:
+    """Reads the files; `None` where they cannot be read in this way."""
+    files = _files_of(run)
+    try:
+        read = plain_read.reader(run.peer, files)
+    except OSError:  # tmpfs and some others have no O_DIRECT.
+        return None
+    found = []
+    for i in range(run.restores):
+        memory, measured = measure(read, files, is_first=i == 0)
+        found.append(_said(measured, len(memory)))
+        del memory
+    return found
+
+
+def _write(run: Writing) -> None:
+    """Saves the state by each writer, and writes down the digests of its values."""
+    from benchmarks import peers
+    from benchmarks.restore import states
+
+    state, digests = states.build(run)
+    pathlib.Path(run.digests).write_text(json.dumps(digests))
+    for name, path in run.paths.items():
+        peer, n_bytes = peers.PEERS[name], states.bytes_of(state)
+        with peers.manager(peer, path, state_bytes=n_bytes) as manager:  # type: ignore[arg-type]
+            manager.save(STEP, args=peers.save_args(peer, state))
+    os.sync()  # Else the page cache keeps what is not on the disk yet.
+
+
+def _restore(run: Reading) -> Found:
+    """Restores what was written, and compares it with what was saved.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    import jax
+
+    from benchmarks import peers
+    from benchmarks.restore import states
+
+    digests = json.loads(pathlib.Path(run.digests).read_text())
+    files, found = _files_of(run), []
+    # `stock_of_lazy` reads what lazy_orbax wrote.
+    reading = peers.PEERS[run.peer.replace("_of_lazy", "_default")]
+    args = peers.restore_args(reading, states.wanted(run))
+    with _manager(run, reading) as (manager, reports):
+
+        def restore() -> dict[str, jax.Array]:
+            return jax.block_until_ready(manager.restore(STEP, args=args))
+
+        for i in range(run.restores):
+            restored, measured = measure(restore, files, is_first=i == 0)
+            found.append(_said(measured, states.bytes_of(restored)))
+            if leaves := states.wrong(run, restored, digests):
+                raise ValueError(f"{len(leaves)} leaves were not restored as saved: {leaves[:10]}")
+            del restored
+    for said, report in zip(found, reports):
+        said["report"] = _fields_of(report)
+    return found
+
+
+@contextlib.contextmanager
+def _manager(run: Reading, peer: Any) -> Iterator[tuple[Any, list[Any]]]:
+    """Opens a manager. Yields it, and a list that gets what lazy_orbax reports of each restore."""
+    import orbax.checkpoint as ocp
+
+    reports: list[Any] = []
+    hook = {"on_restore": reports.append} if run.peer.startswith("lazy") else {}
+    with ocp.CheckpointManager(run.path, item_handlers=peer.handler(0, None, **hook)) as manager:
+        yield manager, reports
+
+
+def _fields_of(report: Any) -> dict[str, Any]:
+    """Returns what a report of lazy_orbax says, as JSON."""
+    fields = dataclasses.asdict(report) if dataclasses.is_dataclass(report) else vars(report)
+    return json.loads(json.dumps(fields, default=str))
+
+
+if __name__ == "__main__":
+    main()
