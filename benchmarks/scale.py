@@ -13,7 +13,7 @@ _LEAVES = {
     "small": (10, 100, 1000),
     "tiny": (10,),
 }
-_DEVICES = {"full": (1, 4, 16), "small": (1, 4, 16), "tiny": (1, 4)}
+_DEVICES = {"full": (1, 4, 16), "small": (1, 4, 16), "tiny": (4,)}
 _USUAL_DEVICES = 4
 _USUAL_LEAVES = {"full": 1000, "small": 100, "tiny": 10}
 _LATER_SAVES = {"full": 5, "small": 3, "tiny": 2}

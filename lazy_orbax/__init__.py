@@ -1,10 +1,11 @@
 """Lazy asynchronous checkpoints for JAX, in Orbax and in Orbax's own format.
 
-What this package exports is public, and what its modules `args`, `errors` and `reports` do.
+What this package exports is public, and what its modules `args`, `errors`, `reports` and
+`transforms` do.
 Everything else is private, whatever its name.
 """
 
-from lazy_orbax import args, errors, reports
+from lazy_orbax import args, errors, reports, transforms
 from lazy_orbax.handlers.lazy import LazyCheckpointHandler
 from lazy_orbax.handlers.prewarm import prewarm
 from lazy_orbax.handlers.stock_shaped import pytree_handler, standard_handler
@@ -43,6 +44,7 @@ __all__ = [
     "restore_replacing",
     "split_step",
     "standard_handler",
+    "transforms",
     "verify",
     "wait_until_staged",
 ]

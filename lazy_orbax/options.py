@@ -49,9 +49,10 @@ class LazyOptions:
             before `save()` returns, by a program that shares nothing with the one that copies; it
             reads them once (their bytes over the bandwidth of the device's memory), and the host
             computes the same of what it writes. A save that differs fails, names the leaf and is
-            not committed. With 1, the first save waits until the programs are compiled. Otherwise
-            saves go on meanwhile: a thread compiles the programs after the second save of a tree
-            began, or `prewarm` does, and the first save that finds them is verified.
+            not committed. Arrays on CPU devices need no program: NumPy reads them, in the caller's
+            thread. With 1, the first save waits until the programs are compiled. Otherwise saves
+            go on meanwhile: a thread compiles the programs after the second save of a tree began,
+            or `prewarm` does, and the first save that finds them is verified.
         storage_timeout_s: most seconds in which the storage may do nothing; the save then fails.
             An object store (`gs://`) acknowledges a write in that time, retries included. A local
             directory grows, or the sync of one file ends: a slow disk may take as long as it

@@ -27,21 +27,25 @@ _log = logging.getLogger("lazy_orbax")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SaveTimeline:
-    """What happened to one saved item. Times are seconds since its `save()` was entered.
+    """What happened to one saved item.
+
+    Each field that ends in `_s`, but for `waited_s`, is a moment: seconds from the call of the
+    handler's save to it. A moment is `None` if it has not come, or never will, because the save
+    failed before.
 
     Attributes:
-        directory: the item's final directory.
-        step: the step, where the path tells it.
+        directory: the final path of the item.
+        step: the number of the step, or `None` if the path does not tell it.
         mode: `"stage"`, `"direct"`, `"in_step"` (the step had copied already), several joined by
             `+`, or `"host"` if no leaf was on a device.
-        reason: why, for each of them.
-        bytes_written: bytes that this process wrote, before compression.
-        waited_s: how long `save()` waited for host memory.
-        enqueued_s: `save()` returned; the arrays may be donated.
-        staged_s: every byte was in host memory.
-        durable_s: every byte was on storage, synced.
-        committed_s: Orbax published the step, and that was synced. Known on the process that
-            publishes.
+        reason: why `mode` was chosen, for each of its parts.
+        bytes_written: how many bytes of arrays this process wrote, before compression.
+        waited_s: how many seconds `save()` waited for host memory.
+        enqueued_s: all bytes were out of reach of donation. `save()` returned soon after.
+        staged_s: every byte was in host memory, and the device memory of the copy was free.
+        durable_s: every byte was on storage and synced.
+        committed_s: Orbax had published the step, and that was synced. Only the process that
+            publishes knows it.
         error: why the save failed, or `None`.
         same_as: the directory of the save before of this item, by the same handler, if this
             process then wrote the very same bytes: perhaps the state is no longer trained.
@@ -70,7 +74,8 @@ class RestoreTimeline:
         n_leaves: leaves that were read by plan.
         bytes_wanted: bytes of those leaves that this process needs, as they are stored.
         bytes_read: bytes that were read for them: of plain chunks those of the files, of encoded
-            ones those that came out.
+            ones those that came out. Short chunks, which are in the tree of a database, came with
+            the tree.
         requests: reads of the storage that this took.
         by_orbax: the leaves that Orbax restored, by name, with the reason.
         transforms: what the rules came to (`TransformPlan.report`), if there were any.

@@ -34,6 +34,11 @@ def settings_of(handler: Any, keywords: dict[str, Any]) -> Settings:
     )
 
 
+def type_handlers_of(handler: Any) -> Any:
+    """Returns the type handlers of a handler of Orbax's kind."""
+    return handler._type_handler_registry
+
+
 def describe_tree(
     settings: Settings, item: Any, save_args: Any, destination: Destination
 ) -> TreeInfo:

@@ -46,6 +46,14 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
 
     Use it with `lazy_orbax.args.LazySave` and `LazyRestore`, or through `pytree_handler()` and
     `standard_handler()`, which take stock args. One handler may serve several items.
+
+    A leaf may be a `jax.Array` of any shape, dtype and sharding, a typed key, a NumPy array, a
+    number or a string. When `save()` has returned, the caller may donate, delete or change it.
+
+    Attributes:
+        options: how it takes a snapshot.
+        limit_bytes: most bytes of snapshot in host memory, over all saves of the process.
+        typestr: the name of the stock handler, which the checkpoint holds.
     """
 
     def __init__(

@@ -36,23 +36,26 @@ def prewarm(
     """Does what makes the first save of a tree slower than the next ones.
 
     It makes the plan, compiles the programs that pack, and touches the host memory that a save
-    takes, up to the budget. Call it before the training loop, in every process, with the handler
-    that will save. It needs device memory for one slab (`LazyOptions.slab_bytes`) or one leaf,
-    whichever is larger.
+    takes, up to the budget. Unless `LazyOptions.verify_snapshot` is 0, it also compiles the
+    programs that verify a save of arrays on accelerators. It returns when all of that is done.
+
+    Call it before the training loop, in every process, with the handler that will save. It takes
+    device memory for the larger of one slab (`LazyOptions.slab_bytes` over all local devices) and
+    one leaf, and gives it back before it returns. It writes no file.
 
     Args:
         handler: what `standard_handler()` or `pytree_handler()` returned, or a
             `LazyCheckpointHandler`.
-        abstract_state: the tree that will be saved: of `jax.ShapeDtypeStruct`, arrays, or both.
-            Values are not read. A `jax.ShapeDtypeStruct` without a sharding stands for an array on
-            the default device.
+        abstract_state: the tree that will be saved, of `jax.ShapeDtypeStruct`s, arrays, or both.
+            What counts are structure, shapes, dtypes, shardings and weak types; no value is read.
+            A `jax.ShapeDtypeStruct` without a sharding stands for an array on the default device.
         directory: where it will be saved; all that counts is whether that is local or `gs://`.
         save_args: the tree of `ocp.SaveArgs` that will be given, or `None`.
         ocdbt_target_data_file_size: what the arguments of the save will say of it, in bytes.
 
     Raises:
         OptionError: `handler` is not one of lazy_orbax, or Orbax cannot write to `directory`.
-        TreeError: such a tree cannot be saved.
+        TreeError: such a tree cannot be saved, or a leaf has a sharding that is not concrete.
     """
     lazy = lazy_part_of(handler)
     if lazy is None:

@@ -1,8 +1,9 @@
 """Whether what is written is what the caller's arrays held: fingerprints, piece by piece.
 
 Programs of their own read the arrays on their devices before `save()` returns, and leave a few
-words for each leaf and device. What is handed to the storage has to have the same fingerprint, at
-the place where TensorStore was told to put it.
+words for each leaf and device. Arrays that lie in host memory are read there, without programs.
+What is handed to the storage has to have the same fingerprint, at the place where TensorStore was
+told to put it.
 
 Not looked at are arrays that the caller holds in host memory which devices can reach: no program of
 ours makes what is written of them.
@@ -11,7 +12,6 @@ ours makes what is written of them.
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -20,18 +20,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from lazy_orbax.integrity import fingerprint
-from lazy_orbax.integrity.proof_programs import (
+from lazy_orbax.integrity import fingerprint, proof_on_host
+from lazy_orbax.integrity.proof_programs import Run, compiled, enqueue, results
+from lazy_orbax.integrity.proof_subjects import (
     Misplaced,
-    Part,
-    Run,
-    Subject,
-    compiled,
-    enqueue,
-    results,
+    check_cover,
+    starts_in_shards,
+    subjects_of,
 )
-from lazy_orbax.plan.shards import Device, Leaf, Shape
-from lazy_orbax.plan.slabs import Piece, Plan, Slab
+from lazy_orbax.plan.slabs import Piece, Plan
 
 # The save of a plan whose programs are begun: who saves once does not pay for them.
 _COMPILED_AT = 2
@@ -125,7 +122,7 @@ class Prover:
                 raise self._failure
             if self._runs is None:
                 try:
-                    _check_cover(plan)
+                    check_cover(plan)
                     self._runs = _all_while(goes_on, plan)
                 except Misplaced as error:  # What else fails, memory perhaps, is tried again.
                     self._failure = error
@@ -144,9 +141,16 @@ def stop_preparing() -> None:
 
 
 def _all_while(goes_on: Callable[[], bool], plan: Plan) -> list[Run] | None:
-    """Compiles program after program; stops as well where the main thread has ended."""
+    """Compiles program after program; stops as well where the main thread has ended.
+
+    Raises:
+        Misplaced: a device does not hold the part that the plan says.
+    """
+    far, near = subjects_of(plan)
+    for subject in near.values():
+        starts_in_shards(subject)
     runs = []
-    for run in compiled(_subjects(plan)):
+    for run in compiled(far) if far else ():
         runs.append(run)
         if not (goes_on() and threading.main_thread().is_alive()):
             return None
@@ -177,6 +181,8 @@ class Evidence:
             Misplaced: the plan does not fit the arrays.
         """
         self._enqueued = enqueue(self._prover.prepare(self._plan), leaves)
+        _, near = subjects_of(self._plan)  # Not kept: large, and seldom needed.
+        self._wanted |= proof_on_host.look(near, leaves)
         for slab in self._plan.slabs:
             for piece in slab.pieces if slab.kind == "host" else ():
                 value = np.asarray(leaves[piece.leaf])
@@ -226,63 +232,3 @@ class Evidence:
 def prover_of(plan: Plan) -> Prover:
     """Returns the one prover of a plan."""
     return plan.kept.setdefault(Prover, Prover())
-
-
-def _subjects(plan: Plan) -> dict[int, Subject]:
-    """Returns the leaves that programs can look at, with the pieces that this process writes."""
-    parts: dict[int, list[Part]] = {}
-    shapes: dict[int, Shape] = {}
-    for slab in plan.slabs:
-        for piece in slab.pieces if slab.kind in ("mesh", "shards") else ():
-            device = _device_of(slab, plan.leaves[piece.leaf], piece)
-            parts.setdefault(piece.leaf, []).append(Part(id(piece), device, piece.start))
-            shapes[piece.leaf] = piece.shape
-    subjects = {}
-    for i, some in parts.items():
-        leaf = plan.leaves[i]
-        assert leaf.sharding is not None
-        memory = some[0].device.default_memory().kind
-        if leaf.sharding.memory_kind in (None, memory):
-            about = leaf.name, leaf.shape, leaf.dtype, leaf.sharding
-            subjects[i] = Subject(*about, shapes[i], tuple(some))
-    return subjects
-
-
-def _device_of(slab: Slab, leaf: Leaf, piece: Piece) -> Device:
-    if slab.mesh is not None:
-        return slab.mesh.devices.flat[piece.device]
-    assert leaf.sharding is not None
-    return list(leaf.sharding.devices_indices_map(leaf.shape))[piece.device]
-
-
-def _check_cover(plan: Plan) -> None:
-    """Looks whether the pieces cover each leaf that is all here, exactly once.
-
-    Raises:
-        Misplaced: they do not.
-    """
-    pieces: dict[int, list[Piece]] = {}
-    for slab in plan.slabs:
-        for piece in slab.pieces:
-            pieces.setdefault(piece.leaf, []).append(piece)
-    for i, leaf in enumerate(plan.leaves):
-        mine = pieces.get(i, [])
-        if leaf.sharding is None and not mine:
-            continue  # Another process writes it.
-        if leaf.sharding is not None and not leaf.sharding.is_fully_addressable:
-            continue  # Other processes write the rest.
-        if not _is_grid(leaf.shape, mine):
-            raise Misplaced(leaf.name, f"its {len(mine)} pieces do not cover it exactly once")
-
-
-def _is_grid(shape: Shape, pieces: Sequence[Piece]) -> bool:
-    """Whether pieces of one shape fill each cell of a grid over the leaf once."""
-    shapes = {piece.shape for piece in pieces}
-    if len(shapes) != 1:
-        return False
-    (cell,) = shapes
-    axes = [range(0, n, step) for n, step in zip(shape, cell, strict=True)]
-    fits = not any(n % step for n, step in zip(shape, cell, strict=True))
-    starts = {piece.start for piece in pieces}
-    on_grid = all(at in axis for start in starts for at, axis in zip(start, axes, strict=True))
-    return fits and on_grid and len(starts) == len(pieces) == math.prod(map(len, axes))

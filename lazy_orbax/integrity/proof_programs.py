@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,58 +19,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lazy_orbax._jax_context import neutral
 from lazy_orbax.integrity.fingerprint import u64
-from lazy_orbax.integrity.fingerprint_traced import as_integers, of_traced
+from lazy_orbax.integrity.fingerprint_traced import (
+    Stretch,
+    as_integers,
+    of_traced,
+    weights_traced,
+)
+from lazy_orbax.integrity.proof_subjects import Subject, starts_in_shards
 from lazy_orbax.plan.shards import Device, Shape
 
-# Leaves of one program. Those that look alike share programs, so more would be compiled for less.
-_MOST_LEAVES = 16
-
-
-class Misplaced(ValueError):
-    """Something is said of a leaf that is not so.
-
-    Attributes:
-        leaf: its name.
-    """
-
-    def __init__(self, leaf: str, what: str):
-        super().__init__(what)
-        self.leaf = leaf
-
-
-class Part(NamedTuple):
-    """A rectangle of a leaf that one device of this process holds.
-
-    Attributes:
-        key: what its fingerprint will be found under.
-        device: the device.
-        start: where it starts in the leaf.
-    """
-
-    key: Hashable
-    device: Device
-    start: Shape
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """A leaf on devices, and the parts to look at: at most one a device, all of one shape.
-
-    Attributes:
-        name: for messages.
-        shape: the leaf's.
-        dtype: the leaf's.
-        sharding: the leaf's.
-        part_shape: the parts'.
-        parts: the parts.
-    """
-
-    name: str
-    shape: Shape
-    dtype: np.dtype
-    sharding: jax.sharding.Sharding
-    part_shape: Shape
-    parts: tuple[Part, ...]
+# Leaves of one program. More that look alike would be compiled for fewer calls, which are cheap.
+_MOST_ALIKE, _MOST_LEAVES = 4, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +57,8 @@ class Run:
         mesh: devices of this process.
         leaves: indices of the leaves that it looks at.
         program: what is called.
-        starts: its first argument: for each device and leaf, where the part starts in the shard
-            and in the leaf.
+        starts: its first argument: for each device, and for leaves whose parts start alike, where
+            those start in the shard and in the leaf.
         places: row and column of each part's fingerprint in what is returned, by its key.
     """
 
@@ -122,13 +81,13 @@ def compiled(subjects: Mapping[int, Subject]) -> Iterator[Run]:
     programs: dict[Hashable, Any] = {}
     tables: dict[Hashable, jax.Array] = {}
     for mesh, looks, leaves in _batches(subjects):
-        starts, places = _starts(mesh, [subjects[i] for i in leaves])
-        content, kind = (mesh, starts.shape, starts.tobytes()), (mesh, looks, starts.shape)
+        starts, columns, places = _starts(mesh, [subjects[i] for i in leaves])
+        content, kind = (mesh, starts.shape, starts.tobytes()), (mesh, looks, columns)
         with _exact(mesh):
             if content not in tables:
                 tables[content] = _on_devices(mesh, starts)
             if kind not in programs:
-                programs[kind] = _compiled(mesh, looks, tables[content])
+                programs[kind] = _compiled(mesh, looks, columns, tables[content])
         yield Run(mesh, leaves, programs[kind], tables[content], places)
 
 
@@ -173,9 +132,9 @@ def _batches(
         alike.setdefault(_look(subject), []).append(i)
     rest: dict[Mesh, list[tuple[_Look, int]]] = {}
     for (mesh, look), members in alike.items():
-        whole = len(members) // _MOST_LEAVES * _MOST_LEAVES
-        for first in range(0, whole, _MOST_LEAVES):
-            yield mesh, (look,) * _MOST_LEAVES, tuple(members[first : first + _MOST_LEAVES])
+        whole = len(members) // _MOST_ALIKE * _MOST_ALIKE
+        for first in range(0, whole, _MOST_ALIKE):
+            yield mesh, (look,) * _MOST_ALIKE, tuple(members[first : first + _MOST_ALIKE])
         rest.setdefault(mesh, []).extend((look, i) for i in members[whole:])
     for mesh, left in rest.items():
         for first in range(0, len(left), _MOST_LEAVES):
@@ -225,25 +184,23 @@ def _operand(array: jax.Array, mesh: Mesh) -> jax.Array:
 
 def _starts(
     mesh: Mesh, subjects: Sequence[Subject]
-) -> tuple[np.ndarray, dict[Hashable, tuple[int, int]]]:
-    """Returns `Run.starts`, still on the host, and `Run.places`."""
+) -> tuple[np.ndarray, tuple[int, ...], dict[Hashable, tuple[int, int]]]:
+    """Returns `Run.starts`, still on the host, its column for each leaf, and `Run.places`."""
     row_of = {device: row for row, device in enumerate(mesh.devices.flat)}
     n_axes = max(len(subject.shape) for subject in subjects)
-    starts = np.zeros((len(row_of), len(subjects), 2, n_axes), np.int64)
+    known: dict[bytes, int] = {}
+    tables, columns = [], []
     places: dict[Hashable, tuple[int, int]] = {}
-    for column, subject in enumerate(subjects):
-        shape = subject.shape
-        where = subject.sharding.devices_indices_map(shape)
-        for key, device, start in subject.parts:
-            shard = [part.indices(n) for part, n in zip(where[device], shape, strict=True)]
-            within = [at - part[0] for at, part in zip(start, shard, strict=True)]
-            sizes = zip(within, subject.part_shape, shard, strict=True)
-            if not all(at >= 0 and at + n <= part[1] - part[0] for at, n, part in sizes):
-                raise Misplaced(subject.name, f"{device} does not hold the part at {start}")
-            row = row_of[device]
-            starts[row, column, :, : len(shape)] = within, start
-            places[key] = row, column
-    return starts, places
+    for i, subject in enumerate(subjects):
+        table = np.zeros((len(row_of), 2, n_axes), np.int64)
+        for part, within in starts_in_shards(subject):
+            row = row_of[part.device]
+            table[row, :, : len(subject.shape)] = within, part.start
+            places[part.key] = row, i
+        columns.append(known.setdefault(table.tobytes(), len(tables)))
+        if columns[-1] == len(tables):
+            tables.append(table)
+    return np.stack(tables, axis=1), tuple(columns), places
 
 
 def _on_devices(mesh: Mesh, table: np.ndarray) -> jax.Array:
@@ -251,18 +208,23 @@ def _on_devices(mesh: Mesh, table: np.ndarray) -> jax.Array:
     return jax.make_array_from_callback(table.shape, sharding, lambda index: table[index])
 
 
-def _compiled(mesh: Mesh, looks: tuple[_Look, ...], starts: jax.Array) -> Any:
+def _compiled(
+    mesh: Mesh, looks: tuple[_Look, ...], columns: tuple[int, ...], starts: jax.Array
+) -> Any:
     """Returns a program of `starts` and leaves: for each device, two words for each leaf."""
-    folds = mesh.devices.flat[0].platform == "cpu"
 
     def look_at(starts: Any, *shards: Any) -> Any:
-        found = []
-        for i, (shard, look) in enumerate(zip(shards, looks, strict=True)):
-            within, start = starts[0, i, 0, : shard.ndim], starts[0, i, 1, : shard.ndim]
+        found: list[Any] = []
+        known: dict[Hashable, list[Stretch]] = {}
+        for shard, look, column in zip(shards, looks, columns, strict=True):
+            within, start = starts[0, column, 0, : shard.ndim], starts[0, column, 1, : shard.ndim]
             shard = as_integers(shard)
             if look.part is not None:
                 shard = lax.dynamic_slice(shard, list(within), look.part)
-            found.append(of_traced(shard, start, folds=folds))
+            alike = column, shard.shape, shard.dtype
+            if alike not in known:
+                known[alike] = weights_traced(shard.shape, shard.dtype, start)
+            found.append(of_traced(shard, known[alike]))
         both = jnp.stack(found)
         halves = both & u64(2**32 - 1), both >> u64(32)
         return jnp.stack(halves, axis=1).astype(jnp.uint32)[None]

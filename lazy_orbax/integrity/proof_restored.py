@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import jax
 
 from lazy_orbax.integrity.digest_file import LeafDigests
-from lazy_orbax.integrity.proof_programs import Part, Subject, compiled, enqueue, results
+from lazy_orbax.integrity.proof_programs import compiled, enqueue, results
+from lazy_orbax.integrity.proof_subjects import Part, Subject
 from lazy_orbax.plan.boxes import Box
 from lazy_orbax.plan.shards import Shape, is_key
 

@@ -100,20 +100,22 @@ class VerifyReport:
 
 
 def verify(path: Any) -> VerifyReport:
-    """Reads a checkpoint and compares it with its digests. Changes nothing.
+    """Reads a checkpoint and compares its bytes with the digests that were saved with it.
 
-    It needs no model and no devices, and little memory: parts of 64 MiB, or a chunk where chunks
-    are compressed or larger than that and in an encoding of their own.
+    It changes nothing, and needs neither the model nor a device. It reads 64 MiB at a time. Where
+    a chunk is compressed, or is larger and in an encoding of its own, it holds one whole chunk.
 
     Args:
-        path: an item, a step, or a run with many steps; a directory or a `gs://` address.
+        path: the directory or `gs://` address of an item, of a step, or of a run with many steps:
+            a `str` or `os.PathLike`.
 
     Returns:
-        What was found, the problems included: nothing is raised for those.
+        What it found: the items with what they hold, and every problem with the leaf, the file and
+        the place in the leaf. A damaged checkpoint raises nothing.
 
     Raises:
-        OptionError: there is no checkpoint, or it is no path. Where the directory holds runs, they
-            are named.
+        OptionError: `path` is no path, or there is no checkpoint. If the directory holds runs, the
+            message names them.
     """
     if not isinstance(path, str | os.PathLike):
         raise OptionError(f"verify takes a path, and found {path!r}. {_GIVE}")

@@ -75,19 +75,17 @@ def parts(
         chunk: shape of the chunks in which it is stored. Boxes are cut between chunks, where rows
             of whole chunks do not take more than four times the limit.
     """
-    axis = 0
-    while axis < len(shape) and math.prod(shape[axis + 1 :]) * itemsize > limit_bytes:
-        axis += 1
-    if axis == len(shape):
-        if not shape:
-            yield Box((), ())
-            return
-        axis -= 1
-    row_bytes = max(1, math.prod(shape[axis + 1 :]) * itemsize)
-    rows = max(1, limit_bytes // row_bytes)
+    if not shape:
+        yield Box((), ())
+        return
+    axis, n_together = 0, 1
     if chunk and math.prod(shape[1:]) * itemsize * chunk[0] <= 4 * limit_bytes:
-        axis, row_bytes = 0, math.prod(shape[1:]) * itemsize
-        rows = max(1, limit_bytes // row_bytes // chunk[0]) * chunk[0]
+        n_together = chunk[0]
+    else:
+        while axis < len(shape) - 1 and math.prod(shape[axis + 1 :]) * itemsize > limit_bytes:
+            axis += 1
+    row_bytes = max(1, math.prod(shape[axis + 1 :]) * itemsize)
+    rows = max(1, limit_bytes // row_bytes // n_together) * n_together
     for outer in np.ndindex(*shape[:axis]):
         for row in range(0, shape[axis], rows):
             start = (*outer, row, *(0 for _ in shape[axis + 1 :]))

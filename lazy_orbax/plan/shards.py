@@ -167,7 +167,7 @@ def _layout(
         axis,
         tuple(replica_ids),
         replicated=n_replicas > 1,
-        holds_whole_shards=axis is None or set(shares.values()) <= {n_shares},
+        holds_whole_shards=set(shares.values()) <= {n_shares},
         regions=tuple(regions),
         processes=processes,
     )

@@ -166,7 +166,7 @@ def carrier_of(dtype: np.dtype) -> np.dtype:
     than a byte each travels in a byte each. Everything else travels as it is: a change of type
     costs a copy in between.
     """
-    if (dtype.kind in "bcf" and dtype.itemsize >= 4) or dtype.kind == "b":
+    if (dtype.kind in "cf" and dtype.itemsize >= 4) or dtype.kind == "b":
         return dtype
     return np.dtype(f"uint{8 * dtype.itemsize}")
 
@@ -262,5 +262,5 @@ def _make_slab(
         carried = _carried_bytes(leaves[i], layout, kind, n_local)
         n_bytes += carried
         offset += math.prod(shape) if kind == "mesh" else carried
-    device_bytes = n_bytes // max(n_local, 1) if kind == "mesh" else n_bytes
+    device_bytes = n_bytes // n_local if kind == "mesh" else n_bytes
     return Slab(kind, tuple(members), tuple(cuts), tuple(pieces), n_bytes, device_bytes, mesh)

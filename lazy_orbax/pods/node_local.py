@@ -32,19 +32,25 @@ def node_local_options(
 ) -> NodeLocalOptions:
     """Returns options for saving to directories that are not shared, such as NVMe of each node.
 
-    Every process is its own primary: it writes all shards that it has, once, with metadata of its
-    own, and commits them itself. All processes save the same steps, and a step that fails on one
-    is committed on none. A checkpoint is restored on as many processes and devices as it was
-    saved on, each process where it was, for no directory holds the whole.
+    Each process is its own primary. It writes every shard that it has once, and its own metadata,
+    and commits them itself. All processes save the same steps. If a step fails on one process, no
+    process commits it.
 
-    Give each process a directory of its own: where several run on one node, put
-    `jax.process_index()` in its name.
+    No directory holds the whole state. Restore with as many processes and devices as saved, and
+    each process from the directory that it wrote.
+
+    Give each process a directory of its own. If several processes run on one node, put
+    `jax.process_index()` in the name.
 
     Args:
-        options: other options for the manager. They are not changed; a copy is.
+        options: what else the manager should do; `None` is `ocp.CheckpointManagerOptions()`. This
+            function changes a copy.
+
+    Returns:
+        The options of the manager, and the keywords of the handler that go with them.
 
     Raises:
-        OptionError: they are no options of a manager.
+        OptionError: `options` is not an `ocp.CheckpointManagerOptions`.
         ValueError: Orbax refuses the combination of options.
     """
     given = ocp.CheckpointManagerOptions() if options is None else options

@@ -88,6 +88,7 @@ class Part:
     def move(self, fate: Fate) -> bool:
         """Moves the fate on. Returns whether it was this call that did."""
         with self._lock:
+            # Of two threads that want this, one finds the old fate here, and the other does not.
             may = fate in _NEXT[self._fate]
             self._fate = fate if may else self._fate
             return may
@@ -136,6 +137,7 @@ class Attempt:
     def refuse(self, failure: SaveError) -> None:
         """Notes that `save()` raises `failure`. No more items may join."""
         with self._lock:
+            # The first reason stays. Whoever has not joined yet is told it.
             self._refused = self._refused or failure
 
     @property
@@ -162,6 +164,7 @@ class Attempt:
             return True
         if own is not None:
             return leftovers.remove(os.path.join(item, name) for item in items for name in own)
+        # In a directory that is not of a step alone, the items of others stay.
         inside = [item for item in items if item != self.root]
         if inside and not leftovers.holds_a_step(self.root):
             return leftovers.remove(inside) and leftovers.remove_if_empty(self.root)

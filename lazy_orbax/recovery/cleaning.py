@@ -24,6 +24,7 @@ def refuse(attempt: Attempt, failure: SaveError) -> None:
     for part in attempt.parts:
         part.writing.stop(failure)
     if all(part.directory for part in attempt.parts):
+        # Every directory is known, so nothing can come to be after this.
         for part in attempt.parts:
             clean_up(part, failure)
     # Else Orbax may be creating the directories; they go when the next save begins.
@@ -58,6 +59,7 @@ def end_below(directory: str) -> None:
     """
     this_thread = threading.current_thread()
     for part in [part for attempt in attempts_below(directory) for part in attempt.parts]:
+        # Orbax's thread that waited for it may be publishing until it has ended.
         if part.waiter is not None and part.waiter is not this_thread:
             part.waiter.join()
         if is_given_up(part, this_thread):

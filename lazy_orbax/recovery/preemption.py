@@ -86,6 +86,7 @@ class Preemption:
 
     def __exit__(self, *_: object) -> None:
         """Puts back the handler that was there, and saves are as they were."""
+        # First the handlers: a notice that comes in between must not leave saves urgent.
         self._restore.close()
         _machine.hurry(on=False)
 
@@ -155,6 +156,7 @@ class Preemption:
 
         # Not here, because storage that hangs must not keep the process from ending.
         run = functools.partial(contextvars.copy_context().run, save)
+        # If the deadline comes first the thread goes on, and dies with the process.
         saving = threads.run(run, "lazy_orbax-last-save")
         try:
             error = saving.exception(max(0.0, left_s))

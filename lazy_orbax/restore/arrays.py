@@ -52,7 +52,7 @@ class Staging:
 
     def reserve(self, group: Group) -> None:
         """Waits until there is room for a group."""
-        if all(_takes_host_memory(member.wanted) for member in group.members):
+        if all(takes_host_memory(member.wanted) for member in group.members):
             return
         while self._reading and self._n_bytes + group.n_bytes > self._limit_bytes:
             self._take(blocks=True)
@@ -109,6 +109,6 @@ def _made(leaf: Wanted, targets: tuple[Target, ...]) -> Any:
     return leaf.restore_type(number) if leaf.restore_type else number
 
 
-def _takes_host_memory(leaf: Wanted) -> bool:
+def takes_host_memory(leaf: Wanted) -> bool:
     """Whether a leaf stays in the memory in which it was read."""
     return leaf.sharding is None or jax.default_backend() == "cpu"

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import jax
 
 from lazy_orbax._orbax import handed_in
+from lazy_orbax.errors import MalformedCheckpointError
 from lazy_orbax.integrity.stored_item import Piece, StoredItem
 from lazy_orbax.restore.array_format import formats_of
 from lazy_orbax.restore.planned import Read, read_planned
@@ -59,6 +60,8 @@ def restore_either_way(
         request, found = _by_plan(question, contents, stored)
     except OrbaxOnlyError as reason:
         return _by_orbax(question, str(reason))
+    except MalformedCheckpointError:
+        raise
     except Exception as error:  # noqa: BLE001 - What is wrong with it, Orbax finds out and says.
         _LOG.info("Orbax restores all of it, for it could not be read by plan: %r.", error)
         return _by_orbax(question, f"it could not be read by plan: {error!r}")

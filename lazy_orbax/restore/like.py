@@ -135,7 +135,8 @@ def likeness_of(
             continue
         one = _wanted(position, name, leaf, form, found.keys)
         if isinstance(one, Wanted) and mesh is not None and one.kind != SCALAR:
-            one = one._replace(kind=ARRAY, sharding=_on_mesh(mesh, rule, one))
+            place = _on_mesh(mesh, rule, one)
+            one = Wanted(position, name, ARRAY, form, one.shape, one.dtype, place)
         if isinstance(one, str):
             problems.append(f"leaf {name}: {one}")
         else:

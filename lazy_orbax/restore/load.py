@@ -40,6 +40,7 @@ from lazy_orbax.storage.places import place_of
 from lazy_orbax.timeline import RestoreRecorder
 from lazy_orbax.trust.malformed import refuse_malformed
 
+# Of what only passes through host memory, on the way to devices.
 _LIMIT_BYTES = 2**32
 
 
@@ -83,25 +84,20 @@ def load(  # noqa: PLR0913 - Keywords, of which most calls give none.
         MalformedCheckpointError: it is not a checkpoint that Orbax wrote.
     """
     several = path if isinstance(path, Mapping) else {"": path}
-    if isinstance(path, Mapping) and transforms is None:
-        raise OptionError("several checkpoints make one tree only by transforms. Give them.")
-    if (transforms is not None or mesh is not None or dry_run) and like is None:
-        raise OptionError("transforms, mesh and dry_run need `like`: the tree that is wanted.")
-    if dry_run and transforms is None:
-        raise OptionError("dry_run shows what transforms do. Give them.")
+    if transforms is None and (dry_run or several is path):
+        raise OptionError("dry_run, and several checkpoints, are for transforms only. Give them.")
+    if like is None and (transforms is not None or mesh is not None):
+        raise OptionError("transforms and mesh need `like`: the tree that is wanted.")
     options = options or LazyOptions()
     recorder = RestoreRecorder(str(path), options.on_restore_progress)
     try:
         with without_garbage_collection():
-            sources = {
-                name: _opened(_item(one), verify=options.verify_restore)
-                for name, one in several.items()
-            }
+            verifies = options.verify_restore
+            sources = {name: _opened(_item(one), verifies) for name, one in several.items()}
             if transforms is None:
                 return _as_it_is(like, _Place(mesh, rule), sources[""], recorder)
             wanted = likeness_of(like, None, mesh, rule)
             plan = _planned(wanted, transforms, sources)
-            recorder.note(transforms=plan.report)
             return plan if dry_run else _transformed(wanted, plan, sources, recorder)
     except BaseException as error:
         recorder.note(error=error)
@@ -134,7 +130,7 @@ def _item(path: Any) -> str:
     raise OptionError(f"{place} holds {found}. Give the directory of one item.")
 
 
-def _opened(directory: str, *, verify: bool) -> Checkpoint:
+def _opened(directory: str, verify: bool) -> Checkpoint:
     """Looks at a checkpoint, and at its digests."""
     try:
         contents = refuse_malformed(directory, None, DIRECTORY if verify else "")
@@ -194,6 +190,7 @@ def _transformed(
     sources: Mapping[str, Checkpoint],
     recorder: RestoreRecorder,
 ) -> Any:
+    recorder.note(transforms=plan.report)
     with _missing_is_corrupt(*sources.values()):
         found = read_transformed(
             wanted.wanted, plan, sources, limit_bytes=_LIMIT_BYTES, recorder=recorder

@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from lazy_orbax.errors import MalformedCheckpointError
 from lazy_orbax.integrity.digest_file import LeafDigests
 from lazy_orbax.integrity.stored_item import Piece
 from lazy_orbax.plan.boxes import Box
@@ -244,5 +245,6 @@ def _inline(chunk: Chunk, value: bytes) -> Piece | None:
     """Takes a chunk that was in the tree of the database itself."""
     n_bytes = chunk.format.chunk_bytes
     if value[n_bytes:] != chunk.format.tail or len(value) < n_bytes:
-        raise ValueError(f"leaf {chunk.leaf}: {len(value)} bytes, wanted {n_bytes} and an index")
+        where = f"leaf {chunk.leaf}, chunk {list(chunk.read.position)}"
+        raise MalformedCheckpointError(where, f"{len(value)} bytes", f"{n_bytes}, as they are")
     return arrived(chunk, memoryview(value)[:n_bytes], in_place=False)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore as ts
 
+from lazy_orbax.errors import MalformedCheckpointError
 from lazy_orbax.integrity import digest
 from lazy_orbax.integrity.stored_item import Piece
 from lazy_orbax.plan.reads import ChunkRead, Run, coalesced, rows_of
@@ -90,16 +91,16 @@ class Reader:
             Futures of lists of the pieces that are not what was saved.
 
         Raises:
-            ValueError: two lie on top of each other, or one has not the length that it should have.
+            MalformedCheckpointError: two lie on top of each other, or one has not the length that
+                it should have.
         """
         members = list(chunks)
         for chunk, extent in members:
             length = chunk.format.chunk_bytes + len(chunk.format.tail)
             if extent.length != length:
-                raise ValueError(
-                    f"leaf {chunk.leaf}, chunk {list(chunk.read.position)}: found {extent.length} "
-                    f"bytes, wanted {length}"
-                )
+                where = f"{extent.file}, leaf {chunk.leaf}, chunk {list(chunk.read.position)}"
+                found = f"{extent.length} bytes"
+                raise MalformedCheckpointError(where, found, f"{length}: they are not encoded")
         futures = []
         for file, run, mine in self._runs(members):
             large = len(run.members) == 1 and run.stop - run.start > self._source.large_bytes
@@ -119,7 +120,7 @@ class Reader:
             Futures of these lists.
 
         Raises:
-            ValueError: two lie on top of each other.
+            MalformedCheckpointError: two lie on top of each other.
         """
 
         def read(file: str, run: Run, members: list[tuple[Chunk, Extent]]) -> list[Piece]:
@@ -146,7 +147,7 @@ class Reader:
                 most_bytes=self._source.run_bytes,
                 most_members=self._source.most_buffers // 3,
             )
-            for run in runs:
+            for run in _apart(file, runs):
                 yield file, run, members
 
     def close(self) -> None:
@@ -218,6 +219,13 @@ class Reader:
             for one in rows.placed:
                 put(chunk.targets[one.wanted].array[(*one.target, ...)], data[(*one.source, ...)])
         return done
+
+
+def _apart(file: str, runs: Iterator[Run]) -> list[Run]:
+    try:
+        return list(runs)
+    except ValueError as error:
+        raise MalformedCheckpointError(file, str(error), "values beside each other") from error
 
 
 def arrived(chunk: Chunk, memory: Any, *, in_place: bool) -> Piece | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import logging
 from collections.abc import Collection, Iterable, Mapping
@@ -15,14 +14,15 @@ from etils import epath
 
 from lazy_orbax import _paths
 from lazy_orbax._jax_context import neutral
-from lazy_orbax._orbax import handed_in, symbols
+from lazy_orbax._orbax import describe, handed_in, symbols
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.errors import OptionError, Problem
 from lazy_orbax.integrity.stored_item import StoredItem
 from lazy_orbax.integrity.verify import raise_corrupt
 from lazy_orbax.pods import consensus
 from lazy_orbax.restore.latest_good import refuse_no_manager
-from lazy_orbax.restore.verified import examined, restore
+from lazy_orbax.restore.verified import STAGING_BYTES, Question, examined, restore
+from lazy_orbax.timeline import RestoreRecorder
 
 _LOG = logging.getLogger("lazy_orbax")
 
@@ -246,13 +246,20 @@ def _by_ourselves(directory: str, partial: Any, args: Any) -> dict[str, Any]:
             arg.strict = args.strict
     whole = ocp.args.PyTreeRestore(partial, restore_args)
     handler = symbols.HANDLER_BASE()
-    read = functools.partial(handler.restore, epath.Path(directory), args=whole)
+    question = Question(
+        directory,
+        whole,
+        by_orbax=lambda args: handler.restore(epath.Path(directory), args=args),
+        metadata=handler.metadata,
+        registry=describe.type_handlers_of(handler),
+        limit_bytes=STAGING_BYTES,
+        verifies=True,
+        is_shared=True,
+        recorder=RestoreRecorder(directory),
+    )
     try:
-        with examined(directory, whole, verifies=True):
-            metadata = handler.metadata
-            return handed_in.named_leaves(
-                restore(directory, whole, read, metadata=metadata, verifies=True, is_shared=True)
-            )
+        with examined(directory, whole, verifies=True) as contents:
+            return handed_in.named_leaves(restore(question, contents))
     finally:
         handler.close()
 

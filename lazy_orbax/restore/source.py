@@ -129,7 +129,10 @@ class Bucket(Source):
 
     def _read(self, file: str, start: int, buffers: Sequence[memoryview], wanted: int) -> None:
         with self._awaiting(wanted):
-            found = self._store.read(file, byte_range=slice(start, start + wanted)).result()
+            try:
+                found = self._store.read(file, byte_range=slice(start, start + wanted)).result()
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}") from error
             if found.state != "value" or len(found.value) != wanted:
                 raise ValueError(f"{file} has no bytes {start} to {start + wanted}")
             content, done = memoryview(found.value), 0

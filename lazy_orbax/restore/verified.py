@@ -39,6 +39,8 @@ from lazy_orbax.trust.malformed import checked
 _DEFERRED: contextvars.ContextVar[list[Exception] | None] = contextvars.ContextVar(
     "lazy_orbax_deferred", default=None
 )
+STAGING_BYTES = 96 * 10**9
+"""Orbax's own limit of what only passes through host memory, in bytes."""
 _LOG = logging.getLogger("lazy_orbax")
 
 

@@ -113,6 +113,7 @@ async def begin(saver: Saver, directory: Any, args: Any) -> list[Commit]:
         merge=saver.merge,
     )
     commit.others = others
+    # From here on the next save, or `close`, ends this one where Orbax does not.
     saver.commits.append(commit)
     _put_out_of_reach(commit, prepared.arrays(leaves))
     return [commit]

@@ -177,9 +177,11 @@ class Commit:
             and are told of the failure by `result`. Else nobody is told but the caller.
         """
         if self._agreement is not None and isinstance(error, Exception):
+            # Not reported: `result` tells the others first, and raises what failed here as well.
             self._end(error)
             self.save.forget()
             return True
+        # Reported before it ends: who waits for it must not be told again of what `save()` raises.
         self._report()
         self._end(error)
         for other in self.others:
@@ -223,6 +225,7 @@ class Commit:
             self.save.drop()
 
     def _fail(self, error: BaseException) -> None:
+        # What is held here is dropped before the other processes are told.
         self._end(error)
         if self._agreement is not None and not self._is_reported:
             self._agreement.settle(self.save.failure or self._failure(error), None, 0)

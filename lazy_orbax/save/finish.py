@@ -52,10 +52,12 @@ def end_all(saver: Saver) -> None:
         SaveError: a save failed, and nobody was told yet.
     """
     await_interrupted()
+    # What is taken from the list here is ended here, also where `close` is called twice.
     commits = list(saver.commits)
     saver.commits.clear()
     errors: list[BaseException] = [*saver.publications.end()]
     errors += [error for commit in commits if (error := commit.outcome())]
+    # No save of this handler is left. Those of others make again what they need of this.
     stop_preparing()
     HOST_BUDGET.drop_idle()
     threads.dismiss_idle()

@@ -33,5 +33,6 @@ class Holding:
             with contextlib.suppress(queue.Empty):  # Another thread may be dropping as well.
                 while True:
                     waiting.get_nowait()
+        # After the queues: a slab in them is memory that its lease counts.
         for lease in self.leases:
             lease.release()

@@ -184,6 +184,7 @@ class Save:
                 modes.add(mode := room.mode_for(slab))
                 self._put_out_of_reach(plan, slab, arrays, mode)
         finally:
+            # Also after a failure: our thread waits for it, and nobody else ends it.
             self._holding.on_device.put(None)
         mode = "+".join(sorted(modes - {"host"}, reverse=True)) or "host"
         self.recorder.note(mode=mode, reason=room.reason, bytes_written=plan.n_bytes)
@@ -191,6 +192,7 @@ class Save:
 
     def _put_out_of_reach(self, plan: Plan, slab: Slab, arrays: Sequence[Any], mode: str) -> None:
         if mode == "stage" and not device_to_host.is_in_host_memory(slab):
+            # No lease yet: what is staged is memory of the device until our thread brings it.
             self._holding.on_device.put(device_to_host.take(plan, slab, arrays, mode))
             return
         # Not through our thread: it may be waiting for the very bytes of this slab.
@@ -216,6 +218,7 @@ class Save:
             if self._state not in _OVER:
                 self._holding.leases.append(lease)
                 return lease
+        # The save ended while this waited: `drop` may have been here, so this lease ends now.
         lease.release()
         raise ReservationAborted("The save is over.")
 
@@ -238,6 +241,7 @@ class Save:
         except BaseException as error:  # noqa: BLE001 - `write` raises it, in Orbax's thread.
             self.fail(error)
         finally:
+            # The writer ends after what is in the queue, whether all is there or not.
             holding.on_host.put(None)
         plan, every = self._job.prepared.plan, self._job.options.verify_snapshot
         prover_of(plan).begin_to_prepare(plan, every, lower_priority=yield_to_training)

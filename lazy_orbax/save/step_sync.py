@@ -63,6 +63,7 @@ def before_publication(
     step = step_at(directory)
     step.synced |= synced
     step.timeout_s = timeout_s
+    # Until Orbax has published it in this thread, `DurablePath` adds to what this knows.
     _publishing.step = step
     publication.sync = functools.partial(_after_publication, step)
     publication.is_there = functools.partial(_is_published, directory)
@@ -79,6 +80,7 @@ def _after_publication(step: _Step) -> None:
         NotDurableError: the storage refused, or did nothing for too long. The step is listed.
     """
     if getattr(_publishing, "step", None) is step:
+        # The step is public: what this thread does next belongs to another one.
         _publishing.step = None
     directory = _paths.published(step.directory)
 

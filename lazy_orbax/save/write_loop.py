@@ -60,15 +60,18 @@ def drain(
             if item is None:
                 break
             pace.await_turn(item[0].slab.n_bytes, ended)
+            # The lease goes on with the slab; `settle_oldest` returns it when that is written.
             held, lease = device_to_host.to_host(item[0]), item[1]
             writing.append((writer.write(device_to_host.views(plan, held)), held, lease))
             del item, held
+        # Everything was handed over. The loop ends early where the save has failed meanwhile.
         while writing and not ended.is_set():
             settle_oldest()
     finally:
         for futures, _, lease in writing:
             if not writer.gives_up:  # What hangs may do so for ever, and TensorStore reads it.
                 lease.hold(future for future, _ in futures if not future.done())
+        # The slabs die here. `Holding.drop` releases their leases, or whoever reads them last.
         writing.clear()
 
 

@@ -91,6 +91,7 @@ def stage(plan: Plan, slab: Slab, leaves: Sequence[Any], buffer: jax.Array | Non
     with jax.set_mesh(local_mesh(slab.mesh)):
         if kind is None:
             return Held(slab, (pack(table, *mine),), None, on_host=False)
+        # The buffer dies when the program is enqueued; its memory lives on as `packed`.
         fresh = kind.fresh() if buffer is None else buffer
         with _DONATING:
             packed = pack(table, fresh, *mine)
@@ -121,6 +122,7 @@ def given(plan: Plan, slab: Slab, leaves: Sequence[Any]) -> Held:
         leaves: the arrays of `plan.leaves`, in order. They may be dropped, but not donated or
             deleted, when this returned.
     """
+    # No copy: it is the caller's snapshot. What we hold of it dies when its write has committed.
     arrays, sources = _sources(plan, slab, leaves, cut=False)
     return Held(slab, tuple(arrays), tuple(sources), on_host=True)
 

@@ -59,15 +59,18 @@ class Lease:
         with self._budget._changed:
             was_stuck, self._is_stuck = self._is_stuck, False
             self._budget._stuck_bytes -= self._n_bytes * was_stuck
+            # Somebody reads the memory yet, so it stays counted; the last reader releases it again.
             if not all(reader.done() for reader in self._readers):
                 self._is_stuck = True
                 self._budget._stuck_bytes += self._n_bytes
                 self._budget._changed.notify_all()
                 return
             self._readers.clear()
+            # The lease ends here. With no bytes left, a second release changes nothing.
             n_bytes, self._n_bytes, self.buffer = self._n_bytes, 0, None
             self._budget._in_flight_bytes -= n_bytes
             if buffer is not None and n_bytes:
+                # It is not counted in flight any more, and gives way to whatever is.
                 self._budget._idle.append((self._kind, n_bytes, buffer))
             self._budget._changed.notify_all()
 
@@ -155,6 +158,7 @@ class HostBudget:
                 self._make_room(limit_bytes)
                 return Lease(self, n_bytes, kind, buffer)
             finally:
+                # Admitted or not: the next in the queue may be admitted now.
                 self._queue.remove(ticket)
                 self._changed.notify_all()
 

@@ -170,7 +170,7 @@ def _packer(
                 )
             parts.append(part.reshape(-1))
         changed = map(_changes, shards[into:])
-        return _joined_in(shards[0], parts, tuple(changed)) if into else _joined(parts)
+        return _joined_in(shards[0], parts, tuple(changed)) if into else jnp.concatenate(parts)
 
     in_specs = (PartitionSpec(mesh.axis_names, None), *[every_axis] * into, *specs)
     mapped = jax.shard_map(
@@ -199,17 +199,13 @@ def _joined_in(buffer: jax.Array, parts: Sequence[jax.Array], changed: Sequence[
             runs.append([])
         runs[-1].append(part)
     if len(runs) == 1 and not alone:  # Aliased to the buffer, though nothing reads that.
-        return _joined(parts)
+        return jnp.concatenate(parts)
     start = 0
     for run in runs:
-        joined = _joined(run)
+        joined = jnp.concatenate(run)
         buffer = jax.lax.dynamic_update_slice(buffer, joined, (start,))
         start += joined.size
     return buffer
-
-
-def _joined(parts: Sequence[jax.Array]) -> jax.Array:
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
 def _changes(shard: jax.Array) -> bool:
@@ -248,7 +244,8 @@ def _cached_table(mesh: jax.sharding.Mesh, columns: tuple[tuple[int, ...], ...])
     table = np.array(columns, dtype=np.int32).reshape(len(columns), mesh.devices.size).T
     local = local_mesh(mesh)
     if local is not mesh:
-        table = table[[d.process_index == jax.process_index() for d in mesh.devices.flat]]
+        mine = set(local.devices.flat)
+        table = table[[device in mine for device in mesh.devices.flat]]
     sharding = NamedSharding(local, PartitionSpec(local.axis_names, None))
     return jax.make_array_from_callback(table.shape, sharding, lambda index: table[index])
 
@@ -269,6 +266,5 @@ def _replica_table(
         else:
             column = columns.setdefault(plan.layouts[i].replica_ids, len(columns))
             cuts.append((*cut, column))
-    if not columns:
-        columns[(0,) * slab.mesh.devices.size] = 0
-    return tuple(cuts), _cached_table(slab.mesh, tuple(columns))
+    unread = (0,) * slab.mesh.devices.size
+    return tuple(cuts), _cached_table(slab.mesh, tuple(columns) or (unread,))

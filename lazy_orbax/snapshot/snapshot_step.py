@@ -35,10 +35,10 @@ class _Variant:
 
 
 class SnapshotStep:
-    """Runs a training step, and on request has it return a copy of its input state.
+    """Runs a training step. On request the step also returns a copy of the state that it was given.
 
-    The copy is made by the same program that donates the state, into pinned host memory, so that
-    the compiler may let it overlap forward and backward. `save()` writes it as it is::
+    One program donates the state and copies it to pinned host memory. The compiler may therefore
+    let the copy overlap forward and backward. `save()` writes the copy as it is::
 
         step = lazy_orbax.SnapshotStep(train_step)
         for i, batch in enumerate(batches):
@@ -49,9 +49,13 @@ class SnapshotStep:
             else:
                 state = step(state, batch)
 
-    The snapshot is of the state *before* the batch: resume with batch `i`. It asks for no device
-    memory, and for as much host memory as the state has bytes on all devices of this process,
-    replicas counted each, until it is dropped and written.
+    The snapshot holds the state *before* the batch: a run that restores it begins with batch `i`.
+    The copy takes no device memory. It takes as many bytes of host memory as the state has on all
+    devices of this process, where each replica counts. The memory is free again when you have
+    dropped the snapshot and the save has written it.
+
+    The leaves may be `jax.Array`s of any shape, dtype and sharding, typed keys, NumPy arrays and
+    numbers. The copy has the same structure, shapes and dtypes.
     """
 
     def __init__(
@@ -110,6 +114,7 @@ class SnapshotStep:
         with neutral():
             copies |= {i: _copied_ahead(leaves[i], variant.given.get(i)) for i in variant.ahead}
         del leaves
+        # The state ends here: it is donated, and only what the step returned is left of it.
         result, by_step = variant.run(state, *args, **kwargs)
         copies |= zip(variant.by_step, by_step, strict=True)
         with neutral():
@@ -117,6 +122,7 @@ class SnapshotStep:
                 copies[i] = _placed_as(given, copies[i])
                 if i in keys:
                     copies[i] = jax.random.wrap_key_data(copies[i], impl=keys[i])
+                # From here on `save()` knows the array, and writes it without a copy.
                 remember(copies[i], given)
         return result, treedef.unflatten([copies[i] for i in range(len(copies))])
 

@@ -15,9 +15,9 @@ def split_step(
 ) -> Callable[..., tuple[Any, Any]]:
     """Returns a training step that donates its state only in its second half, the update.
 
-    A program that donates the state waits, on the device, for every copy of it that is under way.
-    In one program with the update, forward and backward wait as well. Here they do not: the
-    gradients are computed while the state is copied, and only the update waits::
+    A program that donates the state waits on the device until every copy of the state that was
+    enqueued before has ended. If one program does all, forward and backward wait as well. Here
+    `grad_fn` computes the gradients while the state is copied, and only `update_fn` waits::
 
         step = lazy_orbax.split_step(
             lambda state, batch: jax.grad(loss, has_aux=True)(state.params, batch),
@@ -26,20 +26,24 @@ def split_step(
         state, metrics = step(state, batch)
         manager.save(i, args=ocp.args.StandardSave(state))  # copied during the next gradients
 
-    It costs the memory of all gradients at once, which live from one program to the next.
+    All gradients stay in device memory between the two programs: as many bytes as the parameters
+    have, in the dtype of the gradients.
 
     Args:
-        grad_fn: takes the state and the batch, returns gradients and anything else. A plain
-            function is jitted. A jitted one is used as it is; it must not donate the state.
-        update_fn: takes the state and the gradients, returns the next state. A plain function is
-            jitted and donates the state. A jitted one is used as it is.
+        grad_fn: takes the state and the batch, and returns a pair: the gradients, and anything
+            else that is a tree of arrays. This function jits a plain function. It uses a jitted one
+            as it is, which must not donate the state.
+        update_fn: takes the state and the gradients, and returns the next state, whose arrays
+            should have the shapes, dtypes and shardings of the state: only then does the next
+            state take over the memory of the old one. This function jits a plain function and lets
+            it donate the state. It uses a jitted one as it is.
 
     Returns:
-        A function of the state and the batch, which returns the next state and the second of what
-        `grad_fn` returned. Its argument was donated.
+        A function that takes the state and any arguments of the batch. It returns the next state,
+        and the second value that `grad_fn` returned. The caller cannot use the old state any more.
 
     Raises:
-        OptionError: one of them cannot be called.
+        OptionError: `grad_fn` or `update_fn` cannot be called.
     """
     for name, function in (("grad_fn", grad_fn), ("update_fn", update_fn)):
         if not callable(function):

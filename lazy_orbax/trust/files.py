@@ -40,6 +40,7 @@ def survey(directory: str) -> dict[str, int]:
     """
     sizes: dict[str, int] = {}
     seen: set[tuple[int, int]] = set()
+    # A list and no recursion: how deep directories lie is not ours to say.
     pending = [""]
     while pending:
         folder = pending.pop()

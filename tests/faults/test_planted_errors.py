@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import lazy_orbax
 from lazy_orbax.errors import SaveError
+from lazy_orbax.integrity import proof_subjects
 from lazy_orbax.save.plan_cache import PLAN_CACHE
 from lazy_orbax.snapshot import pack
 
@@ -67,8 +68,26 @@ def save_two(directory, mesh, every):
     return failures, steps
 
 
-@pytest.mark.parametrize("plant", [*planted.BLIND, *planted.OTHERS], ids=lambda f: f.__name__)
-def test_a_verified_save_fails_and_names_the_leaf(plant, tmp_path, mesh, monkeypatch):
+ALL = [*planted.BLIND, *planted.OTHERS]
+# Both find fingerprints of the same arrays; what differs is who reads those.
+CASES = [
+    *[pytest.param(plant, "the host", id=plant.__name__) for plant in ALL],
+    *[
+        pytest.param(
+            plant,
+            "programs",
+            id=f"{plant.__name__}, by programs",
+            marks=[pytest.mark.slow] * (i > 3),
+        )
+        for i, plant in enumerate(ALL)
+    ],
+]
+
+
+@pytest.mark.parametrize(("plant", "by"), CASES)
+def test_a_verified_save_fails_and_names_the_leaf(plant, by, tmp_path, mesh, monkeypatch):
+    if by == "programs":  # As on an accelerator.
+        monkeypatch.setattr(proof_subjects, "is_in_host_memory", lambda sharding: False)
     plant(monkeypatch)
     failures, steps = save_two(tmp_path / "run", mesh, every=1)
     assert failures
@@ -105,5 +124,8 @@ def test_digests_alone_see_nothing(plant, tmp_path, mesh, monkeypatch):
     assert wrong
 
 
-def test_without_an_error_every_save_is_committed(tmp_path, mesh):
+@pytest.mark.parametrize("by", ["the host", "programs"])
+def test_without_an_error_every_save_is_committed(by, tmp_path, mesh, monkeypatch):
+    if by == "programs":
+        monkeypatch.setattr(proof_subjects, "is_in_host_memory", lambda sharding: False)
     assert save_two(tmp_path / "run", mesh, every=1) == ([], [0, 1])

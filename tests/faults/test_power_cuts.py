@@ -25,6 +25,9 @@ EVERY_POINT = os.environ.get("LAZY_ORBAX_EVERY_POINT") == "1"
 TABLE = "Power cuts"
 
 
+# Where nobody syncs, as in stock Orbax, the kernel may still write everything back in time: it does
+# so when others on the machine write much. Then the cut takes nothing, and is made once more.
+_CUTS_OF_STOCK = 5
 # Without what ext4 does for programs that write a file anew in place and do not sync it.
 NO_HEURISTIC = "ext4 noauto_da_alloc"
 
@@ -67,9 +70,12 @@ def cuts(zygote, disk, first_step, tmp_path):
 @pytest.mark.parametrize("how", ["stock", "default", "DurablePath"])
 def test_a_step_that_is_finished(cuts, late, how, tell, request):
     options = {"stock": {"stock": True}, "DurablePath": {"durable_path": True}}.get(how, {})
-    calls, steps, wrong = cuts.cut(late=late, **options)
-    assert calls[-1] == "finished"
-    survived = steps[-1] == 2 and not wrong
+    for _ in range(_CUTS_OF_STOCK if how == "stock" else 1):
+        calls, steps, wrong = cuts.cut(late=late, **options)
+        assert calls[-1] == "finished"
+        survived = steps[-1] == 2 and not wrong
+        if not survived:
+            break
     # The disk does lose what is not synced: of stock Orbax the step, or what is in its files.
     assert survived == (how != "stock"), (steps, wrong)
     found = "whole" if survived else "listed, and not restored" if wrong else "gone"
@@ -83,6 +89,11 @@ def kind_of_disk(request):
     return request.node.callspec.params["disk"]
 
 
+# What ext4 loses with its heuristic it also loses without.
+SOME_DISKS = [pytest.param("ext4", marks=pytest.mark.slow), "xfs", NO_HEURISTIC]
+
+
+@pytest.mark.parametrize("disk", SOME_DISKS, indirect=True)
 @pytest.mark.parametrize("how", ["default", "DurablePath"])
 def test_a_save_whose_power_is_cut_at_every_call(cuts, how, tell, request):
     durable_path = how == "DurablePath"

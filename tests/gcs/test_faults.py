@@ -110,7 +110,20 @@ def job(start_for_module):
     return start_for_module()
 
 
-@pytest.mark.parametrize("row", SURVIVED + FATAL, ids=str)
+# They wait for seconds, and others of their kind remain.
+LONG = {
+    "chunk: one request stalls",
+    "merged manifest: one request stalls",
+    "chunk: stalls for ever",
+    "merged manifest: 503 for ever",
+}
+ROWS = [
+    pytest.param(row, marks=[pytest.mark.slow] * (row.what in LONG), id=row.what)
+    for row in SURVIVED + FATAL
+]
+
+
+@pytest.mark.parametrize("row", ROWS)
 def test_a_fault(job, proxy, root, row, tell):
     timeout_s = FATAL_TIMEOUT_S if row.error else row.timeout_s
     assert job.do("open", root, timeout_s=timeout_s, **row.keywords) == []

@@ -7,7 +7,7 @@ none may change what is saved.
 
 The quick size is a fixed set of examples. The nightly one draws others every time:
 
-    pytest tests/property/test_situations.py --hypothesis-profile=nightly
+    pytest tests/property/test_situations.py -m "" --hypothesis-profile=nightly
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
-import pytest
 from equipment import contexts
 from equipment.oracle import (
     STOCK_WARNS,
@@ -193,8 +192,7 @@ def mappable(tree) -> bool:
     return attempt(lambda: jax.tree.leaves(tree))[0] == "accepted"
 
 
-@pytest.mark.slow
-@sized(40)
+@sized(24)
 @given(situations())
 def test_what_stock_does_with_a_situation_is_what_we_do(situation):
     # What stock refuses it may go on writing.

@@ -14,10 +14,11 @@ from jax.sharding import PartitionSpec as P
 
 import lazy_orbax
 from lazy_orbax.errors import OptionError, SaveError
-from lazy_orbax.integrity import digest_file, fingerprint, proof, proof_restored
+from lazy_orbax.integrity import digest_file, fingerprint, proof, proof_restored, proof_subjects
 from lazy_orbax.integrity.digest_file import DigestError
 from lazy_orbax.integrity.stored_item import StoredItem
 from lazy_orbax.restore import compare_arrays
+from lazy_orbax.save.plan_cache import PLAN_CACHE
 
 
 def state_of(mesh, step=0):
@@ -40,6 +41,21 @@ def state_of(mesh, step=0):
     }
 
 
+@pytest.fixture
+def far_from_the_host(monkeypatch):
+    """As on an accelerator: programs look at the arrays."""
+    monkeypatch.setattr(proof_subjects, "is_in_host_memory", lambda sharding: False)
+    PLAN_CACHE.clear()
+    yield
+    PLAN_CACHE.clear()
+
+
+@pytest.fixture(params=[False, True], ids=["on the host", "far from the host"])
+def anywhere(request):
+    if request.param:
+        request.getfixturevalue("far_from_the_host")
+
+
 def handler_with(every, **options):
     options = lazy_orbax.LazyOptions(verify_snapshot=every, **options)
     return lazy_orbax.standard_handler(options=options)
@@ -59,6 +75,7 @@ def verified_steps(directory):
     ]
 
 
+@pytest.mark.usefixtures("anywhere")
 @pytest.mark.parametrize("mode", ["stage", "direct"])
 def test_every_kind_of_leaf_is_verified_and_comes_back(mesh, tmp_path, mode):
     state = state_of(mesh)
@@ -78,15 +95,18 @@ def test_every_kind_of_leaf_is_verified_and_comes_back(mesh, tmp_path, mode):
         assert total == fingerprint.of_host(data, (0,) * data.ndim), name
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_arrays_may_be_donated_at_once(mesh, tmp_path):
     step = jax.jit(lambda x: x * 2 + 1, donate_argnums=0)
     handler = handler_with(1)
-    x, wanted = on_mesh(np.arange(2**16, dtype=np.float32), mesh, "a"), []
+    x, wanted = step(on_mesh(np.arange(2**16, dtype=np.float32), mesh, "a")), []
     with ocp.CheckpointManager(tmp_path / "run", item_handlers=handler) as manager:
         for i in range(3):
-            wanted.append(np.array(x))
+            wanted.append(np.array(jnp.copy(x)))
+            places = [shard.data.unsafe_buffer_pointer() for shard in x.addressable_shards]
             manager.save(i, args=ocp.args.StandardSave({"x": x}))
             x = step(x)
+            assert [s.data.unsafe_buffer_pointer() for s in x.addressable_shards] == places
         manager.wait_until_finished()
         for i in range(3):
             found = manager.restore(i, args=ocp.args.StandardRestore(abstract({"x": x})))
@@ -107,6 +127,7 @@ def test_which_saves_are_verified(mesh, tmp_path, every, verified):
     assert verified_steps(tmp_path) == verified
 
 
+@pytest.mark.usefixtures("far_from_the_host")
 def test_who_saves_once_compiles_nothing(mesh, tmp_path, monkeypatch):
     def compiled(subjects):
         raise AssertionError
@@ -117,6 +138,17 @@ def test_who_saves_once_compiles_nothing(mesh, tmp_path, monkeypatch):
     assert not [t for t in threading.enumerate() if t.name == "lazy_orbax-proof"]
 
 
+def test_arrays_on_the_host_need_no_programs(mesh, tmp_path, monkeypatch):
+    def compiled(subjects):
+        raise AssertionError
+
+    monkeypatch.setattr(proof, "compiled", compiled)
+    with ocp.CheckpointManager(tmp_path / "run", item_handlers=handler_with(1)) as manager:
+        manager.save(0, args=ocp.args.StandardSave(state_of(mesh)))
+    assert verified_steps(tmp_path) == [0]
+
+
+@pytest.mark.usefixtures("far_from_the_host")
 def test_after_prewarm_the_first_save_is_verified(mesh, tmp_path):
     state, handler = state_of(mesh), handler_with(50)
     del state["pinned"]
@@ -128,6 +160,7 @@ def test_after_prewarm_the_first_save_is_verified(mesh, tmp_path):
     assert verified_steps(tmp_path) == [0]
 
 
+@pytest.mark.usefixtures("far_from_the_host")
 def test_programs_that_cannot_be_compiled_fail_no_save(mesh, tmp_path, monkeypatch, caplog):
     def compiled(subjects):
         raise RuntimeError("UNIMPLEMENTED")
@@ -272,6 +305,7 @@ def test_a_restore_is_verified_where_the_arrays_are(mesh, tmp_path, monkeypatch)
         assert looked == []
 
 
+@pytest.mark.usefixtures("far_from_the_host")
 def test_a_compiler_that_failed_once_is_asked_again(mesh, tmp_path, monkeypatch):
     """Only what the plan says wrongly of a leaf stays wrong."""
     original, failures = proof.compiled, [RuntimeError("no memory for the compiler")]

@@ -1,5 +1,6 @@
 """The layout against JAX's own shards, and against what stock Orbax would choose."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint._src.serialization.replica_slices import get_replica_slices
 
-from lazy_orbax.plan.shards import Layout, Leaf, Region, ReplicaPolicy, layout_of
+from lazy_orbax.plan.shards import Layout, Leaf, Region, ReplicaPolicy, is_key, layout_of
 
 DEVICES = np.array(jax.devices()[:8])
 MESH_4X2 = Mesh(DEVICES.reshape(4, 2), ("a", "b"))
@@ -41,15 +42,26 @@ SHARDINGS = {
     "single device scalar": (SingleDeviceSharding(DEVICES[0]), ()),
     "pinned": (NamedSharding(MESH_4X2, P("a"), memory_kind="pinned_host"), (8, 6)),
     "pinned, sliceable": (NamedSharding(MESH_4X2, P("a"), memory_kind="pinned_host"), (32, 256)),
+    "unpinned": (NamedSharding(MESH_4X2, P("a"), memory_kind="unpinned_host"), (8, 6)),
+    "pinned, three dimensions": (
+        NamedSharding(MESH_4X2, P("a"), memory_kind="pinned_host"),
+        (8, 8, 128),
+    ),
+    "pinned, too small": (NamedSharding(MESH_4X2, P("a"), memory_kind="pinned_host"), (16, 128)),
+    "pinned, short rows": (
+        NamedSharding(MESH_4X2, P("a"), memory_kind="_".join(["pinned", "host"])),  # Another str.
+        (1024, 100),
+    ),
     "pinned, one dimension": (NamedSharding(MESH_4X2, P(), memory_kind="pinned_host"), (2048,)),
 }
 POLICIES = {
     "shared": ReplicaPolicy(),
     "not shared": ReplicaPolicy(parallel=False),
     "another replica": ReplicaPolicy(parallel=False, replica_id=1),
+    "shared, another replica": ReplicaPolicy(replica_id=1),
     "every process its own": ReplicaPolicy(parallel=False, replica_id=None),
     **{f"at least {n} B": ReplicaPolicy(min_slice_bytes=n) for n in (1, 12, 24, 64, 10**9)},
-    **{f"at most {n} replicas": ReplicaPolicy(max_replicas=n) for n in (1, 2, 3, 100)},
+    **{f"at most {n} replicas": ReplicaPolicy(max_replicas=n) for n in (0, 1, 2, 3, 100)},
     "two limits": ReplicaPolicy(max_replicas=2, min_slice_bytes=32),
 }
 
@@ -100,6 +112,7 @@ def test_the_same_regions_as_stock_orbax(name, policy_name):
         )
         layout = layout_of(leaf_of(array), policy, 0)
         assert layout.write_shape == stock.local_shape
+        assert layout.holds_whole_shards, "there is no other process"
         devices = list(sharding.devices_indices_map(shape))
         ours = {(devices[region.device].id, region.start) for region in layout.regions}
         theirs = {
@@ -147,6 +160,7 @@ def test_processes_divide_a_replicated_leaf(policy, expected):
     leaf = Leaf(0, "x", "['x']", (8,), np.dtype(np.float32), NamedSharding(mesh, P()))
     for process, ranges in expected.items():
         layout = layout_of(leaf, policy, process)
+        assert layout.processes == {p for p, written in expected.items() if written}
         (size,) = layout.write_shape
         assert [(r.start[0], r.start[0] + size) for r in layout.regions] == ranges
 
@@ -168,6 +182,65 @@ def test_a_directory_that_is_not_shared_gets_every_local_shard(process_of_device
         }
         starts = [region.start for region in layout_of(leaf, policy, process).regions]
         assert sorted(starts) == sorted(local)
+
+
+@pytest.mark.parametrize(
+    ("process_of_device", "spec", "policy", "expected"),
+    [
+        ((0, 0, 1, 1), ("a",), ReplicaPolicy(), True),  # Both halves of its shard are its own.
+        ((0, 1, 0, 1), ("a",), ReplicaPolicy(), False),
+        ((0, 1, 0, 1), ("a",), ReplicaPolicy(parallel=False), True),
+        ((0, 1, 1, 1), (), ReplicaPolicy(), False),
+        ((0, 1, 1, 1), (), ReplicaPolicy(max_replicas=1), True),
+        ((0, 0, 1, 1), (), ReplicaPolicy(max_replicas=2), True),  # The other one has none.
+        ((0, 1, 0, 1), ("a", "b"), ReplicaPolicy(), True),
+    ],
+)
+def test_whether_a_process_writes_whole_shards(process_of_device, spec, policy, expected):
+    mesh = fake_mesh(process_of_device, (2, 2), "ab")
+    leaf = Leaf(0, "x", "['x']", (8, 2), np.dtype(np.float32), NamedSharding(mesh, P(*spec)))
+    for process in (0, 1):
+        assert layout_of(leaf, policy, process).holds_whole_shards == expected
+
+
+@pytest.mark.parametrize("replica_id", [0, 1, None])
+def test_the_processes_that_write_are_those_whose_layouts_have_regions(replica_id):
+    mesh = fake_mesh([0, 1, 2, 0], (2, 2), "ab")
+    policy = ReplicaPolicy(parallel=False, replica_id=replica_id)
+    for spec in [(), ("a",), ("b",), ("a", "b")]:
+        leaf = Leaf(0, "x", "['x']", (8, 2), np.dtype(np.float32), NamedSharding(mesh, P(*spec)))
+        layouts = [layout_of(leaf, policy, process) for process in range(3)]
+        writers = {process for process, layout in enumerate(layouts) if layout.regions}
+        assert [layout.processes for layout in layouts] == [writers] * 3
+
+
+def test_the_size_of_a_share_is_compared_exactly():
+    mesh, n = fake_mesh([0, 0], (2,), "a"), 2**53 + 1  # Floats of 64 bits do not hold it.
+    leaf = Leaf(0, "x", "['x']", (2 * n,), np.dtype(np.int8), NamedSharding(mesh, P()))
+    for least, axis in [(n, 0), (n + 1, None)]:
+        assert layout_of(leaf, ReplicaPolicy(min_slice_bytes=least), 0).share_axis == axis
+
+
+def test_one_replica_of_many_writes():
+    mesh = fake_mesh([0] * 400, (400,), "a")
+    leaf = Leaf(0, "x", "['x']", (3,), np.dtype(np.int8), NamedSharding(mesh, P()))
+    policy = ReplicaPolicy(parallel=False, replica_id=int("399"))
+    assert layout_of(leaf, policy, 0).regions == (Region(399, (0,), (0,)),)
+
+
+def test_records_cannot_be_changed():
+    """Layouts are cached, and shared by all the plans of one process."""
+    leaf = Leaf(0, "x", "['x']", (3,), np.dtype(np.int8), None)
+    layout = layout_of(leaf, ReplicaPolicy(), 0)
+    for record in (leaf, ReplicaPolicy(), layout, layout.regions[0]):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(record, dataclasses.fields(record)[0].name, None)
+
+
+def test_keys_are_told_from_their_data():
+    keys = jax.random.split(jax.random.key(0), 2)
+    assert is_key(keys)
+    assert not is_key(jax.random.key_data(keys))
 
 
 def test_sharing_with_processes_that_see_no_common_directory_loses_nothing():

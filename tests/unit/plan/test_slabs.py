@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from lazy_orbax.plan.shards import Leaf, ReplicaPolicy
-from lazy_orbax.plan.slabs import make_plan
+from lazy_orbax.plan.slabs import bits_of, carrier_of, make_plan, mesh_of_one, runs
 
 DEVICES = np.array(jax.devices()[:8])
 MESH = Mesh(DEVICES.reshape(4, 2), ("a", "b"))
@@ -130,6 +130,45 @@ def test_host_leaves_are_aligned_and_do_not_overlap():
     assert end <= slab.n_bytes <= end + 63
 
 
+@pytest.mark.parametrize(("n", "taken"), [(1, 64), (63, 64), (64, 64), (65, 128), (640, 640)])
+def test_a_leaf_in_host_memory_takes_whole_cache_lines(n, taken):
+    (slab,) = plan_of(leaves_of(((n,), np.dtype(np.int8), None), ((3,), F32, None))).slabs
+    assert [piece.offset for piece in slab.pieces] == [0, taken]
+    assert slab.n_bytes == slab.device_bytes == taken + 64
+
+
+def test_bytes_are_integers_whatever_their_size():
+    n = 2**61 + 16  # Floats of 64 bits do not hold it.
+    sharded, repeated = ((n,), F32, on(MESH, ("a", "b"))), ((3,), F32, on(MESH))
+    plan = plan_of(leaves_of(sharded, repeated), slab_bytes=2**70)
+    assert [slab.kind for slab in plan.slabs] == ["shards", "mesh"]
+    for slab, expected in zip(plan.slabs, [4 * n, 3 * 4], strict=True):
+        assert (slab.device_bytes, type(slab.device_bytes)) == (expected, int)
+
+
+@pytest.mark.parametrize(
+    ("most_bytes", "most", "expected"),
+    [
+        (5, 9, ["abc", "d", "e"]),
+        (4, 9, ["ab", "c", "d", "e"]),
+        (10**3, 2, ["ab", "cd", "e"]),
+        (10**3, 9, ["abcde"]),
+        (0, 9, ["a", "b", "c", "d", "e"]),
+        (10**3, 1, ["a", "b", "c", "d", "e"]),
+    ],
+)
+def test_runs_are_as_long_as_fits_and_in_order(most_bytes, most, expected):
+    sizes = {"a": 0, "b": 1, "c": 4, "d": 7, "e": 5}
+    found = runs("abcde", sizes.__getitem__, most_bytes, most)
+    assert ["".join(run) for run in found] == expected
+    assert list(runs("", sizes.__getitem__, most_bytes, most)) == []
+
+
+def test_runs_of_many_members():
+    found = runs(range(10**4), lambda member: 1, 10**6, int("3000"))
+    assert [len(run) for run in found] == [3000, 3000, 3000, 1000]
+
+
 @pytest.mark.parametrize(
     ("shape", "kind"),
     [
@@ -143,6 +182,79 @@ def test_a_large_leaf_is_not_carried_by_every_replica(shape, kind):
     assert [slab.kind for slab in plan.slabs] == [kind]
     if kind == "shards":
         assert plan.slabs[0].n_bytes < math.prod(shape) * 4 + 64
+
+
+@pytest.mark.parametrize(("n", "kind"), [(64 * KIB, "mesh"), (64 * KIB + 1, "shards")])
+def test_64_kib_are_carried_by_every_replica(n, kind):
+    leaves = leaves_of(((n,), np.dtype(np.int8), on(MESH)))
+    (slab,) = plan_of(leaves, policy=ReplicaPolicy(parallel=False)).slabs
+    assert slab.kind == kind
+
+
+def test_what_is_copied_shard_by_shard_may_be_of_any_dtype():
+    pinned = on(MESH, "a", memory_kind="pinned_host")
+    plan = plan_of(leaves_of(((8,), F32, pinned), ((8,), BF16, pinned)))
+    assert [(slab.kind, slab.leaves, slab.n_bytes) for slab in plan.slabs] == [
+        ("shards", (0, 1), 64 + 64)
+    ]
+
+
+class OtherSharding:
+    """One that names no mesh, of the same devices and shards as one that does."""
+
+    def __init__(self, named):
+        self.device_set, self.memory_kind = named.device_set, named.memory_kind
+        self.shard_shape, self.devices_indices_map = named.shard_shape, named.devices_indices_map
+
+
+def test_without_a_mesh_only_the_leaves_of_one_device_are_packed():
+    one = Mesh(DEVICES[[3]], ("a",))
+    many, single = (OtherSharding(on(mesh, "a")) for mesh in (MESH, one))
+    plan = plan_of(leaves_of(((8,), F32, many), ((8,), F32, single)))
+    assert [(slab.kind, slab.leaves) for slab in plan.slabs] == [("shards", (0,)), ("mesh", (1,))]
+    assert plan.slabs[1].mesh == mesh_of_one(DEVICES[3])
+
+
+def test_a_mesh_without_axes_is_packed_as_its_one_device_is():
+    leaves = leaves_of(((8,), F32, on(Mesh(DEVICES[2], ()))))
+    (slab,) = plan_of(leaves).slabs
+    assert (slab.kind, slab.mesh) == ("mesh", mesh_of_one(DEVICES[2]))
+
+
+def test_a_leaf_is_packed_up_to_the_last_element_that_32_bits_can_index():
+    int8, one = np.dtype(np.int8), SingleDeviceSharding(DEVICES[0])
+    plan = plan_of(leaves_of(((2**31 - 1,), int8, one), ((2**31,), int8, one)), slab_bytes=2**40)
+    assert [(slab.kind, slab.leaves) for slab in plan.slabs] == [("mesh", (0,)), ("shards", (1,))]
+
+
+@pytest.mark.parametrize(("dtype", "mesh"), [(F32, MESH), (BF16, HALF), (F32, HALF)])
+def test_a_slab_has_as_many_elements_on_each_device_as_can_be_indexed(dtype, mesh):
+    most = 2**31 - 1
+    for n, expected in [(most // 3, [3, 1]), (most // 3 + 1, [2, 2])]:
+        leaf = ((mesh.size * n,), dtype, on(mesh, ("a", "b")))
+        plan = plan_of(leaves_of(*[leaf] * 4), slab_bytes=2**50)
+        assert [len(slab.leaves) for slab in plan.slabs] == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "carrier"),
+    [
+        ("bool float32 float64 complex64 complex128", None),  # As they are.
+        ("int2 uint4 int4 float4_e2m1fn int8 uint8 float8_e5m2 float8_e8m0fnu", "uint8"),
+        ("int16 uint16 float16 bfloat16", "uint16"),
+        ("int32 uint32", "uint32"),
+        ("int64 uint64", "uint64"),
+    ],
+)
+def test_in_what_a_dtype_travels(names, carrier):
+    for name in names.split():
+        assert carrier_of(np.dtype(getattr(ml_dtypes, name, name))) == np.dtype(carrier or name)
+
+
+def test_bits_of_a_dtype():
+    bits = {"int2": 2, "uint4": 4, "int4": 4, "float4_e2m1fn": 4, "float8_e5m2": 8, "int8": 8}
+    bits |= {"bfloat16": 16, "float16": 16, "uint16": 16, "float32": 32, "int64": 64}
+    assert {name: bits_of(np.dtype(getattr(ml_dtypes, name, name))) for name in bits} == bits
 
 
 def test_leaves_without_replicas_are_packed_whatever_their_size():
@@ -174,7 +286,21 @@ def test_a_process_without_a_device_of_the_mesh_has_nothing_to_do():
     leaves = leaves_of(((8,), F32, on(mesh, "a")), ((8,), F32, None))
     plans = [plan_of(leaves, process_index=p) for p in range(3)]
     assert [plan.n_bytes for plan in plans] == [16 + 32, 16, 0]
+    taken = [[(slab.n_bytes, slab.device_bytes) for slab in plan.slabs] for plan in plans]
+    assert taken == [[(16, 8), (64, 64)], [(16, 8), (0, 0)], [(0, 0)]]
+    assert [plan.processes for plan in plans] == [{0, 1}] * 3
     assert not [slab for slab in plans[2].slabs if slab.kind == "mesh"]
+
+
+@pytest.mark.parametrize("process_index", [1, 2, 10**6])
+def test_a_process_has_the_devices_of_its_own_number(process_index):
+    # Made anew each time: Python keeps one object for each small number only.
+    number = str(process_index)
+    mesh = fake_mesh([0, int(number), int(number), 10**9], (4,), "a")
+    plan = plan_of(leaves_of(((8,), F32, on(mesh, "a"))), process_index=int(number))
+    (slab,) = plan.slabs
+    assert [piece.start for piece in slab.pieces] == [(2,), (4,)]
+    assert (slab.n_bytes, slab.device_bytes) == (16, 8)
 
 
 def test_a_plan_of_the_same_leaves_is_equal():
@@ -188,6 +314,19 @@ def test_a_plan_of_the_same_leaves_is_equal():
     assert content() != content(policy=ReplicaPolicy(parallel=False))
 
 
+def test_plans_and_slabs_are_keys_whatever_they_hold():
+    """By identity: what is kept for one is looked up on every save."""
+    leaves = leaves_of(((8, 6), F32, on(MESH, "a")))
+    plan, alike = plan_of(leaves), plan_of(leaves)
+    assert len({plan, alike, plan.slabs[0], alike.slabs[0]}) == 4
+    plan.kept[plan.slabs[0]] = "a program"
+    assert alike.kept == {}
+    assert "a program" not in repr(plan)
+    for record in (plan, plan.slabs[0], plan.slabs[0].pieces[0]):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(record, dataclasses.fields(record)[0].name, None)
+
+
 def test_indices_of_a_piece():
     leaves = leaves_of(((8, 6), F32, on(MESH, "a")))
     (slab,) = plan_of(leaves).slabs
@@ -195,3 +334,12 @@ def test_indices_of_a_piece():
     assert piece.index == (slice(3, 4), slice(0, 6))
     assert piece.shard_start == (2, 0)
     assert piece.index_in_shard == (slice(1, 2), slice(0, 6))
+    assert piece.start_in_shard == (1, 0)
+
+
+def test_the_mesh_of_one_device():
+    mesh = mesh_of_one(DEVICES[5])
+    assert list(mesh.devices.flat) == [DEVICES[5]]
+    assert mesh_of_one(DEVICES[5]) is mesh
+    (slab,) = plan_of(leaves_of(((8,), F32, SingleDeviceSharding(DEVICES[5])))).slabs
+    assert slab.mesh is mesh

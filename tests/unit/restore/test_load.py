@@ -144,7 +144,7 @@ def test_a_step_of_one_item_is_enough(tmp_path):
         (lambda d: (d / "c", {"w": 3}), RestoreError, r"found \[4\], wanted a number"),
         (lambda d: (d / "c", {"w": object()}), RestoreError, "leaf w: found object"),
         (lambda d: (d / "c", {"w": "text"}), RestoreError, "leaf w: found no such string"),
-        (lambda d: ({"a": d / "c"},), OptionError, "only by transforms"),
+        (lambda d: ({"a": d / "c"},), OptionError, "for transforms only"),
     ],
 )
 def test_bad_input_has_one_clear_error(tmp_path, arguments, error, message):
