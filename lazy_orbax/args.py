@@ -7,6 +7,7 @@ from typing import Any
 
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.handlers.lazy import LazyCheckpointHandler
+from lazy_orbax.transforms import TransformMap
 
 
 @ocp.args.register_with_handler(LazyCheckpointHandler, for_save=True)
@@ -31,14 +32,17 @@ class LazySave(ocp.args.CheckpointArgs):
 @ocp.args.register_with_handler(LazyCheckpointHandler, for_restore=True)
 @dataclasses.dataclass
 class LazyRestore(ocp.args.CheckpointArgs):
-    """What to restore. The fields are those of `ocp.args.PyTreeRestore` that Orbax still advises.
+    """What to restore. Most fields are those of `ocp.args.PyTreeRestore`.
 
     Attributes:
         item: a tree that gives the structure; `None` restores nested dictionaries and lists.
         restore_args: a tree of `ocp.RestoreArgs` with the structure of `item`, or `None`.
         partial_restore: restore only the leaves that `item` names.
+        transforms: rules by which the leaves of `item` are made of what is stored; see `load`,
+            whose `like` the item is then. `restore_args` and `partial_restore` do not count.
     """
 
     item: Any | None = None
     restore_args: Any | None = None
     partial_restore: bool = False
+    transforms: TransformMap | None = None

@@ -28,7 +28,10 @@ from lazy_orbax.handlers.stock_fallback import (
 )
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.plan.slabs import Plan
-from lazy_orbax.restore.verified import Question, examined, restore
+from lazy_orbax.plan.transforms.transform_map import TransformMap
+from lazy_orbax.restore.either_way import Question
+from lazy_orbax.restore.load import load
+from lazy_orbax.restore.verified import agreed, examined, restore
 from lazy_orbax.save.begin import Saver, begin
 from lazy_orbax.save.finish import end_all, finish
 from lazy_orbax.save.merge import merge
@@ -177,6 +180,8 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
             MalformedCheckpointError: it is not a checkpoint that Orbax wrote.
         """
         directory = handed_in.without_dots(directory)
+        if isinstance(getattr(args, "transforms", None), TransformMap):
+            return self._restore_transformed(str(directory), args)
         stock = super().restore
         question = Question(
             directory,
@@ -194,6 +199,15 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
                 return restore(question, contents)
         finally:
             question.recorder.report(self.options.on_restore)
+
+    def _restore_transformed(self, directory: str, args: Any) -> Any:
+        return agreed(
+            directory,
+            lambda: load(directory, args.item, transforms=args.transforms, options=self.options),
+            instead=args.item,
+            asks=self.is_shared,
+            recorder=RestoreRecorder(directory),
+        )
 
     def metadata(self, directory: Any) -> Any:
         """Returns what Orbax says about the leaves of a checkpoint.

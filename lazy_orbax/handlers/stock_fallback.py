@@ -69,9 +69,12 @@ class StockFallback(ocp.PyTreeCheckpointHandler):
         """Restores the stock way, after a look at what is there.
 
         Raises:
+            OptionError: there are transforms, which stock Orbax does not know.
             RestoreError: the target does not fit what is stored.
             MalformedCheckpointError: it is not a checkpoint that Orbax wrote.
         """
+        if getattr(args, "transforms", None) is not None:
+            raise OptionError("transforms need an orbax-checkpoint that lazy_orbax knows.")
         stock_args = handed_in.restore_args(args) if args else args
         read = functools.partial(super().restore, directory, args=stock_args)
         with examined(directory, args, verifies=False), explained(self.metadata, directory, args):

@@ -75,6 +75,7 @@ def format_of(content: bytes, *, zarr3: bool) -> ArrayFormat:
         KeyError: a field is missing.
     """
     found = json.loads(content)
+    _refuse_invalid(content, zarr3=zarr3)
     if not zarr3:
         dtype = _dtype_of_v2(found["dtype"])
         plain = found["order"] == "C" and not found.get("filters") and found["compressor"] is None
@@ -84,6 +85,18 @@ def format_of(content: bytes, *, zarr3: bool) -> ArrayFormat:
     chunk = found["chunk_grid"]["configuration"]["chunk_shape"]
     tail = _tail(found["codecs"], chunk, dtype)
     return _format("zarr3", found, chunk, dtype, is_plain=tail is not None, tail=tail or b"")
+
+
+def _refuse_invalid(content: bytes, *, zarr3: bool) -> None:
+    """Lets TensorStore look at metadata, which takes no more than what it knows.
+
+    Raises:
+        ValueError: it would not open such an array.
+    """
+    store = ts.KvStore.open({"driver": "memory"}, context=ts.Context()).result()
+    store[_paths.ZARR_V3 if zarr3 else _paths.ZARR_V2] = content
+    driver = "zarr3" if zarr3 else "zarr"
+    ts.open({"driver": driver}, kvstore=store, open=True, read=True).result()
 
 
 def formats_of(contents: Contents) -> dict[str, ArrayFormat]:

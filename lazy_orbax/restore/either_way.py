@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
@@ -21,13 +21,30 @@ from lazy_orbax.trust.contents import Contents
 _LOG = logging.getLogger("lazy_orbax")
 
 
-class Asked(Protocol):
-    """What is to be restored: see `verified.Question`."""
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What is to be restored, and how Orbax would do it.
 
+    Attributes:
+        directory: the item's directory.
+        args: what was asked for, or `None`.
+        by_orbax: restores what it is given in the place of `args`.
+        metadata: returns what Orbax says of what is in a directory.
+        registry: the type handlers.
+        limit_bytes: most bytes of host memory for what only passes through it.
+        verifies: whether to verify what was restored.
+        is_shared: whether all processes restore it together.
+        recorder: is told what happened when.
+    """
+
+    directory: Any
     args: Any
     by_orbax: Callable[[Any], Any]
+    metadata: Callable[[Any], Any]
     registry: Any
     limit_bytes: int
+    verifies: bool
+    is_shared: bool
     recorder: RestoreRecorder
 
 
@@ -47,7 +64,7 @@ class Found:
 
 
 def restore_either_way(
-    question: Asked, contents: Contents | None, stored: StoredItem | None
+    question: Question, contents: Contents | None, stored: StoredItem | None
 ) -> Found:
     """Restores an item.
 
@@ -76,7 +93,7 @@ def restore_either_way(
 
 
 def _by_plan(
-    question: Asked, contents: Contents | None, stored: StoredItem | None
+    question: Question, contents: Contents | None, stored: StoredItem | None
 ) -> tuple[Request, Read]:
     if contents is None or contents.tree is None:
         raise OrbaxOnlyError("there is no _METADATA")
@@ -100,13 +117,13 @@ def _by_plan(
     return request, found
 
 
-def _by_orbax(question: Asked, reason: str) -> Found:
+def _by_orbax(question: Question, reason: str) -> Found:
     question.recorder.note(all_by_orbax=reason)
     value = question.by_orbax(question.args)
     return Found(value, [], lambda: handed_in.named_leaves(value))
 
 
-def _others(question: Asked, request: Request) -> dict[str, Any]:
+def _others(question: Question, request: Request) -> dict[str, Any]:
     """Lets Orbax restore the leaves that are left, and puts them in their places."""
     wanted = {leaf.position for leaf in request.wanted}
     target = [... if i in wanted else value for i, value in enumerate(request.values)]

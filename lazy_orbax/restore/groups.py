@@ -15,7 +15,7 @@ from lazy_orbax.plan.boxes import Box
 from lazy_orbax.restore.reader import Target, aligned, rounded_up
 from lazy_orbax.restore.wanted import Wanted, shards_of
 
-_SLAB_BYTES = 2**24
+_SLAB_BYTES = 2**26
 LARGE_BYTES = 2**22
 """Such a leaf has a slab of its own."""
 
@@ -95,7 +95,7 @@ def _placed(family: Sequence[Wanted], first: int) -> tuple[list[Member], int]:
 def targets_of(group: Group) -> list[tuple[Target, ...]]:
     """Returns memory for each box of each leaf of a group."""
     slab = aligned(group.n_bytes)
-    memory = memoryview(slab)
+    memory = slab.data
     found = []
     for member in group.members:
         leaf, targets, start = member.wanted, [], member.first

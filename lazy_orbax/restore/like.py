@@ -168,7 +168,7 @@ def _wanted(
     if sharding is not None and not is_in_default_memory(sharding):
         return "found a sharding in another memory than the devices' own, wanted that"
     kind = NUMPY if sharding is None else ARRAY
-    return Wanted(position, name, kind, form, shape, np.dtype(dtype), sharding)
+    return Wanted(position, name, kind, form, shape, np.dtype(dtype).newbyteorder("="), sharding)
 
 
 def _on_mesh(mesh: Any, rule: Rule | None, leaf: Wanted) -> Any:

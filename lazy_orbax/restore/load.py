@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -147,7 +148,9 @@ def _opened(directory: str, verify: bool) -> Checkpoint:
         raise_corrupt(directory, [*stored.problems, *stored.check_files()], look=True)
     else:
         stored = None
-    return Checkpoint(contents, formats_of(contents), stored)
+    source = Checkpoint(contents, {}, stored)
+    with _missing_is_corrupt(source):
+        return dataclasses.replace(source, formats=formats_of(contents))
 
 
 def _as_it_is(like: Any, place: _Place, source: Checkpoint, recorder: RestoreRecorder) -> Any:
@@ -210,7 +213,7 @@ def _missing_is_corrupt(*sources: Checkpoint) -> Iterator[None]:
     """
     try:
         yield
-    except (MissingChunkError, ValueError, OSError) as error:
+    except (MissingChunkError, ValueError, KeyError, OSError) as error:
         if isinstance(error, LazyOrbaxError):
             raise
         for source in sources:

@@ -124,7 +124,7 @@ class Reader:
         """
 
         def read(file: str, run: Run, members: list[tuple[Chunk, Extent]]) -> list[Piece]:
-            memory = memoryview(aligned(run.stop - run.start))
+            memory = aligned(run.stop - run.start).data
             self._source.read(file, run.start, [memory])
             found = []
             for chunk, extent in (members[i] for i in run.members):
@@ -161,7 +161,7 @@ class Reader:
         elsewhere = [
             c.format.chunk_bytes for (c, _), p in zip(mine, places, strict=True) if p is None
         ]
-        spare = memoryview(aligned(sum(map(rounded_up, elsewhere))))
+        spare = aligned(sum(map(rounded_up, elsewhere))).data
         gap = memoryview(bytearray(self._source.gap_bytes))
         buffers, tails, memories, position = [], [], [], run.start
         for (chunk, extent), place in zip(mine, places, strict=True):
@@ -211,7 +211,7 @@ class Reader:
         memory = aligned(max(self._source.part_bytes, form.dtype.itemsize))
         for rows in rows_of(chunk.read, form.chunk, form.dtype.itemsize, self._source.part_bytes):
             n_bytes = math.prod(rows.box.shape) * form.dtype.itemsize
-            self._source.read(file, extent.offset + done, [memoryview(memory)[:n_bytes]])
+            self._source.read(file, extent.offset + done, [memory.data[:n_bytes]])
             done += n_bytes
             data = memory[:n_bytes].view(form.dtype).reshape(rows.box.shape)
             if hasher is not None and rows.kept is not None:

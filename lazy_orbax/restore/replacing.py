@@ -20,8 +20,9 @@ from lazy_orbax.errors import OptionError, Problem
 from lazy_orbax.integrity.stored_item import StoredItem
 from lazy_orbax.integrity.verify import raise_corrupt
 from lazy_orbax.pods import consensus
+from lazy_orbax.restore.either_way import Question
 from lazy_orbax.restore.latest_good import refuse_no_manager
-from lazy_orbax.restore.verified import STAGING_BYTES, Question, examined, restore
+from lazy_orbax.restore.verified import STAGING_BYTES, examined, restore
 from lazy_orbax.timeline import RestoreRecorder
 
 _LOG = logging.getLogger("lazy_orbax")

@@ -177,7 +177,7 @@ def _requests(
 def _target(view: np.ndarray, form: ArrayFormat) -> Target:
     """Returns where a box goes, as bytes too if those of the file may go there."""
     in_one_piece = view.flags.c_contiguous and view.dtype == form.dtype and view.size
-    memory = memoryview(view.reshape(-1).view(np.uint8)) if in_one_piece else None
+    memory = view.reshape(-1).view(np.uint8).data if in_one_piece else None
     return Target(view, memory)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from lazy_orbax.integrity.verify import raise_corrupt
 from lazy_orbax.plan.shards import is_key
 from lazy_orbax.pods import consensus
 from lazy_orbax.restore.compare_arrays import check_restored, explain
-from lazy_orbax.restore.either_way import restore_either_way
+from lazy_orbax.restore.either_way import Question, restore_either_way
 from lazy_orbax.storage import threads
 from lazy_orbax.timeline import RestoreRecorder
 from lazy_orbax.trust.contents import Contents
@@ -88,33 +87,6 @@ def examined(
         raise
 
 
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """What is to be restored, and how Orbax would do it.
-
-    Attributes:
-        directory: the item's directory.
-        args: what was asked for, or `None`.
-        by_orbax: restores what it is given in the place of `args`.
-        metadata: returns what Orbax says of what is in a directory.
-        registry: the type handlers.
-        limit_bytes: most bytes of host memory for what only passes through it.
-        verifies: whether to verify what was restored.
-        is_shared: whether all processes restore it together.
-        recorder: is told what happened when.
-    """
-
-    directory: Any
-    args: Any
-    by_orbax: Callable[[Any], Any]
-    metadata: Callable[[Any], Any]
-    registry: Any
-    limit_bytes: int
-    verifies: bool
-    is_shared: bool
-    recorder: RestoreRecorder
-
-
 def restore(question: Question, contents: Contents | None) -> Any:
     """Restores an item, and verifies it if it is told to.
 
@@ -126,23 +98,51 @@ def restore(question: Question, contents: Contents | None) -> Any:
         RestoreError: the target does not fit what is stored.
         CorruptCheckpointError: what is stored, or was restored, is not what was saved.
     """
+    is_alone = _DEFERRED.get() is None
+    asks = question.verifies and question.is_shared
+    return agreed(
+        question.directory,
+        lambda: _restored(question, contents, look=is_alone),
+        instead=getattr(question.args, "item", None),
+        asks=asks,
+        recorder=question.recorder,
+    )
+
+
+def agreed(
+    directory: Any,
+    action: Callable[[], Any],
+    *,
+    instead: Any,
+    asks: bool,
+    recorder: RestoreRecorder,
+) -> Any:
+    """Restores, and fails where another process fails: who did not would wait in Orbax's barrier.
+
+    Args:
+        directory: the item's directory.
+        action: restores it.
+        instead: what to return where it fails while errors are deferred.
+        asks: whether to ask the other processes.
+        recorder: is told of the error.
+
+    Raises:
+        RestoreError: another process failed.
+    """
     errors, failure, value = _DEFERRED.get(), None, None
     try:
-        value = _restored(question, contents, look=errors is None)
+        value = action()
     except Exception as error:  # noqa: BLE001 - Raised below, or put where it is waited for.
         failure = error
-        question.recorder.note(error=error)
+        recorder.note(error=error)
     if errors is not None:
         errors += [failure] if failure is not None else []
-        return getattr(question.args, "item", None) if failure is not None else value
-    # Who did not fail would wait for the others in Orbax's barrier.
-    asks = question.verifies and question.is_shared
+        return instead if failure is not None else value
     failed = consensus.which_processes(failure is not None) if asks else []
     if failure is not None:
         raise failure
     if failed:
-        where = question.directory
-        raise RestoreError(f"{where} was not restored: process {failed[0]} failed; see there.")
+        raise RestoreError(f"{directory} was not restored: process {failed[0]} failed; see there.")
     return value
 
 

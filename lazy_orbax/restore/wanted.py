@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lazy_orbax._orbax import restored_kinds
@@ -145,7 +146,7 @@ def _wanted(leaf: _Leaf, kind: str, argument: Any, form: ArrayFormat | None) -> 
     if kind == SCALAR and form.shape:
         return "it is stored as an array and wanted as a number"
     dtype = getattr(argument, "dtype", None)
-    dtype = form.dtype if dtype is None else np.dtype(dtype)
+    dtype = form.dtype if dtype is None else np.dtype(dtype).newbyteorder("=")
     restore_type = getattr(argument, "restore_type", None) if kind == SCALAR else None
     return Wanted(leaf.position, leaf.name, kind, form, form.shape, dtype, None, restore_type)
 
@@ -162,7 +163,7 @@ def _wanted_array(leaf: _Leaf, argument: Any, form: ArrayFormat) -> Wanted | str
         argument = restored_kinds.completed(argument, leaf.target)
     shape, dtype = argument.global_shape, argument.dtype
     dtype = form.dtype if dtype is None else dtype
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+    if jnp.issubdtype(dtype, jax.dtypes.extended):
         return "it is wanted in a dtype of JAX's own"
     if shape is not None and tuple(shape) != form.shape:
         return "it has another shape than what is stored"

@@ -319,3 +319,19 @@ def test_a_changed_byte_is_noticed_through_transforms(tmp_path):
     like = {f"layer_{i}": jax.ShapeDtypeStruct((64, 32), np.float32) for i in range(4)}
     with pytest.raises(CorruptCheckpointError, match="leaf layers"):
         lazy_orbax.load(tmp_path / "c", like, transforms=rules)
+
+
+def test_a_manager_restores_through_transforms(tmp_path):
+    manager = ocp.CheckpointManager(tmp_path, item_handlers=lazy_orbax.LazyCheckpointHandler())
+    tree = {"w": on_mesh(np.arange(32.0).reshape(8, 4), mesh(4), "a")}
+    manager.save(3, args=lazy_orbax.args.LazySave(tree))
+    manager.wait_until_finished()
+    like = {"x": jax.ShapeDtypeStruct((8, 4), np.float32, sharding=NamedSharding(mesh(2), P("a")))}
+    args = lazy_orbax.args.LazyRestore(like, transforms=TransformMap([rename("w", "x")]))
+    found = manager.restore(3, args=args)
+    assert found["x"].sharding == like["x"].sharding
+    assert_same(np.asarray(found["x"]), np.asarray(tree["w"]))
+    wrong = lazy_orbax.args.LazyRestore(like, transforms=TransformMap([rename("v", "x")]))
+    with pytest.raises(TransformError, match="it is about no leaf"):
+        manager.restore(3, args=wrong)
+    manager.close()
