@@ -98,7 +98,6 @@ COVERED_BY = {
     "trust.declared_sizes": "trust/test_refused.py",
     "trust.malformed": "trust/test_refused.py",
     "trust.ocdbt_decode": "trust/test_refused.py",
-    "trust.ocdbt_nodes": "trust/test_refused.py",
     "trust.sidecar_json": "trust/test_refused.py",
     "trust.tree_file": "trust/test_refused.py",
     "trust.zarr_arrays": "trust/test_refused.py",
