@@ -24,6 +24,7 @@ from lazy_orbax.errors import (
     RestoreError,
     summarize,
 )
+from lazy_orbax.integrity.digest_file import DIRECTORY
 from lazy_orbax.integrity.sidecar_files import string_at
 from lazy_orbax.integrity.step_place import is_item
 from lazy_orbax.integrity.stored_item import Piece, StoredItem
@@ -133,7 +134,7 @@ def _item(path: Any) -> str:
 def _opened(directory: str, verify: bool) -> Checkpoint:
     """Looks at a checkpoint, and at its digests."""
     try:
-        contents = refuse_malformed(directory, None)
+        contents = refuse_malformed(directory, None, DIRECTORY if verify else "")
     except MalformedCheckpointError as error:
         if verify:
             found = StoredItem(directory)
@@ -142,7 +143,7 @@ def _opened(directory: str, verify: bool) -> Checkpoint:
         raise
     if contents is None or contents.tree is None:
         raise OptionError(f"{directory} holds no {_paths.TREE}: it is too old for load.")
-    stored = StoredItem(directory) if verify else None
+    stored = StoredItem(directory, contents.files) if verify else None
     if stored is not None and stored.is_covered:
         raise_corrupt(directory, [*stored.problems, *stored.check_files()], look=True)
     else:

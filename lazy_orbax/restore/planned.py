@@ -18,7 +18,7 @@ from lazy_orbax.plan.boxes import Box
 from lazy_orbax.plan.reads import ChunkRead, chunk_reads
 from lazy_orbax.restore import arrays
 from lazy_orbax.restore.array_format import ArrayFormat
-from lazy_orbax.restore.decoder import Decoder
+from lazy_orbax.restore.decoder import Decoder, decode
 from lazy_orbax.restore.groups import Group, grouped, targets_of
 from lazy_orbax.restore.reader import Chunk, Reader, Target, arrived
 from lazy_orbax.restore.source import source_of
@@ -168,19 +168,22 @@ class Job:
             Futures of lists of pieces that are not what was saved.
         """
         plain: list[tuple[Chunk, Extent]] = []
-        encoded: list[Chunk] = []
+        encoded: list[tuple[Chunk, Extent]] = []
+        short: list[tuple[Chunk, bytes]] = []
+        somewhere: list[Chunk] = []
         wrong: list[Piece | None] = []
         for request in requests:
             for chunk, value in self._chunks(request):
-                if value is None or not chunk.format.is_plain:
-                    encoded.append(chunk)
+                if value is None:
+                    somewhere.append(chunk)
                 elif isinstance(value, Extent):
-                    plain.append((chunk, value))
-                else:
+                    (plain if chunk.format.is_plain else encoded).append((chunk, value))
+                elif chunk.format.is_plain:
                     wrong.append(_inline(chunk, value))
-        futures = self._reader.start(plain) if plain else []
-        if encoded:
-            wrong += self._decoder.read(encoded)
+                else:
+                    short.append((chunk, value))
+        futures = self._reader.start(plain) + self._reader.start_encoded(encoded, decode)
+        wrong += [*(decode(short) if short else ()), *self._decoder.read(somewhere)]
         found = [one for one in wrong if one is not None]
         return [*futures, arrays.Done(found)] if found else futures
 

@@ -31,6 +31,8 @@ from lazy_orbax.integrity import (
 from lazy_orbax.integrity.digest_file import DIRECTORY, DigestError, parse
 from lazy_orbax.restore import compare_arrays, source
 from lazy_orbax.snapshot import host_copies
+from lazy_orbax.storage.places import place_of
+from lazy_orbax.trust.files import ItemFiles
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning"),
@@ -438,7 +440,8 @@ def test_metadata_that_were_changed_on_purpose_refuse_nothing(tmp_path, mesh, ca
     # An item that was copied alone.
     shutil.copytree(by_checkpointer(tmp_path / "other", state)[1], tmp_path / "alone" / "item")
     (tmp_path / "alone" / "item" / _paths.STEP_METADATA).unlink()
-    assert step_metadata.check_beside(str(tmp_path / "alone" / "item")) == []
+    place = place_of(str(tmp_path / "alone" / "item"))
+    assert step_metadata.check_beside(ItemFiles(place)) == []
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[" * 100000, b'{"format": 2}', b"[]"])
