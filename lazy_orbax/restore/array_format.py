@@ -72,9 +72,14 @@ def format_of(content: bytes, *, zarr3: bool) -> ArrayFormat:
 
     Raises:
         ValueError: it is of no dtype that TensorStore knows, or has an unknown form.
-        KeyError: a field is missing.
     """
-    found = json.loads(content)
+    try:
+        return _format_of(json.loads(content), zarr3=zarr3)
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError, struct.error) as error:
+        raise ValueError(f"an array of an unknown form ({error!r})") from error
+
+
+def _format_of(found: Any, *, zarr3: bool) -> ArrayFormat:
     if not zarr3:
         dtype = _dtype_of_v2(found["dtype"])
         plain = found["order"] == "C" and not found.get("filters") and found["compressor"] is None
@@ -90,16 +95,18 @@ def formats_of(contents: Contents) -> dict[str, ArrayFormat]:
     """Returns how each array of an item is stored, by its leaf.
 
     Raises:
-        ValueError: see `format_of`.
-        KeyError: see `format_of`.
+        ValueError: see `format_of`. The message names the file.
     """
     zarr3 = contents.tree is not None and bool(contents.tree.use_zarr3)
     end = f"/{_paths.ZARR_V3 if zarr3 else _paths.ZARR_V2}"
-    return {
-        path[: -len(end)]: format_of(content, zarr3=zarr3)
-        for path, content in contents.descriptions.items()
-        if path.endswith(end)
-    }
+    found = {}
+    for path, content in contents.descriptions.items():
+        if path.endswith(end):
+            try:
+                found[path[: -len(end)]] = format_of(content, zarr3=zarr3)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+    return found
 
 
 def _format(
@@ -107,7 +114,14 @@ def _format(
 ) -> ArrayFormat:
     is_plain = is_plain and dtype.name not in _ENCODED_DTYPES
     shape = tuple(found["shape"])
-    return ArrayFormat(driver, found, shape, tuple(chunk), dtype, is_plain, tail)
+    form = ArrayFormat(driver, found, shape, tuple(chunk), native(dtype), is_plain, tail)
+    form.key((0,) * len(shape))  # It raises if keys cannot be made.
+    return form
+
+
+def native(dtype: Any) -> np.dtype:
+    """Returns a dtype in this machine's byte order, in which TensorStore and JAX have all data."""
+    return np.dtype(dtype).newbyteorder("=")
 
 
 def _dtype_of_v2(name: str) -> np.dtype:

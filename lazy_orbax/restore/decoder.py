@@ -53,14 +53,17 @@ class Decoder:
             "metadata": form.metadata,
             "fill_missing_data_reads": False,
         }
-        return ts.open(
-            spec,
-            kvstore=self._kvstore + prefix,
-            context=self._context,
-            open=True,
-            read=True,
-            assume_metadata=True,
-        )
+        try:
+            return ts.open(
+                spec,
+                kvstore=self._kvstore + prefix,
+                context=self._context,
+                open=True,
+                read=True,
+                assume_metadata=True,
+            )
+        except (OverflowError, TypeError) as error:  # What is in it is no JSON of TensorStore's.
+            raise ValueError(f"leaf {leaf} cannot be opened: {error}") from error
 
     def read(self, chunks: Iterable[Chunk]) -> list[Piece]:
         """Reads chunks, and puts them in their places.
