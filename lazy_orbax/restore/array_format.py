@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import struct
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,16 @@ from lazy_orbax.trust.contents import Contents
 
 # They have less than a byte an element, or not every byte is one.
 _ENCODED_DTYPES = frozenset({"bool", "int2", "int4", "uint2", "uint4"})
+# What TensorStore wants of `.zarray` and `zarr.json`, and what may be there too. It refuses others.
+_MEMBERS_OF_V2 = frozenset(
+    ("chunks", "compressor", "dtype", "fill_value", "filters", "order", "shape", "zarr_format")
+)
+_MEMBERS_OF_V3 = frozenset(
+    ("chunk_grid", "chunk_key_encoding", "codecs", "data_type", "fill_value", "node_type", "shape")
+) | {"zarr_format"}
+_MORE_OF_V2 = frozenset(("dimension_separator",))
+_MORE_OF_V3 = frozenset(("attributes", "dimension_names"))
+_SHARDING = frozenset(("chunk_shape", "codecs", "index_codecs"))
 # Behind the only chunk of a Zarr v3 shard: where it starts, its length, and a checksum of these.
 _INDEX_BYTES = 20
 
@@ -81,10 +92,19 @@ def format_of(content: bytes, *, zarr3: bool) -> ArrayFormat:
 
 def _format_of(found: Any, *, zarr3: bool) -> ArrayFormat:
     if not zarr3:
+        _only(found, _MEMBERS_OF_V2, _MORE_OF_V2)
+        _equal(found["zarr_format"], 2)
         dtype = _dtype_of_v2(found["dtype"])
         plain = found["order"] == "C" and not found.get("filters") and found["compressor"] is None
         plain = plain and dtype.byteorder != ">"
         return _format("zarr", found, found["chunks"], dtype, is_plain=plain, tail=b"")
+    _only(found, _MEMBERS_OF_V3, _MORE_OF_V3)
+    _equal((found["zarr_format"], found["node_type"]), (3, "array"))
+    _only(found["chunk_grid"], {"name", "configuration"})
+    _equal(found["chunk_grid"]["name"], "regular")
+    _only(found["chunk_grid"]["configuration"], {"chunk_shape"})
+    _only(found["chunk_key_encoding"], {"name"}, {"configuration"})
+    _only(found["chunk_key_encoding"].get("configuration", {}), (), {"separator"})
     dtype = ts.dtype(found["data_type"]).numpy_dtype
     chunk = found["chunk_grid"]["configuration"]["chunk_shape"]
     tail = _tail(found["codecs"], chunk, dtype)
@@ -124,6 +144,17 @@ def native(dtype: Any) -> np.dtype:
     return np.dtype(dtype).newbyteorder("=")
 
 
+def _only(found: Any, needed: Collection[str], more: Collection[str] = ()) -> None:
+    """Checks that an object has what it needs, and nothing that changes what that means."""
+    if wrong := (set(needed) - found.keys()) | (found.keys() - set(needed) - set(more)):
+        raise ValueError(f"the members {sorted(wrong)} are missing, or unknown")
+
+
+def _equal(found: Any, wanted: Any) -> None:
+    if found != wanted:
+        raise ValueError(f"found {found!r}, wanted {wanted!r}")
+
+
 def _dtype_of_v2(name: str) -> np.dtype:
     return np.dtype(name) if name[0] in "<>|" else ts.dtype(name).numpy_dtype
 
@@ -133,22 +164,32 @@ def _tail(codecs: list[Any], chunk: list[int], dtype: np.dtype) -> bytes | None:
     if len(codecs) != 1:
         return None
     (codec,) = codecs
+    if codec.keys() - {"name", "configuration"}:
+        return None
     if _is_little(codec):
         return b""
     inner = codec.get("configuration", {})
     is_one = codec.get("name") == "sharding_indexed" and inner.get("chunk_shape") == chunk
     at_end = inner.get("index_location", "end") == "end"
-    index = [one.get("name") for one in inner.get("index_codecs", ())]
+    index = inner.get("index_codecs", ())
+    # Of others, and of what is misspelt, TensorStore judges.
+    is_one = is_one and not inner.keys() - _SHARDING - {"index_location"}
+    is_one = is_one and len(index) == 2 and _is_little(index[0]) and _is_checksum(index[1])
     simple = len(inner.get("codecs", ())) == 1 and _is_little(inner["codecs"][0])
-    if not (is_one and at_end and simple and index == ["bytes", "crc32c"]):
+    if not (is_one and at_end and simple):
         return None
     fields = struct.pack("<QQ", 0, math.prod(chunk) * dtype.itemsize)
     return fields + struct.pack("<I", _crc32c(fields))
 
 
 def _is_little(codec: dict[str, Any]) -> bool:
-    endian = codec.get("configuration", {}).get("endian", "little")
-    return codec.get("name") == "bytes" and endian == "little"
+    settings = codec.get("configuration", {})
+    is_known = not codec.keys() - {"name", "configuration"} and not settings.keys() - {"endian"}
+    return is_known and codec["name"] == "bytes" and settings.get("endian", "little") == "little"
+
+
+def _is_checksum(codec: dict[str, Any]) -> bool:
+    return codec.get("name") == "crc32c" and not codec.get("configuration")
 
 
 def _crc32c(data: bytes) -> int:

@@ -360,3 +360,20 @@ def test_what_the_progress_bar_raises_ends_a_load(tmp_path, error):
 
     with pytest.raises(error, match="^stop"):
         lazy_orbax.load(directory, options=LazyOptions(on_restore_progress=progress))
+
+
+@pytest.mark.parametrize("other", ["<i4", "<u4"])
+@pytest.mark.parametrize("with_target", [False, True])
+def test_the_same_bytes_as_other_numbers_are_noticed(tmp_path, other, with_target):
+    tree = {"w": on_mesh(random_array(RNG, (16, 100), np.float32), mesh(2), "a")}
+    directory = saved(tmp_path / "c", tree, use_ocdbt=False)
+    file = directory / "w" / ".zarray"
+    content = file.read_text()
+    assert "<f4" in content
+    file.write_text(content.replace("<f4", other))
+    with pytest.raises(CorruptCheckpointError, match="leaf w.*saved was float32"):
+        lazy_orbax.load(directory, tree if with_target else None)
+    handler = lazy_orbax.pytree_handler()
+    args = ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))
+    with pytest.raises(CorruptCheckpointError, match="leaf w.*saved was float32"):
+        handler.restore(epath.Path(directory), args=args)
