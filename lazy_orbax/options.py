@@ -64,7 +64,7 @@ class LazyOptions:
         on_restore: called once per restored item with its `RestoreTimeline`, when it was restored
             or has failed, in the thread that restores. The log has what it raises.
         on_restore_progress: called in that thread, again and again, with the bytes that have come
-            and the bytes that will: for a progress bar. The log has what it raises, once.
+            and the bytes that will: for a progress bar. What it raises ends the restore.
 
     Raises:
         OptionError: a value is out of range.
