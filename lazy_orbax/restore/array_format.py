@@ -18,6 +18,9 @@ from lazy_orbax.trust.contents import Contents
 
 # They have less than a byte an element, or not every byte is one.
 _ENCODED_DTYPES = frozenset({"bool", "int2", "int4", "uint2", "uint4"})
+_MEMBERS_OF_V2 = frozenset(
+    ("chunks", "compressor", "dimension_separator", "dtype", "fill_value", "filters", "order")
+) | {"shape", "zarr_format"}
 _SHARDING = frozenset(("chunk_shape", "codecs", "index_codecs"))
 # Behind the only chunk of a Zarr v3 shard: where it starts, its length, and a checksum of these.
 _INDEX_BYTES = 20
@@ -84,6 +87,8 @@ def format_of(content: bytes, *, zarr3: bool) -> ArrayFormat:
 
 def _format_of(found: Any, *, zarr3: bool) -> ArrayFormat:
     if not zarr3:
+        if unknown := found.keys() - _MEMBERS_OF_V2:  # TensorStore would overlook them.
+            raise ValueError(f"unknown members {sorted(unknown)}")
         dtype = _dtype_of_v2(found["dtype"])
         plain = found["order"] == "C" and not found.get("filters") and found["compressor"] is None
         plain = plain and dtype.byteorder != ">"
