@@ -19,7 +19,7 @@ _CGROUP_LIMITS = (
     "/sys/fs/cgroup/memory.max",
     "/sys/fs/cgroup/memory/memory.limit_in_bytes",
 )
-_NICE = 10
+_NICE, _LEAST = 10, 19
 
 
 @contextlib.contextmanager
@@ -71,7 +71,13 @@ def yield_to_training() -> None:
     """Lowers the scheduling priority of this thread and of those that it starts, where possible."""
     if sys.platform == "linux" and not _Urgency.hurry:  # Elsewhere it is the whole process's.
         _Urgency.lowered = True
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        if priority_of_this_thread() < _lowered():  # A thread may not raise its own.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _lowered())
+
+
+def _lowered() -> int:
+    """Returns the priority of threads that yield, below that of the process."""
+    return min(_LEAST, os.getpriority(os.PRIO_PROCESS, os.getpid()) + _NICE)
 
 
 def is_urgent() -> bool:
@@ -97,7 +103,7 @@ def raise_priority() -> None:
     usual = os.getpriority(os.PRIO_PROCESS, os.getpid())
     for thread in map(int, os.listdir("/proc/self/task")):
         with contextlib.suppress(OSError):  # It ended, or may not.
-            if os.getpriority(os.PRIO_PROCESS, thread) == _NICE != usual:
+            if os.getpriority(os.PRIO_PROCESS, thread) == _lowered() != usual:
                 os.setpriority(os.PRIO_PROCESS, thread, usual)
 
 

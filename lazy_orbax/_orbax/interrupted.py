@@ -6,8 +6,9 @@ import logging
 import threading
 import time
 
-# In which Orbax publishes a step, and in which its checkpoint manager waits for that.
-_PUBLISHES, _WAITS = "async_save", "save_finalize"
+from lazy_orbax._orbax.lifecycle import COMMIT_THREAD
+from lazy_orbax._orbax.process_end import running_saves
+
 _LOOK_S = 0.02
 _log = logging.getLogger("lazy_orbax")
 
@@ -21,7 +22,7 @@ def await_interrupted() -> bool:
     Returns:
         Whether a step was being published.
     """
-    published = any(thread.name == _PUBLISHES for thread in _interrupted())
+    published = any(thread.name == COMMIT_THREAD for thread in _interrupted())
     if running := _interrupted():
         _log.warning(
             "A save is still being written although the wait for it was interrupted (Ctrl-C); "
@@ -34,8 +35,4 @@ def await_interrupted() -> bool:
 
 
 def _interrupted() -> list[threading.Thread]:
-    return [
-        thread
-        for thread in threading.enumerate()
-        if thread.name in (_PUBLISHES, _WAITS) and not thread.is_alive()
-    ]
+    return [thread for thread in running_saves() if not thread.is_alive()]

@@ -13,8 +13,8 @@ from lazy_orbax._orbax.symbols import SRC, ocp
 PUBLISHED_EVENTS = frozenset(
     {"/jax/orbax/write/background_finalize_secs", "/jax/orbax/write/finalize_duration_secs"}
 )
-# In which Orbax waits for the items of a step and publishes it.
-_COMMIT_THREAD = "async_save"
+# In which Orbax waits for the items of a step and publishes it; in which a manager waits for that.
+COMMIT_THREAD, MANAGER_THREAD = "async_save", "save_finalize"
 
 
 def operation_id() -> str:
@@ -24,7 +24,12 @@ def operation_id() -> str:
 
 def may_be_publishing() -> bool:
     """Whether a thread is there in which Orbax waits for items and publishes steps, of any save."""
-    return any(thread.name == _COMMIT_THREAD for thread in threading.enumerate())
+    return any(thread.name == COMMIT_THREAD for thread in threading.enumerate())
+
+
+def is_publishing_thread(thread: threading.Thread) -> bool:
+    """Whether Orbax began a thread to publish one step, with which it ends."""
+    return thread.name == COMMIT_THREAD
 
 
 def manager_that_saves() -> ocp.CheckpointManager | None:

@@ -36,6 +36,7 @@ from lazy_orbax.save.begin import Saver, begin
 from lazy_orbax.save.finish import end_all, finish
 from lazy_orbax.save.merge import merge
 from lazy_orbax.save.plan_cache import prepare
+from lazy_orbax.save.process_end import finish_at_the_end
 from lazy_orbax.storage.pace import Pace
 from lazy_orbax.timeline import RestoreRecorder
 from lazy_orbax.trust.malformed import checked
@@ -110,6 +111,7 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
             merge=self._merge,
             pace=Pace(self.options.write_bytes_per_s),
         )
+        finish_at_the_end(self._saver)
         # What is written into the checkpoint: the stock name, so that stock Orbax reads it without
         # being told how. On the class it would clash with the stock handler's registration.
         self.typestr = ocp.PyTreeCheckpointHandler.typestr
@@ -165,7 +167,7 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         return prepared.plan
 
     def restore(self, directory: Any, args: Any = None) -> Any:
-        """Restores a tree, by Orbax's own path, and verifies it (`LazyOptions.verify_restore`).
+        """Restores a tree, and verifies it (`LazyOptions.verify_restore`).
 
         Args:
             directory: the item's directory.
@@ -197,6 +199,9 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         try:
             with examined(directory, args, verifies=question.verifies) as contents:
                 return restore(question, contents)
+        except BaseException as error:
+            question.recorder.note(error=error)
+            raise
         finally:
             question.recorder.report(self.options.on_restore)
 

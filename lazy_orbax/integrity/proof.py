@@ -11,10 +11,11 @@ ours makes what is written of them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -32,42 +33,41 @@ from lazy_orbax.plan.slabs import Piece, Plan
 
 # The save of a plan whose programs are begun: who saves once does not pay for them.
 _COMPILED_AT = 2
+# Where that fails, it is tried again when there were so many times more saves.
+_LATER = 10
 _LOG = logging.getLogger("lazy_orbax")
 
 
 class Prover:
-    """The programs that look at what a plan saves, and which saves are looked at.
+    """The programs that look at what a plan saves.
 
-    Invariant, under the lock: `_n_saves` saves have begun; the last one that was looked at was
-    number `_looked_at`, if any was; at most one thread compiles.
+    Invariant, under the lock: of one item, `_n_saves` saves have begun, and of no other more; at
+    most one thread compiles, and none does before the save of number `_begin_at`.
     """
 
     def __init__(self) -> None:
         self._lock, self._compiling = threading.Lock(), threading.Lock()
-        self._n_saves = 0
-        self._looked_at: int | None = None
+        self._n_saves, self._begin_at = 0, _COMPILED_AT
         self._runs: list[Run] | None = None
+        # Goes on where a thread was stopped that compiled.
+        self._programs: Iterator[list[Run] | None] | None = None
         self._failure: Misplaced | None = None
         self._thread: threading.Thread | None = None
         self._stopped = threading.Event()
 
-    def due(self, plan: Plan, every: int) -> Evidence | None:
-        """Returns what becomes the evidence for a save that begins, or `None`.
+    def note_save(self, number: int) -> None:
+        """Notes that a save begins.
 
         Args:
-            plan: the plan of the save.
-            every: `LazyOptions.verify_snapshot`. Where it is 1 the first save waits until the
-                programs are compiled; else none does.
+            number: how many of its item have begun with it.
         """
         with self._lock:
-            self._n_saves += 1
-            misplaced = self._failure is not None
-            if not every or not (every == 1 or self._runs is not None or misplaced):
-                return None
-            if self._looked_at is not None and self._n_saves - self._looked_at < every:
-                return None
-            self._looked_at = self._n_saves
-        return Evidence(plan, self)
+            self._n_saves = max(self._n_saves, number)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a save need not wait for programs; where the plan is wrong, it needs none."""
+        return self._runs is not None or self._failure is not None
 
     def begin_to_prepare(
         self, plan: Plan, every: int, *, lower_priority: Callable[[], None]
@@ -80,7 +80,7 @@ class Prover:
             lower_priority: called in that thread.
         """
         with self._lock:
-            if not every or self._thread is not None or self._n_saves < _COMPILED_AT:
+            if not every or self._thread is not None or self._n_saves < self._begin_at:
                 return
 
             def prepare() -> None:
@@ -88,15 +88,28 @@ class Prover:
                 try:
                     self.prepare(plan, goes_on=lambda: not self._stopped.is_set())
                 except Exception:  # noqa: BLE001 - Saves go on; the log has it.
-                    _LOG.exception("Snapshots cannot be verified (LazyOptions.verify_snapshot).")
+                    self._put_off()
 
             # The interpreter waits for it: a compiler must not run while the process is taken down.
-            self._thread = threading.Thread(target=prepare, name="lazy_orbax-proof", daemon=False)
-            self._thread.start()
-            _PREPARING.add(self)
+            thread = threading.Thread(target=prepare, name="lazy_orbax-proof", daemon=False)
+            with contextlib.suppress(RuntimeError):  # No thread is to be had now: the next save.
+                thread.start()
+                self._thread = thread
+                _PREPARING.add(self)
+
+    def _put_off(self) -> None:
+        """Lets a later save begin anew. Called where an error is handled."""
+        with self._lock:
+            self._begin_at = _LATER * self._n_saves
+            self._thread = None
+        _LOG.exception(
+            "Snapshots are not verified (LazyOptions.verify_snapshot): the programs for it could "
+            "not be compiled. This is tried again after %d saves of the tree.",
+            self._begin_at,
+        )
 
     def stop(self) -> None:
-        """Ends the thread that compiles after its next program. A later save begins anew."""
+        """Ends the thread that compiles after its next program. A later save goes on with it."""
         with self._lock:
             thread = self._thread
         if thread is None:
@@ -122,12 +135,40 @@ class Prover:
                 raise self._failure
             if self._runs is None:
                 try:
-                    check_cover(plan)
-                    self._runs = _all_while(goes_on, plan)
+                    self._runs = self._all_while(goes_on, plan)
                 except Misplaced as error:  # What else fails, memory perhaps, is tried again.
                     self._failure = error
                     raise
             return self._runs or []
+
+    def _all_while(self, goes_on: Callable[[], bool], plan: Plan) -> list[Run] | None:
+        """Compiles program after program; stops as well where the main thread has ended."""
+        self._programs = self._programs or _all_of(plan)
+        try:
+            for runs in self._programs:
+                if runs is not None or not (goes_on() and threading.main_thread().is_alive()):
+                    return runs
+        except BaseException:
+            self._programs = None  # It has ended.
+            raise
+        raise AssertionError("The last one tells of all.")
+
+
+def _all_of(plan: Plan) -> Iterator[list[Run] | None]:
+    """Compiles a program between one `None` and the next, and yields all calls when it is done.
+
+    Raises:
+        Misplaced: the plan does not cover a leaf, or names a device that does not hold it.
+    """
+    check_cover(plan)
+    far, near = subjects_of(plan)
+    for subject in near.values():
+        starts_in_shards(subject)
+    runs = []
+    for run in compiled(far) if far else ():
+        runs.append(run)
+        yield None
+    yield runs
 
 
 # Whose threads may be compiling.
@@ -140,28 +181,12 @@ def stop_preparing() -> None:
         prover.stop()
 
 
-def _all_while(goes_on: Callable[[], bool], plan: Plan) -> list[Run] | None:
-    """Compiles program after program; stops as well where the main thread has ended.
-
-    Raises:
-        Misplaced: a device does not hold the part that the plan says.
-    """
-    far, near = subjects_of(plan)
-    for subject in near.values():
-        starts_in_shards(subject)
-    runs = []
-    for run in compiled(far) if far else ():
-        runs.append(run)
-        if not (goes_on() and threading.main_thread().is_alive()):
-            return None
-    return runs
-
-
 class Evidence:
     """The fingerprints of one save's pieces, in the caller's arrays and as they are written.
 
     Attributes:
         found: the fingerprint of what is on storage of each piece, by the `id` of the piece.
+        is_proven: set when everything was written, and was what it had to be.
     """
 
     def __init__(self, plan: Plan, prover: Prover):
@@ -170,6 +195,7 @@ class Evidence:
         self._enqueued: list[tuple[Run, jax.Array]] = []
         self._wanted: dict[Any, int] = {}
         self.found: dict[int, int] = {}
+        self.is_proven = threading.Event()
 
     def take(self, leaves: Sequence[Any]) -> None:
         """Enqueues programs that read the caller's arrays; those in host memory are read at once.
@@ -211,11 +237,18 @@ class Evidence:
         """Notes what is stored of a piece, where that is not what was given."""
         self._note(piece, index, view)
 
-    def missing(self) -> str | None:
-        """Returns the name of a leaf of which not every piece was written, if there is one."""
+    def conclude(self) -> str | None:
+        """Concludes that all was proven, now that no more is written.
+
+        Returns:
+            The name of a leaf of which not every piece was written. If there is one, it was not.
+        """
         pieces = (piece for slab in self._plan.slabs for piece in slab.pieces)
         absent = (piece.leaf for piece in pieces if id(piece) not in self.found)
-        return next((self._plan.leaves[leaf].name for leaf in absent), None)
+        missing = next((self._plan.leaves[leaf].name for leaf in absent), None)
+        if missing is None:
+            self.is_proven.set()
+        return missing
 
     def _note(self, piece: Piece, index: tuple[slice, ...], view: np.ndarray) -> int:
         found = fingerprint.of_host(view, [part.start for part in index])

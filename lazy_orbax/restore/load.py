@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -148,9 +147,13 @@ def _opened(directory: str, verify: bool) -> Checkpoint:
         raise_corrupt(directory, [*stored.problems, *stored.check_files()], look=True)
     else:
         stored = None
-    source = Checkpoint(contents, {}, stored)
-    with _missing_is_corrupt(source):
-        return dataclasses.replace(source, formats=formats_of(contents))
+    try:
+        return Checkpoint(contents, formats_of(contents), stored)
+    except ValueError as error:
+        if stored is not None:
+            raise_corrupt(directory, stored.check_arrays(), error, look=True)
+        wanted = "a Zarr array as Orbax writes it"
+        raise MalformedCheckpointError(directory, str(error), wanted) from error
 
 
 def _as_it_is(like: Any, place: _Place, source: Checkpoint, recorder: RestoreRecorder) -> Any:
@@ -162,7 +165,7 @@ def _as_it_is(like: Any, place: _Place, source: Checkpoint, recorder: RestoreRec
     else:
         wanted = likeness_of(like, source.formats, place.mesh, place.rule)
     digests = source.stored.leaves if source.stored is not None else {}
-    with _missing_is_corrupt(source):
+    with _missing_is_corrupt(recorder, source):
         found = read_planned(
             wanted.wanted, source.contents, digests, limit_bytes=_LIMIT_BYTES, recorder=recorder
         )
@@ -194,7 +197,7 @@ def _transformed(
     recorder: RestoreRecorder,
 ) -> Any:
     recorder.note(transforms=plan.report)
-    with _missing_is_corrupt(*sources.values()):
+    with _missing_is_corrupt(recorder, *sources.values()):
         found = read_transformed(
             wanted.wanted, plan, sources, limit_bytes=_LIMIT_BYTES, recorder=recorder
         )
@@ -205,7 +208,7 @@ def _transformed(
 
 
 @contextlib.contextmanager
-def _missing_is_corrupt(*sources: Checkpoint) -> Iterator[None]:
+def _missing_is_corrupt(recorder: RestoreRecorder, *sources: Checkpoint) -> Iterator[None]:
     """Says of a checkpoint that cannot be read what is wrong with it.
 
     Raises:
@@ -214,7 +217,7 @@ def _missing_is_corrupt(*sources: Checkpoint) -> Iterator[None]:
     try:
         yield
     except (MissingChunkError, ValueError, KeyError, OSError) as error:
-        if isinstance(error, LazyOrbaxError):
+        if isinstance(error, LazyOrbaxError) or error is recorder.ended_by:
             raise
         for source in sources:
             if source.stored is not None:

@@ -107,7 +107,7 @@ def read_planned(
         return job.start(_requests(group, targets))
 
     with contextlib.closing(job):
-        groups = list(grouped((leaf,) for leaf in wanted))
+        groups = list(grouped(((leaf,) for leaf in wanted), limit_bytes))
         staging = read_groups(groups, start, limit_bytes=limit_bytes, recorder=recorder)
     recorder.note(bytes_read=job.n_bytes, requests=job.requests)
     return Read(staging.values, frozenset(job.unchecked), staging.wrong)
@@ -207,8 +207,10 @@ class Job:
     def _plan_of(self, request: Request, saved: LeafDigests | None) -> Plan:
         # By identity: leaves that are alike share their boxes, and a plan keeps them alive.
         boxes, pieces = request.boxes, saved.boxes if saved is not None else ()
-        kind = request.form, id(boxes), id(pieces)
+        what = (saved.dtype, saved.shape) if saved is not None else None
+        kind = request.form, id(boxes), id(pieces), what
         if (plan := self._plans.get(kind)) is None:
+            _refuse_misfit(request, saved)
             plan = self._plans[kind] = plan_of(request.form, boxes, pieces)
         return plan
 
@@ -225,6 +227,18 @@ class Job:
     def close(self) -> None:
         """Waits for the threads, and closes files."""
         self._reader.close()
+
+
+def _refuse_misfit(request: Request, saved: LeafDigests | None) -> None:
+    """Checks that a leaf is stored as it was saved: the same bytes may be other numbers.
+
+    Raises:
+        ValueError: it is not.
+    """
+    found = request.form.dtype.name, request.form.shape
+    if saved is not None and found != (saved.dtype, saved.shape):
+        what = f"{found[0]}{list(found[1])}, saved was {saved.dtype}{list(saved.shape)}"
+        raise ValueError(f"leaf {request.leaf}: found {what}")
 
 
 def plan_of(form: ArrayFormat, boxes: tuple[Box, ...], saved: tuple[Box, ...]) -> Plan:

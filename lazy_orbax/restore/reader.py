@@ -24,6 +24,7 @@ from lazy_orbax.storage.threads import Crew
 from lazy_orbax.trust.ocdbt_nodes import Extent
 
 ALIGNMENT = 64
+_HUGE_PAGE = 2**21
 
 
 class Target(NamedTuple):
@@ -287,8 +288,10 @@ def check_tail(chunk: Chunk, tail: bytearray) -> None:
 
 def aligned(n_bytes: int) -> np.ndarray:
     """Returns uninitialised memory that starts where any dtype, and XLA, may have its elements."""
-    whole = np.empty(n_bytes + ALIGNMENT, np.uint8)
-    first = -whole.ctypes.data % ALIGNMENT
+    # Linux gives large arrays of NumPy huge pages, where a whole one fits in.
+    alignment = _HUGE_PAGE if n_bytes >= _HUGE_PAGE else ALIGNMENT
+    whole = np.empty(n_bytes + alignment, np.uint8)
+    first = -whole.ctypes.data % alignment
     return whole[first : first + n_bytes]
 
 

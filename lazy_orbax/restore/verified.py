@@ -165,7 +165,7 @@ def _restored(question: Question, contents: Contents | None, *, look: bool) -> A
     except CorruptCheckpointError:
         raise
     except Exception as error:
-        if stored is not None:
+        if stored is not None and error is not question.recorder.ended_by:
             raise_corrupt(place, _reasons(stored, error), error, look=look)
         raise
     question.recorder.mark("on_device")

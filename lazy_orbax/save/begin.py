@@ -18,7 +18,7 @@ from lazy_orbax._orbax import handed_in, lifecycle, multihost
 from lazy_orbax._orbax.interrupted import await_interrupted
 from lazy_orbax._orbax.records import Destination, Settings
 from lazy_orbax.errors import OptionError, SaveError
-from lazy_orbax.integrity.proof import prover_of
+from lazy_orbax.integrity.proof_turns import Turns
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.pods.agreement import agreement_on
 from lazy_orbax.recovery.attempt import attempt_at
@@ -34,7 +34,7 @@ from lazy_orbax.storage.pace import Pace
 from lazy_orbax.storage.places import place_of
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Saver:
     """How one handler saves, and what it keeps from save to save.
 
@@ -47,6 +47,7 @@ class Saver:
         merge: merges in a directory what several processes wrote.
         pace: how fast it may write.
         fingerprints: what its last saves held.
+        turns: which of its saves are verified.
         publications: what it has finalized and Orbax has not published yet.
         commits: its saves of which more may come.
     """
@@ -59,8 +60,14 @@ class Saver:
     merge: Callable[[Any], None]
     pace: Pace
     fingerprints: Fingerprints = dataclasses.field(default_factory=Fingerprints)
+    turns: Turns = dataclasses.field(default_factory=Turns)
     publications: Publications = dataclasses.field(default_factory=Publications)
     commits: list[Commit] = dataclasses.field(default_factory=list)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether something of its saves may be left to do."""
+        return bool(self.commits or self.publications.has_pending)
 
 
 async def begin(saver: Saver, directory: Any, args: Any) -> list[Commit]:
@@ -155,7 +162,7 @@ def _end_earlier_saves(saver: Saver, path: str) -> list[BaseException]:
 
 
 def _job(saver: Saver, prepared: Prepared, leaves: Sequence[Any], path: str) -> Job:
-    plan, every = prepared.plan, saver.options.verify_snapshot
+    item, every = _paths.item_of(path), saver.options.verify_snapshot
     return Job(
         prepared=prepared,
         texts=prepared.texts(leaves),
@@ -164,7 +171,7 @@ def _job(saver: Saver, prepared: Prepared, leaves: Sequence[Any], path: str) -> 
         pace=saver.pace,
         path=path,
         fingerprints=saver.fingerprints,
-        evidence=prover_of(plan).due(plan, every),
+        evidence=saver.turns.next(prepared.plan, item, every),
     )
 
 

@@ -176,7 +176,11 @@ class Save:
         """
         plan, room, modes = self._job.prepared.plan, Room(self._job.options.mode), set()
         in_flight.add(self)
-        self._stager.start()
+        try:
+            self._stager.start()
+        except BaseException:  # There are no more threads: nobody else would say that none come.
+            self._holding.on_host.put(None)
+            raise
         try:
             if self._job.evidence is not None:
                 self._job.evidence.take(arrays)

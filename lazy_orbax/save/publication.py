@@ -2,19 +2,22 @@
 
 Orbax tells a handler nothing of it, but reports it through JAX's monitoring, whose listeners
 anybody may clear. So ours is registered again where it hears nothing, and a publication that it did
-not hear of is made up for when the handler is next called.
+not hear of is made up for when the thread has ended that made it, or, where that goes on because it
+is the caller's, when the handler is next called or the process ends.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 from collections.abc import Callable, Sequence
 
 import jax
 
-from lazy_orbax._orbax.lifecycle import PUBLISHED_EVENTS
+from lazy_orbax._orbax.lifecycle import PUBLISHED_EVENTS, is_publishing_thread
+from lazy_orbax.storage import threads
 from lazy_orbax.timeline import Recorder
 
 # Not one of Orbax's: whether our listener still hears what is reported.
@@ -48,6 +51,11 @@ class Publication:
         with self._lock:
             was_over, self.is_over = self.is_over, True
         return not was_over
+
+    def await_thread(self) -> None:
+        """Waits until the thread has ended that publishes, if Orbax began it to publish."""
+        if is_publishing_thread(self._thread):
+            threading.Thread.join(self._thread)  # Orbax's own raises what it failed with.
 
     def succeed(self) -> None:
         """Syncs what was published, and ends the recorders. Later calls do nothing.
@@ -146,7 +154,27 @@ class Publications:
 
     def add(self, publication: Publication) -> None:
         """Adds one, before Orbax publishes it."""
+        if publication in self._pending:
+            return
         self._pending.append(publication)
+        with contextlib.suppress(RuntimeError):  # No thread is to be had: the next call does it.
+            threads.run(functools.partial(self._await, publication), "lazy_orbax-publish")
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether one was not over when it was looked at last."""
+        return bool(self._pending or self._failures)
+
+    def _await(self, publication: Publication) -> None:
+        """In a thread of ours: catches up when Orbax's has ended, though nobody calls."""
+        publication.await_thread()
+        self._catch_up(publication)
+
+    def _catch_up(self, publication: Publication) -> None:
+        try:
+            publication.catch_up()
+        except Exception as error:  # noqa: BLE001 - `catch_up` raises it, now or in a later call.
+            self._failures.append(error)
 
     def catch_up(self, *, raises: bool) -> None:
         """Syncs what was published without being heard of.
@@ -158,10 +186,7 @@ class Publications:
             NotDurableError: the storage refused, or did nothing for too long.
         """
         for publication in self._pending:
-            try:
-                publication.catch_up()
-            except Exception as error:  # noqa: BLE001 - It is raised below, or by a later call.
-                self._failures.append(error)
+            self._catch_up(publication)
         self._pending = [publication for publication in self._pending if not publication.is_over]
         if raises and self._failures:
             raise self._failures.pop(0)

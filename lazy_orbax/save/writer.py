@@ -132,7 +132,7 @@ class Writer:
         Raises:
             SaveError: the storage refused something, or did not answer in time.
         """
-        if self.evidence and (leaf := self.evidence.missing()) is not None:
+        if self.evidence and (leaf := self.evidence.conclude()) is not None:
             raise self._error_of(leaf, "a piece of it was not written")
         requests = self._new_requests()
         if self._format.is_primary:

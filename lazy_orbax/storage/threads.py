@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import errno
 import math
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterable
@@ -154,6 +155,8 @@ class _Pool:
 
 
 _POOL = _Pool()
+if hasattr(os, "register_at_fork"):  # A child has none of these threads, and its lock may be held.
+    os.register_at_fork(after_in_child=_POOL.__init__)
 
 
 class Crew:
@@ -191,12 +194,22 @@ class Crew:
             if self._is_closed:
                 future.cancel()
                 return future
+            if self._at_work < min(self._most, math.ceil(self._load + weight)):
+                # Before it is noted: where the system has no more threads, this raises. It waits
+                # for the lock that is held here.
+                self._begin_to_work()
             self._waiting.append((future, lambda: work(*args), weight))
             self._load += weight
-            if self._at_work < min(self._most, math.ceil(self._load)):
-                self._at_work += 1
-                run(self._work_off, self._name)
         return future
+
+    def _begin_to_work(self) -> None:
+        try:
+            run(self._work_off, self._name)
+        except RuntimeError:
+            if not self._at_work:  # Else those that are there do it.
+                raise
+            return
+        self._at_work += 1
 
     def _work_off(self) -> None:
         weight = 0.0

@@ -1,6 +1,7 @@
 """Saves at odd moments, each in a process of its own: `python beside.py CASE DIRECTORY`."""
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from orbax.checkpoint._src.path import atomicity
 
 import lazy_orbax
 from lazy_orbax.errors import SaveError
+from lazy_orbax.save.writer import Writer
 
 CASE, DIRECTORY = sys.argv[1:]
 STATE = {"x": jnp.arange(1000.0), "y": np.arange(5)}
@@ -126,7 +128,44 @@ def main_thread_ends():
     threading.Thread(target=save).start()
 
 
+def in_flight(place="finish", then=lambda: None, after=lambda: None):
+    """The step is not written yet, or not published, when the main thread ends."""
+    handler, reached, ending = lazy_orbax.standard_handler(), threading.Event(), threading.Event()
+    owner = handler if place == "finalize" else Writer
+    method = getattr(owner, place)
+
+    def late(*args):
+        reached.set()
+        assert ending.wait(20)
+        then()
+        return method(*args)
+
+    threading._register_atexit(ending.set)  # It comes before what the handler has registered.
+    setattr(owner, place, late)
+    checkpointer = ocp.AsyncCheckpointer(handler, timeout_secs=20)
+    checkpointer.save(f"{DIRECTORY}/0", args=SAVE)
+    assert reached.wait(20)
+    after()
+    print("the end")
+
+
+def fail():
+    raise OSError("the disk is gone")
+
+
+def fork():
+    """What a data loader does: a child, which must not take the save for its own."""
+    child = multiprocessing.get_context("fork").Process(target=print, args=("a child",))
+    child.start()
+    child.join(20)
+    print("exit code", child.exitcode)
+
+
 CASES = {
+    "in flight": in_flight,
+    "in flight, raises": lambda: in_flight(after=fail),
+    "in flight, fails": lambda: in_flight(then=fail),
+    "in flight, forks": lambda: in_flight("finalize", after=fork),
     "two threads": two_threads,
     "interrupted": interrupted,
     "refused": lambda: refused({"x": np.zeros(3, jnp.uint4)}, closes=False),

@@ -21,6 +21,8 @@ from equipment.trees import assert_same
 
 import lazy_orbax
 from lazy_orbax.errors import SaveError
+from lazy_orbax.integrity.proof import stop_preparing
+from lazy_orbax.save import writer
 from lazy_orbax.save.pipeline import Save
 from lazy_orbax.snapshot import device_to_host
 from lazy_orbax.snapshot.host_budget import HOST_BUDGET
@@ -80,6 +82,7 @@ def assert_told(error, step):
 
 def assert_unharmed(manager, path, steps):
     """Only the steps of `steps`, a dictionary, are visible, and each restores bit for bit."""
+    stop_preparing()  # A compiler takes its time.
     join_threads("lazy_orbax", "async_save")
     assert HOST_BUDGET.in_flight_bytes == 0
     assert manager.latest_step() == max(steps)
@@ -117,6 +120,35 @@ def test_a_fault_at_any_stage(tmp_path, mesh, mode, place, call):
         assert isinstance(caught.value.__cause__, Boom)
         assert_unharmed(manager, tmp_path, {1: first})
         assert_next_save_works(manager, tmp_path, {1: first}, state, steps.bytes_of(state))
+
+
+def test_a_thread_that_cannot_be_started_leaves_the_writer_waiting_for_nothing(
+    tmp_path, mesh, monkeypatch
+):
+    """Orbax's thread may be faster than the training thread, and waits for slabs by then."""
+    state, start, writes = make_state(mesh), threading.Thread.start, threading.Event()
+    open_, wanted = writer.Writer.__init__, Steps(state).bytes_of(state)
+
+    def opening(self, *args, **kwargs):
+        writes.set()
+        open_(self, *args, **kwargs)
+
+    def out_of_threads(thread):
+        if thread.name == "lazy_orbax-stage":
+            assert writes.wait(30)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with manager_of(tmp_path, handler_of()) as manager:
+        save(manager, 1, state)
+        within(manager.wait_until_finished)
+        with monkeypatch.context() as patch:
+            patch.setattr(writer.Writer, "__init__", opening)
+            patch.setattr(threading.Thread, "start", out_of_threads)
+            with pytest.raises(SaveError, match="new thread"):
+                save(manager, 2, state)
+        assert_unharmed(manager, tmp_path, {1: wanted})
+        assert_next_save_works(manager, tmp_path, {1: wanted}, state, wanted)
 
 
 @pytest.mark.parametrize("told_by", ["wait", "save", "close"])

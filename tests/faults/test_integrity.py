@@ -201,7 +201,8 @@ def test_restore_finds_what_changed_on_the_way(tmp_path, mesh, monkeypatch):
 
 def test_restore_finds_what_changed_while_it_was_read(tmp_path, mesh, monkeypatch):
     """The storage is right, and so is a second reading: only the bytes that were read tell."""
-    state = state_of(0, mesh)
+    # So large that no chunk lies in the tree of the database itself.
+    state = {"w": on_mesh(random_array(np.random.default_rng(0), (64, 64), np.float32), mesh, "a")}
     save_steps(tmp_path, [state])
     read = source.Directory._read
 

@@ -24,6 +24,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 from equipment import contexts
 from equipment.oracle import (
     STOCK_WARNS,
@@ -38,6 +39,7 @@ from equipment.oracle import (
 )
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint._src.serialization import replica_slices
 from property.situations import Situation, places, situations, twin
 
@@ -226,3 +228,23 @@ def test_shares_of_replicas_are_those_of_stock_also_where_32_bits_end(drawn, tim
     covered = sum(math.prod(layout.write_shape) for _ in layout.regions)
     assert covered == math.prod(shape)
     assert len({region.start for region in layout.regions}) == len(layout.regions)
+
+
+def test_jax_makes_no_array_that_is_divided_unevenly():
+    """So none is drawn. Where one of these ways begins to make them, `places` is to draw them."""
+    mesh = Mesh(np.array(jax.devices()[:8]), ("a",))
+    divided = NamedSharding(mesh, PartitionSpec("a"))
+    host, even = np.arange(13.0), jax.device_put(np.arange(16.0), divided)
+    # What a program returns by itself is replicated where it does not divide.
+    constrained = jax.jit(lambda x: jax.lax.with_sharding_constraint(x[:13], divided) * 2)
+    assert constrained(even).sharding.is_fully_replicated
+    shards = [jax.device_put(host[2 * i : 2 * i + 2], jax.devices()[i]) for i in range(8)]
+    ways = {
+        "device_put": lambda: jax.device_put(host, divided),
+        "out_shardings": lambda: jax.jit(lambda x: x[:13], out_shardings=divided)(even),
+        "callback": lambda: jax.make_array_from_callback((13,), divided, lambda index: host[index]),
+        "shards": lambda: jax.make_array_from_single_device_arrays((13,), divided, shards),
+    }
+    for way, make in ways.items():
+        with pytest.raises(ValueError, match=r"(?s)partitioned 8 times.*13"):
+            pytest.fail(f"{way}: {make().sharding}")

@@ -340,3 +340,59 @@ def test_parts_add_up(array, data):
     moved = (*start[:axis], start[axis] + at, *start[axis + 1 :])
     both = of_host(first, start) + of_host(second, moved)
     assert of_host(array, start) == both % 2**64
+
+
+# Parts of more than 2**31 elements, of which only the tables of weights are made.
+
+HUGE = [
+    ((2**33,), np.int8, (0,)),
+    ((2**33,), np.int8, (2**33 - 5,)),
+    ((3, 2**31 + 2**14), np.int8, (2**34, 2**32 + 7)),
+    ((2**10, 2**22), np.int16, (2**31 - 3, 2**31 - 2**13 + 1)),
+    ((2, 5, 2**29), np.int32, (2**31 - 1, 2**40, 3)),
+    ((2**32,), np.float64, (2**32 - 1,)),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "start"), HUGE)
+def test_the_weights_of_huge_parts_are_those_of_the_host(shape, dtype, start):
+    dtype = np.dtype(dtype)
+    each = fingerprint.DIGIT * fingerprint.WORD_BYTES // dtype.itemsize
+    assert shape[-1] % each == 0
+    with jax.enable_x64(True):
+        at = jnp.asarray(start, jnp.int64).astype(jnp.uint64)
+        by = fingerprint_traced._weights_of_cut_rows(shape, dtype, at, each)
+        by = jax.tree.map(np.asarray, by)
+    rng, last = np.random.default_rng(0), math.prod(shape) - 1
+    for place in [0, last, 2**31 - 1, 2**31, *map(int, rng.integers(0, last, 200))]:
+        row, column = divmod(place, each)
+        outer = int((by.next_rows if by.carry[column] else by.rows)[row])
+        index = [int(a + b) for a, b in zip(np.unravel_index(place, shape), start, strict=True)]
+        for i, by_word in enumerate(by.words):
+            byte = index[-1] * dtype.itemsize + 4 * i
+            places = [*index[:-1], byte // 4]
+            axes = range(len(places) - 1, -1, -1)
+            each_axis = [
+                int(fingerprint.weights(axis, np.array([coordinate], np.uint64))[0])
+                for axis, coordinate in zip(axes, places, strict=True)
+            ]
+            wanted = math.prod(each_axis) << 8 * (byte % 4)
+            assert outer * int(by_word[column]) % 2**64 == wanted % 2**64, (place, i)
+
+
+@pytest.mark.parametrize(("shape", "dtype", "start"), HUGE)
+def test_no_program_for_huge_parts_counts_in_32_bits(shape, dtype, start):
+    def look(shard, within, start):
+        part = jax.lax.dynamic_slice(shard, list(within), shape)
+        by = fingerprint_traced.weights_traced(part.shape, part.dtype, start)
+        return fingerprint_traced.of_traced(part, by)
+
+    whole = (shape[0] + 9, *shape[1:])
+    index = jax.ShapeDtypeStruct((len(shape),), np.int64)
+    with jax.enable_x64(True):
+        lowered = jax.jit(look).lower(jax.ShapeDtypeStruct(whole, dtype), index, index)
+        assert lowered.out_info.dtype == np.uint64
+    text = lowered.as_text()
+    counting = [line for line in text.splitlines() if "iota" in line or "dynamic_slice" in line]
+    assert any("iota" in line for line in counting)
+    assert not [line for line in counting if "tensor<i32>" in line or "ui32>" in line]

@@ -17,6 +17,7 @@ from lazy_orbax.errors import OptionError, SaveError
 from lazy_orbax.integrity import digest_file, fingerprint, proof, proof_restored, proof_subjects
 from lazy_orbax.integrity.digest_file import DigestError
 from lazy_orbax.integrity.stored_item import StoredItem
+from lazy_orbax.plan.slabs import Plan
 from lazy_orbax.restore import compare_arrays
 from lazy_orbax.save.plan_cache import PLAN_CACHE
 
@@ -172,7 +173,8 @@ def test_programs_that_cannot_be_compiled_fail_no_save(mesh, tmp_path, monkeypat
             manager.wait_until_finished()
             await_programs()
         assert manager.all_steps() == [0, 1, 2, 3]
-    assert caplog.text.count("Snapshots cannot be verified") == 1
+    assert caplog.text.count("Snapshots are not verified") == 1
+    assert "tried again after 20 saves" in caplog.text
     assert verified_steps(tmp_path) == []
 
 
@@ -321,3 +323,57 @@ def test_a_compiler_that_failed_once_is_asked_again(mesh, tmp_path, monkeypatch)
             manager.save(0, args=ocp.args.StandardSave(state_of(mesh)))
         manager.save(1, args=ocp.args.StandardSave(state_of(mesh, 1)))
     assert verified_steps(tmp_path) == [1]
+
+
+@pytest.mark.usefixtures("far_from_the_host")
+def test_programs_that_could_not_be_compiled_in_the_background_are_tried_again(
+    mesh, tmp_path, monkeypatch
+):
+    original, failures = proof.compiled, [RuntimeError("no memory for the compiler")]
+
+    def compiled(subjects):
+        if failures:
+            raise failures.pop()
+        return original(subjects)
+
+    monkeypatch.setattr(proof, "compiled", compiled)
+    monkeypatch.setattr(proof, "_LATER", 2)
+    with ocp.CheckpointManager(tmp_path, item_handlers=handler_with(2)) as manager:
+        for i in range(6):
+            manager.save(i, args=ocp.args.StandardSave(state_of(mesh, i)))
+            manager.wait_until_finished()
+            await_programs()
+    assert verified_steps(tmp_path) == [4]
+
+
+def test_who_is_stopped_while_it_compiles_goes_on_where_it_was(monkeypatch):
+    """Handlers that are made and closed for each save would never come to an end."""
+    begun = []
+
+    def compiled(subjects):
+        begun.append(subjects)
+        yield from "abc"
+
+    monkeypatch.setattr(proof, "compiled", compiled)
+    monkeypatch.setattr(proof, "subjects_of", lambda plan: ({0: "far"}, {}))
+    plan, prover = Plan((), (), ()), proof.Prover()
+    while not prover.is_ready:
+        assert prover.prepare(plan, goes_on=lambda: False) in ([], list("abc"))
+    assert prover.prepare(plan) == list("abc")
+    assert len(begun) == 1
+
+
+def test_where_there_is_no_thread_to_compile_in_the_next_save_begins(monkeypatch):
+    def out_of_threads(_thread):
+        raise RuntimeError("can't start new thread")
+
+    plan, prover = Plan((), (), ()), proof.Prover()
+    prover.note_save(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", out_of_threads)
+        prover.begin_to_prepare(plan, 2, lower_priority=lambda: None)
+    prover.stop()
+    assert not prover.is_ready
+    prover.begin_to_prepare(plan, 2, lower_priority=lambda: None)
+    await_programs()
+    assert prover.is_ready

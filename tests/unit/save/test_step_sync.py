@@ -2,17 +2,20 @@
 
 import errno
 import os
+import pathlib
+import tempfile
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from equipment.gates import within
+from equipment.gates import join_threads, within
 from equipment.trees import assert_same, on_mesh
 from jax._src import monitoring
 
 import lazy_orbax
 from lazy_orbax.errors import NotDurableError, OptionError, SaveError
+from lazy_orbax.save import process_end
 from lazy_orbax.storage import fsync
 
 
@@ -34,7 +37,8 @@ class Synced:
         while not os.path.ismount(root):
             root = root.parent
             paths.append(root)
-        return {str(path) for path in paths if version(path) not in self.versions}
+        shared = pathlib.Path(tempfile.gettempdir())  # Others make files there meanwhile.
+        return {str(p) for p in paths if p != shared and version(p) not in self.versions}
 
 
 def version(path_or_descriptor):
@@ -280,41 +284,72 @@ def cleared_at_publication(monkeypatch, listeners):
     return cleared
 
 
-@pytest.mark.parametrize("when", ["the next save", "close"])
+def manager_of(path, timelines, *, in_background):
+    options = lazy_orbax.LazyOptions(on_timeline=timelines.append)
+    return ocp.CheckpointManager(
+        path,
+        item_handlers=lazy_orbax.standard_handler(options=options),
+        options=ocp.CheckpointManagerOptions(enable_async_checkpointing=in_background),
+    )
+
+
+@pytest.mark.parametrize("when", ["the next save", "close", "the end"])
 def test_a_publication_that_nobody_heard_of_is_synced_by_the_next_call(
     tmp_path, state, synced, cleared_at_publication, caplog, when
 ):
+    """Where it was the caller's thread that published."""
     timelines = []
-    options = lazy_orbax.LazyOptions(on_timeline=timelines.append)
-    handler = lazy_orbax.standard_handler(options=options)
-    with ocp.CheckpointManager(tmp_path, item_handlers=handler) as manager:
+    with manager_of(tmp_path, timelines, in_background=False) as manager:
         save_to(manager, 1, state)
         save_to(manager, 2, state)
         assert cleared_at_publication
         assert str(tmp_path / "2") in synced.missing(tmp_path / "2"), "the event was heard"
         if when == "the next save":
             save_to(manager, 3, state)
+        elif when == "the end":
+            process_end._finish()
+        if when != "close":
             assert synced.missing(tmp_path / "2") == set()
     assert synced.missing(tmp_path / "2") == set()
     assert [t.step for t in timelines] == ([1, 2, 3] if when == "the next save" else [1, 2])
     assert all(t.error is None and t.committed_s is not None for t in timelines)
+    assert_warned(caplog, tmp_path / "2")
+
+
+def assert_warned(caplog, step):
     (warned,) = [r.getMessage() for r in caplog.records if r.name == "lazy_orbax"]
     assert "clear_event_listeners" in warned
-    assert str(tmp_path / "2") in warned
+    assert str(step) in warned
+
+
+def test_a_publication_that_nobody_heard_of_is_synced_though_nobody_calls(
+    tmp_path, state, synced, cleared_at_publication, caplog
+):
+    timelines = []
+    with manager_of(tmp_path, timelines, in_background=True) as manager:
+        save_to(manager, 1, state)
+        save_to(manager, 2, state)
+        assert cleared_at_publication
+        join_threads("lazy_orbax-publish")
+        assert synced.missing(tmp_path / "2") == set()
+        assert [t.step for t in timelines] == [1, 2]
+    assert all(t.error is None and t.committed_s is not None for t in timelines)
+    assert_warned(caplog, tmp_path / "2")
 
 
 @pytest.mark.parametrize("when", ["the next save", "close"])
+@pytest.mark.parametrize("in_background", [True, False])
 def test_a_publication_that_nobody_heard_of_and_that_cannot_be_synced_any_more(
-    tmp_path, state, synced, cleared_at_publication, when
+    tmp_path, state, synced, cleared_at_publication, when, in_background
 ):
     timelines = []
-    options = lazy_orbax.LazyOptions(on_timeline=timelines.append)
-    handler = lazy_orbax.standard_handler(options=options)
-    manager = ocp.CheckpointManager(tmp_path, item_handlers=handler)
+    manager = manager_of(tmp_path, timelines, in_background=in_background)
     save_to(manager, 1, state)
+    # What is synced before the publication is let through.
+    synced.refused = lambda path: bool(cleared_at_publication)
     save_to(manager, 2, state)
     assert cleared_at_publication
-    synced.refused = lambda path: True
+    join_threads("lazy_orbax-publish")
     with pytest.raises(NotDurableError, match="the disk is gone") as raised:
         if when == "close":
             manager.close()

@@ -108,6 +108,22 @@ def test_only_the_threads_of_a_save_are_lowered(tmp_path, monkeypatch, low, lowe
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == mine
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux")
+@pytest.mark.parametrize(
+    ("usual", "mine", "wanted"),
+    [(0, 0, 10), (5, 5, 15), (15, 15, 19), (19, 19, None), (0, 10, None)],
+)
+def test_who_yields_is_below_the_process_and_never_raised(monkeypatch, usual, mine, wanted):
+    """The kernel lets nobody raise a priority, and says so with an error."""
+    process, found = os.getpid(), []
+    monkeypatch.setattr(os, "getpriority", lambda _, who: usual if who == process else mine)
+    monkeypatch.setattr(os, "setpriority", lambda *args: found.append(args[2]))
+    monkeypatch.setattr(threading, "get_native_id", lambda: process + 1)
+    monkeypatch.setattr(_machine._Urgency, "lowered", False)
+    _machine.yield_to_training()
+    assert found == ([] if wanted is None else [wanted])
+
+
 @pytest.mark.parametrize("is_read", [True, False])
 def test_memory_that_somebody_still_reads_is_not_used_again(tmp_path, mesh, monkeypatch, is_read):
     kept = []

@@ -1,6 +1,7 @@
 """Threads of ours: they are taken again, they end, and nobody waits for one that hangs."""
 
 import concurrent.futures
+import contextlib
 import os
 import sys
 import threading
@@ -120,3 +121,45 @@ def test_work_that_submits_more_while_it_is_closed_starts_nothing():
     assert future.done()
     assert more[0].cancelled()
     assert crew._at_work == 0
+
+
+def out_of_threads(_thread):
+    raise RuntimeError("can't start new thread")
+
+
+def test_a_crew_for_which_there_is_no_thread_says_so_and_waits_for_none(monkeypatch):
+    crew = Crew("lazy_orbax-test", 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", out_of_threads)
+        with pytest.raises(RuntimeError, match="new thread"):
+            crew.submit(lambda: None)
+    assert (crew._at_work, crew._load, len(crew._waiting)) == (0, 0, 0)
+    assert crew.submit(lambda: 5).result(WAIT_S) == 5
+    crew.close(WAIT_S)
+
+
+def test_a_crew_goes_on_with_the_threads_that_it_has(monkeypatch):
+    crew, gate = Crew("lazy_orbax-test", 8), threading.Event()
+    first = crew.submit(gate.wait, WAIT_S)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", out_of_threads)
+        second = crew.submit(lambda: 5)
+    gate.set()
+    assert first.result(WAIT_S)
+    assert second.result(WAIT_S) == 5
+    crew.close(WAIT_S)
+    assert crew._at_work == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning", "ignore:.*fork:DeprecationWarning")
+def test_a_child_that_was_forked_has_threads_of_its_own(monkeypatch):
+    monkeypatch.setattr(threads, "_IDLE_S", WAIT_S)
+    threads.run(lambda: None, "lazy_orbax-test").result(WAIT_S)
+    assert threads._POOL._idle
+    if not (child := os.fork()):
+        code = 1
+        with contextlib.suppress(BaseException):
+            code = threads.run(lambda: 7, "lazy_orbax-test").result(WAIT_S)
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
