@@ -67,13 +67,15 @@ def prewarm(
     stand_ins = [values[leaf.position] for leaf in plan.leaves]
     room = Room(lazy.options.mode)
     taken: list[tuple[Held, Lease]] = []
-    for slab in plan.slabs:
-        if slab.kind == "host":
-            continue
-        if HOST_BUDGET.in_flight_bytes + slab.n_bytes > lazy.limit_bytes:
-            _give_back(taken)
-        taken.append(_rehearse(lazy, plan, slab, room.mode_for(slab), stand_ins))
-    _give_back(taken)
+    try:
+        for slab in plan.slabs:
+            if slab.kind == "host":
+                continue
+            if HOST_BUDGET.in_flight_bytes + slab.n_bytes > lazy.limit_bytes:
+                _give_back(taken)
+            taken.append(_rehearse(lazy, plan, slab, room.mode_for(slab), stand_ins))
+    finally:
+        _give_back(taken)
     if lazy.options.verify_snapshot:
         prover_of(plan).prepare(plan)
     for rehearsed in (_like, _zeros):  # Programs that nothing but a rehearsal runs.

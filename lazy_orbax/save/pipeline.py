@@ -178,8 +178,9 @@ class Save:
         in_flight.add(self)
         try:
             self._stager.start()
-        except BaseException:  # There are no more threads: nobody else would say that none come.
-            self._holding.on_host.put(None)
+        except BaseException as error:
+            self._lose(error)
+            self._holding.on_host.put(None)  # There is no thread that would say that none come.
             raise
         try:
             if self._job.evidence is not None:
@@ -187,12 +188,20 @@ class Save:
             for slab in plan.slabs:
                 modes.add(mode := room.mode_for(slab))
                 self._put_out_of_reach(plan, slab, arrays, mode)
+        except BaseException as error:
+            self._lose(error)
+            raise
         finally:
             # Also after a failure: our thread waits for it, and nobody else ends it.
             self._holding.on_device.put(None)
         mode = "+".join(sorted(modes - {"host"}, reverse=True)) or "host"
         self.recorder.note(mode=mode, reason=room.reason, bytes_written=plan.n_bytes)
         self.recorder.mark("enqueued")
+
+    def _lose(self, error: BaseException) -> None:
+        """Before the writer is told that no more comes, or it might take what there is for all."""
+        self.forget()  # `save()` raises it.
+        self.fail(error)
 
     def _put_out_of_reach(self, plan: Plan, slab: Slab, arrays: Sequence[Any], mode: str) -> None:
         if mode == "stage" and not device_to_host.is_in_host_memory(slab):

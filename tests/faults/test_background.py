@@ -6,6 +6,7 @@ import concurrent.futures
 import errno
 import gc
 import os
+import queue
 import resource
 import subprocess
 import threading
@@ -149,6 +150,32 @@ def test_a_thread_that_cannot_be_started_leaves_the_writer_waiting_for_nothing(
                 save(manager, 2, state)
         assert_unharmed(manager, tmp_path, {1: wanted})
         assert_next_save_works(manager, tmp_path, {1: wanted}, state, wanted)
+
+
+def test_a_save_has_failed_before_its_threads_hear_that_no_more_comes(tmp_path, mesh, monkeypatch):
+    """Else the writer might finish the item without what is missing, and hide the cause."""
+    state, over, holding = make_state(mesh), [], []
+
+    class Slabs(queue.SimpleQueue):
+        def put(self, item):
+            if item is None:
+                (save_of_it,) = holding
+                over.append(save_of_it.is_over)
+            super().put(item)
+
+    def snapshot(self, arrays):
+        holding.append(self)
+        self._holding.on_device = Slabs()
+        original(self, arrays)
+
+    original = Save.snapshot
+    with manager_of(tmp_path, handler_of()) as manager:
+        with monkeypatch.context() as patch, failing_at("copy"):
+            patch.setattr(Save, "snapshot", snapshot)
+            with pytest.raises(SaveError) as caught:
+                save(manager, 2, state)
+        assert isinstance(caught.value.__cause__, Boom)
+    assert over == [True]
 
 
 @pytest.mark.parametrize("told_by", ["wait", "save", "close"])

@@ -117,6 +117,26 @@ def test_nothing_is_kept_that_only_a_rehearsal_needs(mesh):
     assert module._zeros.cache_info().currsize == module._like.cache_info().currsize == 0
 
 
+def test_a_rehearsal_that_fails_gives_back_what_it_took(mesh, monkeypatch):
+    """Else the next save would wait for that memory, without end."""
+    module, taken = importlib.import_module("lazy_orbax.handlers.prewarm"), []
+    original = module.device_to_host.take
+
+    def take(*args):
+        if taken:
+            raise RuntimeError("out of memory")
+        taken.append(HOST_BUDGET.in_flight_bytes)
+        return original(*args)
+
+    monkeypatch.setattr(module.device_to_host, "take", take)
+    options = lazy_orbax.LazyOptions(slab_bytes=2**20)
+    large = {name: on_mesh(np.ones((2**10, 2**8), np.float32), mesh, "a") for name in "xy"}
+    with pytest.raises(RuntimeError, match="out of memory"):
+        lazy_orbax.prewarm(lazy_orbax.standard_handler(options=options), large)
+    assert taken[0] > 0
+    assert HOST_BUDGET.in_flight_bytes == 0
+
+
 def test_arrays_stand_for_themselves_and_stay(mesh):
     state, handler = make_state(mesh), lazy_orbax.standard_handler()
     lazy_orbax.prewarm(handler, state)
