@@ -18,7 +18,7 @@ import lazy_orbax
 _RESTORE_HOOKS = [
     field.name
     for field in dataclasses.fields(lazy_orbax.LazyOptions)
-    if field.name.startswith("on_restore")
+    if field.name == "on_restore"  # Not what is told of the progress.
 ]
 OnTimeline = Callable[[lazy_orbax.SaveTimeline], None] | None
 

@@ -109,6 +109,7 @@ class RestoreRecorder:
 
     Attributes:
         timeline: so far.
+        ended_by: what the user's own function raised: the checkpoint is not to blame for it.
     """
 
     def __init__(self, directory: str, progress: Callable[[int, int], None] | None = None):
@@ -121,6 +122,7 @@ class RestoreRecorder:
         self._start_s = time.perf_counter()
         self._progress = progress
         self.timeline = RestoreTimeline(directory=directory)
+        self.ended_by: Exception | None = None
 
     def note(self, **facts: object) -> None:
         """Replaces fields of the timeline."""
@@ -133,10 +135,14 @@ class RestoreRecorder:
         self.note(**{name: now_s for name in names if getattr(self.timeline, name) is None})
 
     def arrived(self, done_bytes: int) -> None:
-        """Tells how many of the wanted bytes have come so far."""
+        """Tells how many of the wanted bytes have come. What that raises ends the restore."""
         self.mark("first_byte")
         if self._progress is not None:
-            self._progress(done_bytes, self.timeline.bytes_wanted)
+            try:
+                self._progress(done_bytes, self.timeline.bytes_wanted)
+            except Exception as error:
+                self.ended_by = error
+                raise
 
     @property
     def is_by_plan(self) -> bool:

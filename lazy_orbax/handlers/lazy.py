@@ -167,7 +167,7 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         return prepared.plan
 
     def restore(self, directory: Any, args: Any = None) -> Any:
-        """Restores a tree, by Orbax's own path, and verifies it (`LazyOptions.verify_restore`).
+        """Restores a tree, and verifies it (`LazyOptions.verify_restore`).
 
         Args:
             directory: the item's directory.
@@ -199,6 +199,9 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         try:
             with examined(directory, args, verifies=question.verifies) as contents:
                 return restore(question, contents)
+        except BaseException as error:
+            question.recorder.note(error=error)
+            raise
         finally:
             question.recorder.report(self.options.on_restore)
 

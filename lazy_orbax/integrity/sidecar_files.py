@@ -6,54 +6,44 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import tensorstore as ts
-
 from lazy_orbax import _paths
-from lazy_orbax.errors import Problem
+from lazy_orbax.errors import MalformedCheckpointError, Problem
 from lazy_orbax.integrity.digest import digest_of_bytes, digest_of_text
-from lazy_orbax.storage.place import MOST_BYTES, Place
+from lazy_orbax.storage.place import MOST_BYTES
+from lazy_orbax.trust.files import ItemFiles
 
 
-def changed_files(
-    place: Place, store: ts.KvStore, wanted: Mapping[str, tuple[int, int]]
-) -> list[Problem]:
+def changed_files(files: ItemFiles, wanted: Mapping[str, tuple[int, int]]) -> list[Problem]:
     """Returns which files are not those that were written.
 
     Args:
-        place: the item's directory.
-        store: the same, to read from.
+        files: the item's files.
         wanted: size in bytes and digest of each, by name.
     """
     problems = []
-    sizes = {name: place.size(name) for name in wanted}
-    reads = {name: store.read(name) for name, (size, _) in wanted.items() if sizes[name] == size}
+    files.read_ahead((n for n, (size, _) in wanted.items() if files.size(n) == size), MOST_BYTES)
     for name, (size, digest) in wanted.items():
-        if sizes[name] is None:
-            problems.append(Problem("is missing", name))
-        elif name not in reads:
-            what = f"has {sizes[name]} bytes, but {size} were written"
-            problems.append(Problem(what, name))
-        elif isinstance(content := _content(reads[name]), Exception):
-            problems.append(Problem(f"cannot be read: {content}", name))
+        content = _content(files, name, size)
+        if isinstance(content, Problem):
+            problems.append(content)
         elif digest_of_bytes(content) != digest:
             problems.append(Problem(f"its {size} bytes are not those that were written", name))
     return problems
 
 
-def changed_strings(place: Place, store: ts.KvStore, wanted: Mapping[str, int]) -> list[Problem]:
+def changed_strings(files: ItemFiles, wanted: Mapping[str, int]) -> list[Problem]:
     """Returns which leaves are not the strings that were saved.
 
     Args:
-        place: the item's directory.
-        store: the same, to read from.
+        files: the item's files.
         wanted: the digest of each, by the name of the leaf.
     """
-    size = place.size(_paths.STRINGS) if wanted else 0
+    size = files.size(_paths.STRINGS) if wanted else 0
     if size is None or size > MOST_BYTES:
         return [Problem("is missing" if size is None else f"has {size} bytes", _paths.STRINGS)]
     try:
-        found = json.loads(store.read(_paths.STRINGS).result().value) if wanted else {}
-    except (ValueError, OSError, RecursionError) as error:
+        found = json.loads(files.read(_paths.STRINGS, MOST_BYTES) or b"") if wanted else {}
+    except (ValueError, OSError, RecursionError, MalformedCheckpointError) as error:
         return [Problem(f"cannot be read: {error}", _paths.STRINGS)]
     return [
         Problem("is not the string that was saved", _paths.STRINGS, name)
@@ -62,11 +52,20 @@ def changed_strings(place: Place, store: ts.KvStore, wanted: Mapping[str, int]) 
     ]
 
 
-def _content(read: Any) -> bytes | Exception:
-    try:
-        return read.result().value
-    except (ValueError, OSError) as error:
-        return error
+def _content(files: ItemFiles, name: str, size: int) -> bytes | Problem:
+    """Returns a file of a certain size, or what is wrong with it."""
+    found = files.size(name)
+    if found == size:
+        try:
+            content = files.read(name, MOST_BYTES)
+        except (ValueError, OSError, MalformedCheckpointError) as error:
+            return Problem(f"cannot be read: {error}", name)
+        if content is not None and len(content) == size:
+            return content
+        found = None if content is None else len(content)
+    if found is None:
+        return Problem("is missing", name)
+    return Problem(f"has {found} bytes, but {size} were written", name)
 
 
 def string_at(found: Any, name: str) -> Any:

@@ -16,20 +16,22 @@ from typing import Any
 
 from lazy_orbax import _paths
 from lazy_orbax._paths import STEP_METADATA
-from lazy_orbax.errors import Problem
+from lazy_orbax.errors import MalformedCheckpointError, Problem
 from lazy_orbax.integrity import digest_file
 from lazy_orbax.integrity.digest import digest_of_text
 from lazy_orbax.integrity.digest_file import DigestError
-from lazy_orbax.integrity.step_place import metadata_beside
 from lazy_orbax.storage.deadline import Deadline
 from lazy_orbax.storage.fsync import Inode
+from lazy_orbax.storage.place import MOST_BYTES
 from lazy_orbax.storage.places import place_of
 from lazy_orbax.storage.save_error import save_error
+from lazy_orbax.trust.files import ItemFiles
 
 DIGESTS = f"{digest_file.DIRECTORY}/step"
 _FORMAT = 1
 _TIME_OF_COMMIT = "commit_timestamp_nsecs"
 _LOOK_AGAIN_S = 0.01
+_UNREADABLE = (ValueError, OSError, KeyError, TypeError, RecursionError, MalformedCheckpointError)
 
 
 def record(item_directory: str, *, timeout_s: float) -> set[Inode]:
@@ -75,21 +77,53 @@ def check(item_directory: str, step_directory: str) -> list[Problem]:
         item_directory: the item's directory. Without digests in it nothing is wrong.
         step_directory: the step's, which may be the same.
     """
-    item = place_of(item_directory)
-    if item.size(DIGESTS) is None:
+    step = place_of(step_directory)
+    return _differing(ItemFiles(place_of(item_directory)), lambda: step.read(STEP_METADATA))
+
+
+def check_beside(files: ItemFiles) -> list[Problem]:
+    """Returns what `check` does, where the metadata are found. An item may have been copied alone.
+
+    Args:
+        files: the item's files.
+    """
+    return _differing(files, lambda: _metadata_beside(files))
+
+
+def _metadata_beside(files: ItemFiles) -> bytes | None:
+    if (content := files.read(STEP_METADATA, MOST_BYTES)) is not None:
+        return content
+    _, above = _paths.places_of_step(files.place.directory)
+    step = place_of(above)
+    content = step.read_if_there(STEP_METADATA)
+    if content is None and step.has(STEP_METADATA):
+        raise OSError("it is no file")
+    return content
+
+
+def _differing(files: ItemFiles, read: Callable[[], bytes | None]) -> list[Problem]:
+    """Returns what of a step's metadata has another digest than in an item.
+
+    Args:
+        files: the item's files.
+        read: returns the metadata; `None` where there are none.
+    """
+    if files.size(DIGESTS) is None:
         return []
     try:
-        wanted = digest_file.unseal(item.read(DIGESTS))
+        wanted = digest_file.unseal(files.read(DIGESTS, MOST_BYTES) or b"")
         if wanted["format"] != _FORMAT:
             raise DigestError(
                 f"it has form {wanted['format']!r}, which a later lazy_orbax can read"
             )
         fields = dict(wanted["fields"])
-    except (ValueError, OSError, KeyError, TypeError, RecursionError) as error:
+    except _UNREADABLE as error:
         return [Problem(f"cannot be used: {error}", DIGESTS)]
     try:
-        found = _digests_of(json.loads(place_of(step_directory).read(STEP_METADATA)))
-    except (ValueError, OSError, RecursionError) as error:
+        if (content := read()) is None:
+            return []
+        found = _digests_of(json.loads(content))
+    except _UNREADABLE as error:
         return [Problem(f"cannot be read: {error}", STEP_METADATA)]
     advice = f"If it was changed on purpose, remove {DIGESTS} of the item"
     return [
@@ -97,16 +131,6 @@ def check(item_directory: str, step_directory: str) -> list[Problem]:
         for name, digest in fields.items()
         if found.get(name) != digest
     ]
-
-
-def check_beside(item_directory: str) -> list[Problem]:
-    """Returns what `check` does, where the metadata are found. An item may have been copied alone.
-
-    Args:
-        item_directory: the item's directory.
-    """
-    place = metadata_beside(item_directory)
-    return [] if place is None else check(item_directory, place)
 
 
 def _digests_when_written(read: Callable[[], bytes | None], within_s: float) -> bytes | None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore as ts
 
-from lazy_orbax.errors import Problem
+from lazy_orbax.errors import MalformedCheckpointError, Problem
 from lazy_orbax.integrity import digest, digest_file, sidecar_files
 from lazy_orbax.integrity.digest_file import DigestError, LeafDigests, ProcessDigests
 from lazy_orbax.integrity.digest_in_parts import PART_BYTES, digest_in_parts
@@ -20,6 +20,7 @@ from lazy_orbax.plan.boxes import Box
 from lazy_orbax.plan.slabs import runs
 from lazy_orbax.storage.place import MOST_BYTES
 from lazy_orbax.storage.places import place_of
+from lazy_orbax.trust.files import ItemFiles
 
 # Pieces that are read at once, and how much of a large one.
 _BATCH_BYTES = PART_BYTES
@@ -39,43 +40,46 @@ class StoredItem:
     """One saved item: its digests, and what they are of. Reads only when it is asked to.
 
     Attributes:
+        files: its files.
         leaves: what was saved of each leaf, by its name.
         strings: digests of the leaves that are strings, by name.
         others: names of leaves that have no digest.
         problems: what is wrong with the digests themselves.
     """
 
-    def __init__(self, directory: str):
+    def __init__(self, directory: str, files: ItemFiles | None = None):
         """Reads the files of digests, if there are any.
 
         Args:
             directory: an item's directory, or its `gs://` address.
+            files: what is known of its files.
         """
-        self._place = place_of(directory)
-        cache, remote = {"total_bytes_limit": _CACHE_BYTES}, self._place.context_spec()
+        place = place_of(directory)
+        self.files = ItemFiles(place) if files is None else files
+        cache, remote = {"total_bytes_limit": _CACHE_BYTES}, place.context_spec()
         context = ts.Context({"cache_pool": cache, "cache_pool#ocdbt": cache, **remote})
-        self._small = ts.KvStore.open(self._place.kvstore_spec(), context=context).result()
+        base = ts.KvStore.open(place.kvstore_spec(), context=context).result()
         self.leaves: dict[str, LeafDigests] = {}
         self.strings: dict[str, int] = {}
         self.others: tuple[str, ...] = ()
         self.problems: list[Problem] = []
-        self._files: dict[str, tuple[int, int]] = {}
+        self._wanted: dict[str, tuple[int, int]] = {}
         parts = self._read_digests()
         for part in parts:
             self._add(part)
         self.problems += filter(None, (wrong_step(part, directory) for part in parts))
         driver, use_ocdbt = (parts[-1].driver, parts[-1].use_ocdbt) if parts else ("zarr", True)
-        self._arrays = StoredArrays(self._place, self._small, context, driver, use_ocdbt)
+        self._arrays = StoredArrays(place, base, context, driver, use_ocdbt)
 
     @property
     def directory(self) -> str:
         """The item's directory, or its address."""
-        return self._place.directory
+        return self.files.place.directory
 
     @property
     def is_covered(self) -> bool:
         """Whether there are digests, readable or not."""
-        return bool(self.leaves or self._files or self.problems)
+        return bool(self.leaves or self._wanted or self.problems)
 
     @property
     def pieces(self) -> Iterator[Piece]:
@@ -90,19 +94,18 @@ class StoredItem:
         return sum(map(self._bytes_of, self.pieces))
 
     def _read_digests(self) -> list[ProcessDigests]:
-        here = self._small / f"{digest_file.DIRECTORY}/"
-        names = sorted(name.decode() for name in here.list().result())
-        names = [name for name in names if re.fullmatch(r"process_\d+", name)]
+        names = self.files.names(digest_file.DIRECTORY)
+        names = [name for name in names if re.fullmatch(r"process_\d+", name.rpartition("/")[2])]
+        self.files.read_ahead(names, MOST_BYTES)
         found: list[ProcessDigests] = []
-        for name in names:
-            file = f"{digest_file.DIRECTORY}/{name}"
-            if (size := self._place.size(file)) is None or size > MOST_BYTES:
+        for file in names:
+            if (size := self.files.size(file)) is None or size > MOST_BYTES:
                 what = f"cannot be used: found {size} bytes, wanted at most {MOST_BYTES}"
                 self.problems.append(Problem(what, file))
                 continue
             try:
-                found.append(digest_file.parse(here.read(name).result().value))
-            except DigestError as error:
+                found.append(digest_file.parse(self.files.read(file, MOST_BYTES) or b""))
+            except (DigestError, MalformedCheckpointError) as error:
                 self.problems.append(Problem(f"cannot be used: {error}", file))
         missing = {n for part in found for n in part.processes} - {part.process for part in found}
         for process in sorted(missing) if not self.problems else ():
@@ -111,7 +114,7 @@ class StoredItem:
         return found
 
     def _add(self, part: ProcessDigests) -> None:
-        self._files |= part.files
+        self._wanted |= part.files
         self.strings |= part.strings
         self.others += tuple(name for name in part.others if name not in part.strings)
         for leaf in part.leaves:
@@ -126,8 +129,8 @@ class StoredItem:
 
     def check_files(self) -> list[Problem]:
         """Returns what is wrong with the small files beside the arrays."""
-        files = sidecar_files.changed_files(self._place, self._small, self._files)
-        return files + sidecar_files.changed_strings(self._place, self._small, self.strings)
+        changed = sidecar_files.changed_files(self.files, self._wanted)
+        return changed + sidecar_files.changed_strings(self.files, self.strings)
 
     def check_arrays(self, names: Iterable[str] | None = None) -> list[Problem]:
         """Returns which leaves are not there in the dtype and shape in which they were saved.

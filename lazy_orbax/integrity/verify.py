@@ -21,7 +21,7 @@ from lazy_orbax.errors import (
     Problem,
     summarize,
 )
-from lazy_orbax.integrity import step_metadata
+from lazy_orbax.integrity import digest_file, step_metadata
 from lazy_orbax.integrity.step_place import is_item, is_run, is_step, metadata_beside
 from lazy_orbax.integrity.stored_item import Piece, StoredItem
 from lazy_orbax.storage.places import place_of
@@ -260,10 +260,10 @@ def _broken(place: epath.Path, children: list[str], *, is_item: bool) -> list[Pr
 def _verify_item(place: epath.Path, until_s: float = math.inf) -> ItemReport:
     directory = str(place)
     try:
-        refuse_malformed(place, None)
+        contents = refuse_malformed(place, None, digest_file.DIRECTORY)
     except MalformedCheckpointError as error:
         return ItemReport(directory, 0, 0, (), (error.problem,))
-    stored = StoredItem(directory)
+    stored = StoredItem(directory, contents.files if contents else None)
     if not stored.is_covered:
         return ItemReport(directory, 0, 0, (_NO_DIGESTS,), ())
     pieces = _in_time(stored.pieces, until_s)

@@ -18,6 +18,7 @@ from lazy_orbax.trust.contents import Contents
 
 # They have less than a byte an element, or not every byte is one.
 _ENCODED_DTYPES = frozenset({"bool", "int2", "int4", "uint2", "uint4"})
+_SHARDING = frozenset(("chunk_shape", "codecs", "index_codecs"))
 # Behind the only chunk of a Zarr v3 shard: where it starts, its length, and a checksum of these.
 _INDEX_BYTES = 20
 
@@ -72,9 +73,16 @@ def format_of(content: bytes, *, zarr3: bool) -> ArrayFormat:
 
     Raises:
         ValueError: it is of no dtype that TensorStore knows, or has an unknown form.
-        KeyError: a field is missing.
     """
-    found = json.loads(content)
+    try:
+        found = _format_of(json.loads(content), zarr3=zarr3)
+        _refuse_invalid(content, zarr3=zarr3)
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError, struct.error) as error:
+        raise ValueError(f"an array of an unknown form ({error!r})") from error
+    return found
+
+
+def _format_of(found: Any, *, zarr3: bool) -> ArrayFormat:
     if not zarr3:
         dtype = _dtype_of_v2(found["dtype"])
         plain = found["order"] == "C" and not found.get("filters") and found["compressor"] is None
@@ -86,20 +94,34 @@ def format_of(content: bytes, *, zarr3: bool) -> ArrayFormat:
     return _format("zarr3", found, chunk, dtype, is_plain=tail is not None, tail=tail or b"")
 
 
+def _refuse_invalid(content: bytes, *, zarr3: bool) -> None:
+    """Lets TensorStore look at metadata, which takes no more than what it knows.
+
+    Raises:
+        ValueError: it would not open such an array.
+    """
+    store = ts.KvStore.open({"driver": "memory"}, context=ts.Context()).result()
+    store[_paths.ZARR_V3 if zarr3 else _paths.ZARR_V2] = content
+    driver = "zarr3" if zarr3 else "zarr"
+    ts.open({"driver": driver}, kvstore=store, open=True, read=True).result()
+
+
 def formats_of(contents: Contents) -> dict[str, ArrayFormat]:
     """Returns how each array of an item is stored, by its leaf.
 
     Raises:
-        ValueError: see `format_of`.
-        KeyError: see `format_of`.
+        ValueError: see `format_of`. The message names the file.
     """
     zarr3 = contents.tree is not None and bool(contents.tree.use_zarr3)
     end = f"/{_paths.ZARR_V3 if zarr3 else _paths.ZARR_V2}"
-    return {
-        path[: -len(end)]: format_of(content, zarr3=zarr3)
-        for path, content in contents.descriptions.items()
-        if path.endswith(end)
-    }
+    found = {}
+    for path, content in contents.descriptions.items():
+        if path.endswith(end):
+            try:
+                found[path[: -len(end)]] = format_of(content, zarr3=zarr3)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+    return found
 
 
 def _format(
@@ -107,7 +129,14 @@ def _format(
 ) -> ArrayFormat:
     is_plain = is_plain and dtype.name not in _ENCODED_DTYPES
     shape = tuple(found["shape"])
-    return ArrayFormat(driver, found, shape, tuple(chunk), dtype, is_plain, tail)
+    form = ArrayFormat(driver, found, shape, tuple(chunk), native(dtype), is_plain, tail)
+    form.key((0,) * len(shape))  # It raises if keys cannot be made.
+    return form
+
+
+def native(dtype: Any) -> np.dtype:
+    """Returns a dtype in this machine's byte order, in which TensorStore and JAX have all data."""
+    return np.dtype(dtype).newbyteorder("=")
 
 
 def _dtype_of_v2(name: str) -> np.dtype:
@@ -119,22 +148,32 @@ def _tail(codecs: list[Any], chunk: list[int], dtype: np.dtype) -> bytes | None:
     if len(codecs) != 1:
         return None
     (codec,) = codecs
+    if codec.keys() - {"name", "configuration"}:
+        return None
     if _is_little(codec):
         return b""
     inner = codec.get("configuration", {})
     is_one = codec.get("name") == "sharding_indexed" and inner.get("chunk_shape") == chunk
     at_end = inner.get("index_location", "end") == "end"
-    index = [one.get("name") for one in inner.get("index_codecs", ())]
+    index = inner.get("index_codecs", ())
+    # Of others, and of what is misspelt, TensorStore judges.
+    is_one = is_one and not inner.keys() - _SHARDING - {"index_location"}
+    is_one = is_one and len(index) == 2 and _is_little(index[0]) and _is_checksum(index[1])
     simple = len(inner.get("codecs", ())) == 1 and _is_little(inner["codecs"][0])
-    if not (is_one and at_end and simple and index == ["bytes", "crc32c"]):
+    if not (is_one and at_end and simple):
         return None
     fields = struct.pack("<QQ", 0, math.prod(chunk) * dtype.itemsize)
     return fields + struct.pack("<I", _crc32c(fields))
 
 
 def _is_little(codec: dict[str, Any]) -> bool:
-    endian = codec.get("configuration", {}).get("endian", "little")
-    return codec.get("name") == "bytes" and endian == "little"
+    settings = codec.get("configuration", {})
+    is_known = not codec.keys() - {"name", "configuration"} and not settings.keys() - {"endian"}
+    return is_known and codec["name"] == "bytes" and settings.get("endian", "little") == "little"
+
+
+def _is_checksum(codec: dict[str, Any]) -> bool:
+    return codec.get("name") == "crc32c" and not codec.get("configuration")
 
 
 def _crc32c(data: bytes) -> int:

@@ -101,7 +101,7 @@ def _made(leaf: Wanted, targets: tuple[Target, ...]) -> Any:
             start = tuple([s.start or 0 for s in index]) if index else ()
             return targets[by_start[start]].array
 
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, part, dtype=leaf.dtype)
     if leaf.kind == NUMPY:
         array = targets[0].array if targets else np.empty(leaf.shape, leaf.dtype)
         return array if array.nbytes >= LARGE_BYTES else array.copy()  # It lets go of the slab.

@@ -1,10 +1,13 @@
-"""Reads chunks that are encoded in some way: TensorStore decodes each once."""
+"""Chunks that are encoded in some way: TensorStore decodes each once.
+
+Where it is known where they lie, they are read as all others are, and decoded from memory.
+"""
 
 from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,22 +49,6 @@ class Decoder:
         spec = {"driver": "ocdbt", "base": base} if self._in_database else base
         return ts.KvStore.open(spec, context=self._context).result()
 
-    def _opened(self, leaf: str, form: ArrayFormat) -> Any:
-        prefix = leaf if leaf.endswith("/") or not leaf else f"{leaf}/"
-        spec = {
-            "driver": form.driver,
-            "metadata": form.metadata,
-            "fill_missing_data_reads": False,
-        }
-        return ts.open(
-            spec,
-            kvstore=self._kvstore + prefix,
-            context=self._context,
-            open=True,
-            read=True,
-            assume_metadata=True,
-        )
-
     def read(self, chunks: Iterable[Chunk]) -> list[Piece]:
         """Reads chunks, and puts them in their places.
 
@@ -74,7 +61,9 @@ class Decoder:
         n_bytes, leaf, store = 0, None, None
         for chunk in chunks:
             if store is None or chunk.leaf != leaf:
-                leaf, store = chunk.leaf, self._opened(chunk.leaf, chunk.format).result()
+                leaf = chunk.leaf
+                prefix = leaf if leaf.endswith("/") or not leaf else f"{leaf}/"
+                store = _opened(self._kvstore + prefix, chunk.format, self._context)
             while reading and n_bytes + chunk.format.chunk_bytes > _MOST_BYTES:
                 n_bytes -= reading[0][0].format.chunk_bytes
                 wrong.append(_taken(*reading.popleft()))
@@ -84,6 +73,39 @@ class Decoder:
         while reading:
             wrong.append(_taken(*reading.popleft()))
         return [piece for piece in wrong if piece is not None]
+
+
+def decode(chunks: Sequence[tuple[Chunk, bytes | memoryview]]) -> list[Piece]:
+    """Decodes chunks, and puts them in their places.
+
+    Args:
+        chunks: each with what is stored.
+
+    Returns:
+        The pieces that are not what was saved.
+
+    Raises:
+        ValueError: one cannot be decoded.
+    """
+    context = ts.Context()
+    memory = ts.KvStore.open("memory://", context=context).result()
+    stores: dict[str, Any] = {}
+    for chunk, content in chunks:
+        if (store := stores.get(chunk.leaf)) is None:
+            here = memory + f"{len(stores)}/"
+            store = stores[chunk.leaf] = _opened(here, chunk.format, context)
+        store.kvstore.write(chunk.format.key(chunk.read.position), bytes(content)).result()
+    reading = [stores[chunk.leaf][chunk.read.box.index].read() for chunk, _ in chunks]
+    found = [_taken(chunk, one) for (chunk, _), one in zip(chunks, reading, strict=True)]
+    return [piece for piece in found if piece is not None]
+
+
+def _opened(kvstore: ts.KvStore, form: ArrayFormat, context: ts.Context) -> Any:
+    """Returns an array whose metadata are known."""
+    spec = {"driver": form.driver, "metadata": form.metadata, "fill_missing_data_reads": False}
+    return ts.open(
+        spec, kvstore=kvstore, context=context, open=True, read=True, assume_metadata=True
+    ).result()
 
 
 def _taken(chunk: Chunk, reading: Any) -> Piece | None:

@@ -79,7 +79,9 @@ def restore_either_way(
         return _by_orbax(question, str(reason))
     except MalformedCheckpointError:
         raise
-    except Exception as error:  # noqa: BLE001 - What is wrong with it, Orbax finds out and says.
+    except Exception as error:  # What is wrong with it, Orbax finds out and says.
+        if error is question.recorder.ended_by:
+            raise
         _LOG.info("Orbax restores all of it, for it could not be read by plan: %r.", error)
         return _by_orbax(question, f"it could not be read by plan: {error!r}")
     for position, value in found.values.items():

@@ -15,7 +15,7 @@ from lazy_orbax.plan.boxes import Box
 from lazy_orbax.restore.reader import Target, aligned, rounded_up
 from lazy_orbax.restore.wanted import Wanted, shards_of
 
-_SLAB_BYTES = 2**26
+_SLAB_BYTES = 2**25
 LARGE_BYTES = 2**22
 """Such a leaf has a slab of its own."""
 
@@ -59,19 +59,21 @@ class Group:
         )
 
 
-def grouped(families: Iterable[Sequence[Wanted]]) -> Iterator[Group]:
+def grouped(families: Iterable[Sequence[Wanted]], limit_bytes: int) -> Iterator[Group]:
     """Divides leaves into groups, in their order.
 
     Args:
         families: the leaves; those of a family come into one group.
+        limit_bytes: most bytes of staging: two groups have room, unless a family has more.
     """
+    most_bytes = min(_SLAB_BYTES, limit_bytes // 2)
     members: list[Member] = []
     done, subtree = 0, None
     for family in families:
         mine, end = _placed(family, done)
         top, n_bytes = family[0].name.partition(".")[0], end - done
         apart = (top != subtree and done >= LARGE_BYTES) or n_bytes >= LARGE_BYTES
-        if members and (apart or end > _SLAB_BYTES):
+        if members and (apart or end > most_bytes):
             yield Group(tuple(members), done)
             members = []
             mine, end = _placed(family, 0)

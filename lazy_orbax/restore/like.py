@@ -14,7 +14,7 @@ from lazy_orbax._orbax.restored_kinds import ARRAY, NUMPY, SCALAR, SEQUENCE
 from lazy_orbax.errors import RestoreError, summarize
 from lazy_orbax.plan.boxes import Shape
 from lazy_orbax.plan.shards import is_key
-from lazy_orbax.restore.array_format import ArrayFormat
+from lazy_orbax.restore.array_format import ArrayFormat, native
 from lazy_orbax.restore.wanted import Wanted, is_in_default_memory
 from lazy_orbax.trust.tree_file import Tree
 
@@ -168,7 +168,7 @@ def _wanted(
     if sharding is not None and not is_in_default_memory(sharding):
         return "found a sharding in another memory than the devices' own, wanted that"
     kind = NUMPY if sharding is None else ARRAY
-    return Wanted(position, name, kind, form, shape, np.dtype(dtype), sharding)
+    return Wanted(position, name, kind, form, shape, native(dtype), sharding)
 
 
 def _on_mesh(mesh: Any, rule: Rule | None, leaf: Wanted) -> Any:

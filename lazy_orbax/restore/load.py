@@ -23,6 +23,7 @@ from lazy_orbax.errors import (
     RestoreError,
     summarize,
 )
+from lazy_orbax.integrity.digest_file import DIRECTORY
 from lazy_orbax.integrity.sidecar_files import string_at
 from lazy_orbax.integrity.step_place import is_item
 from lazy_orbax.integrity.stored_item import Piece, StoredItem
@@ -132,7 +133,7 @@ def _item(path: Any) -> str:
 def _opened(directory: str, verify: bool) -> Checkpoint:
     """Looks at a checkpoint, and at its digests."""
     try:
-        contents = refuse_malformed(directory, None)
+        contents = refuse_malformed(directory, None, DIRECTORY if verify else "")
     except MalformedCheckpointError as error:
         if verify:
             found = StoredItem(directory)
@@ -141,12 +142,18 @@ def _opened(directory: str, verify: bool) -> Checkpoint:
         raise
     if contents is None or contents.tree is None:
         raise OptionError(f"{directory} holds no {_paths.TREE}: it is too old for load.")
-    stored = StoredItem(directory) if verify else None
+    stored = StoredItem(directory, contents.files) if verify else None
     if stored is not None and stored.is_covered:
         raise_corrupt(directory, [*stored.problems, *stored.check_files()], look=True)
     else:
         stored = None
-    return Checkpoint(contents, formats_of(contents), stored)
+    try:
+        return Checkpoint(contents, formats_of(contents), stored)
+    except ValueError as error:
+        if stored is not None:
+            raise_corrupt(directory, stored.check_arrays(), error, look=True)
+        wanted = "a Zarr array as Orbax writes it"
+        raise MalformedCheckpointError(directory, str(error), wanted) from error
 
 
 def _as_it_is(like: Any, place: _Place, source: Checkpoint, recorder: RestoreRecorder) -> Any:
@@ -158,7 +165,7 @@ def _as_it_is(like: Any, place: _Place, source: Checkpoint, recorder: RestoreRec
     else:
         wanted = likeness_of(like, source.formats, place.mesh, place.rule)
     digests = source.stored.leaves if source.stored is not None else {}
-    with _missing_is_corrupt(source):
+    with _missing_is_corrupt(recorder, source):
         found = read_planned(
             wanted.wanted, source.contents, digests, limit_bytes=_LIMIT_BYTES, recorder=recorder
         )
@@ -190,7 +197,7 @@ def _transformed(
     recorder: RestoreRecorder,
 ) -> Any:
     recorder.note(transforms=plan.report)
-    with _missing_is_corrupt(*sources.values()):
+    with _missing_is_corrupt(recorder, *sources.values()):
         found = read_transformed(
             wanted.wanted, plan, sources, limit_bytes=_LIMIT_BYTES, recorder=recorder
         )
@@ -201,7 +208,7 @@ def _transformed(
 
 
 @contextlib.contextmanager
-def _missing_is_corrupt(*sources: Checkpoint) -> Iterator[None]:
+def _missing_is_corrupt(recorder: RestoreRecorder, *sources: Checkpoint) -> Iterator[None]:
     """Says of a checkpoint that cannot be read what is wrong with it.
 
     Raises:
@@ -209,8 +216,8 @@ def _missing_is_corrupt(*sources: Checkpoint) -> Iterator[None]:
     """
     try:
         yield
-    except (MissingChunkError, ValueError, OSError) as error:
-        if isinstance(error, LazyOrbaxError):
+    except (MissingChunkError, ValueError, KeyError, OSError) as error:
+        if isinstance(error, LazyOrbaxError) or error is recorder.ended_by:
             raise
         for source in sources:
             if source.stored is not None:

@@ -18,7 +18,7 @@ from lazy_orbax.plan.boxes import Box
 from lazy_orbax.plan.reads import ChunkRead, chunk_reads
 from lazy_orbax.restore import arrays
 from lazy_orbax.restore.array_format import ArrayFormat
-from lazy_orbax.restore.decoder import Decoder
+from lazy_orbax.restore.decoder import Decoder, decode
 from lazy_orbax.restore.groups import Group, grouped, targets_of
 from lazy_orbax.restore.reader import Chunk, Reader, Target, arrived
 from lazy_orbax.restore.source import source_of
@@ -107,7 +107,7 @@ def read_planned(
         return job.start(_requests(group, targets))
 
     with contextlib.closing(job):
-        groups = list(grouped((leaf,) for leaf in wanted))
+        groups = list(grouped(((leaf,) for leaf in wanted), limit_bytes))
         staging = read_groups(groups, start, limit_bytes=limit_bytes, recorder=recorder)
     recorder.note(bytes_read=job.n_bytes, requests=job.requests)
     return Read(staging.values, frozenset(job.unchecked), staging.wrong)
@@ -168,19 +168,22 @@ class Job:
             Futures of lists of pieces that are not what was saved.
         """
         plain: list[tuple[Chunk, Extent]] = []
-        encoded: list[Chunk] = []
+        encoded: list[tuple[Chunk, Extent]] = []
+        short: list[tuple[Chunk, bytes]] = []
+        somewhere: list[Chunk] = []
         wrong: list[Piece | None] = []
         for request in requests:
             for chunk, value in self._chunks(request):
-                if value is None or not chunk.format.is_plain:
-                    encoded.append(chunk)
+                if value is None:
+                    somewhere.append(chunk)
                 elif isinstance(value, Extent):
-                    plain.append((chunk, value))
-                else:
+                    (plain if chunk.format.is_plain else encoded).append((chunk, value))
+                elif chunk.format.is_plain:
                     wrong.append(_inline(chunk, value))
-        futures = self._reader.start(plain) if plain else []
-        if encoded:
-            wrong += self._decoder.read(encoded)
+                else:
+                    short.append((chunk, value))
+        futures = self._reader.start(plain) + self._reader.start_encoded(encoded, decode)
+        wrong += [*(decode(short) if short else ()), *self._decoder.read(somewhere)]
         found = [one for one in wrong if one is not None]
         return [*futures, arrays.Done(found)] if found else futures
 
@@ -204,8 +207,10 @@ class Job:
     def _plan_of(self, request: Request, saved: LeafDigests | None) -> Plan:
         # By identity: leaves that are alike share their boxes, and a plan keeps them alive.
         boxes, pieces = request.boxes, saved.boxes if saved is not None else ()
-        kind = request.form, id(boxes), id(pieces)
+        what = (saved.dtype, saved.shape) if saved is not None else None
+        kind = request.form, id(boxes), id(pieces), what
         if (plan := self._plans.get(kind)) is None:
+            _refuse_misfit(request, saved)
             plan = self._plans[kind] = plan_of(request.form, boxes, pieces)
         return plan
 
@@ -222,6 +227,18 @@ class Job:
     def close(self) -> None:
         """Waits for the threads, and closes files."""
         self._reader.close()
+
+
+def _refuse_misfit(request: Request, saved: LeafDigests | None) -> None:
+    """Checks that a leaf is stored as it was saved: the same bytes may be other numbers.
+
+    Raises:
+        ValueError: it is not.
+    """
+    found = request.form.dtype.name, request.form.shape
+    if saved is not None and found != (saved.dtype, saved.shape):
+        what = f"{found[0]}{list(found[1])}, saved was {saved.dtype}{list(saved.shape)}"
+        raise ValueError(f"leaf {request.leaf}: found {what}")
 
 
 def plan_of(form: ArrayFormat, boxes: tuple[Box, ...], saved: tuple[Box, ...]) -> Plan:

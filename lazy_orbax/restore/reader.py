@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,10 +23,8 @@ from lazy_orbax.restore.source import Source
 from lazy_orbax.storage.threads import Crew
 from lazy_orbax.trust.ocdbt_nodes import Extent
 
-# A chunk with more bytes is read, hashed and put in its place in parts of this size.
-_LARGE_BYTES = 2**22
-_PART_BYTES = 2**20
 ALIGNMENT = 64
+_HUGE_PAGE = 2**21
 
 
 class Target(NamedTuple):
@@ -74,6 +72,9 @@ class Chunk(NamedTuple):
         return None if memory is None else memory[offset : offset + self.format.chunk_bytes]
 
 
+Decode = Callable[[Sequence[tuple[Chunk, memoryview]]], list[Piece]]
+
+
 class Reader:
     """Reads, in several threads. What it was given to read is there when `futures` are done."""
 
@@ -94,15 +95,52 @@ class Reader:
             MalformedCheckpointError: two lie on top of each other, or one has not the length that
                 it should have.
         """
-        by_file: dict[str, list[tuple[Chunk, Extent]]] = collections.defaultdict(list)
-        for chunk, extent in chunks:
+        members = list(chunks)
+        for chunk, extent in members:
             length = chunk.format.chunk_bytes + len(chunk.format.tail)
             if extent.length != length:
                 where = f"{extent.file}, leaf {chunk.leaf}, chunk {list(chunk.read.position)}"
                 found = f"{extent.length} bytes"
                 raise MalformedCheckpointError(where, found, f"{length}: they are not encoded")
-            by_file[extent.file].append((chunk, extent))
         futures = []
+        for file, run, mine in self._runs(members):
+            large = len(run.members) == 1 and run.stop - run.start > self._source.large_bytes
+            work = self._read_large if large else self._read_run
+            futures.append(self._crew.submit(work, file, run, mine))
+        return futures
+
+    def start_encoded(self, chunks: Iterable[tuple[Chunk, Extent]], decode: Decode) -> list[Any]:
+        """Starts to read chunks that are encoded in some way.
+
+        Args:
+            chunks: each with where it lies.
+            decode: is given some of them with what is stored, in one of the threads, and returns
+                the pieces that are not what was saved.
+
+        Returns:
+            Futures of these lists.
+
+        Raises:
+            MalformedCheckpointError: two lie on top of each other.
+        """
+
+        def read(file: str, run: Run, members: list[tuple[Chunk, Extent]]) -> list[Piece]:
+            memory = aligned(run.stop - run.start).data
+            self._source.read(file, run.start, [memory])
+            found = []
+            for chunk, extent in (members[i] for i in run.members):
+                start = extent.offset - run.start
+                found.append((chunk, memory[start : start + extent.length]))
+            return decode(found)
+
+        return [self._crew.submit(read, *one) for one in self._runs(chunks)]
+
+    def _runs(
+        self, chunks: Iterable[tuple[Chunk, Extent]]
+    ) -> Iterator[tuple[str, Run, list[tuple[Chunk, Extent]]]]:
+        by_file: dict[str, list[tuple[Chunk, Extent]]] = collections.defaultdict(list)
+        for chunk, extent in chunks:
+            by_file[extent.file].append((chunk, extent))
         for file, members in by_file.items():
             runs = coalesced(
                 [(extent.offset, extent.length) for _, extent in members],
@@ -111,10 +149,7 @@ class Reader:
                 most_members=self._source.most_buffers // 3,
             )
             for run in _apart(file, runs):
-                large = len(run.members) == 1 and run.stop - run.start > _LARGE_BYTES
-                work = self._read_large if large else self._read_run
-                futures.append(self._crew.submit(work, file, run, members))
-        return futures
+                yield file, run, members
 
     def close(self) -> None:
         """Waits for the threads, and closes files."""
@@ -157,8 +192,8 @@ class Reader:
         hasher = digest.hasher() if chunk.digest is not None else None
         place, done = chunk.place, 0
         if place is not None:
-            for part in range(0, len(place), _PART_BYTES):
-                memory = place[part : part + _PART_BYTES]
+            for part in range(0, len(place), self._source.part_bytes):
+                memory = place[part : part + self._source.part_bytes]
                 self._source.read(file, extent.offset + part, [memory])
                 if hasher is not None:
                     hasher.update(memory)
@@ -174,8 +209,8 @@ class Reader:
 
     def _scatter_rows(self, file: str, extent: Extent, chunk: Chunk, hasher: Any) -> int:
         form, done = chunk.format, 0
-        memory = aligned(max(_PART_BYTES, form.dtype.itemsize))
-        for rows in rows_of(chunk.read, form.chunk, form.dtype.itemsize, _PART_BYTES):
+        memory = aligned(max(self._source.part_bytes, form.dtype.itemsize))
+        for rows in rows_of(chunk.read, form.chunk, form.dtype.itemsize, self._source.part_bytes):
             n_bytes = math.prod(rows.box.shape) * form.dtype.itemsize
             self._source.read(file, extent.offset + done, [memory.data[:n_bytes]])
             done += n_bytes
@@ -253,8 +288,10 @@ def check_tail(chunk: Chunk, tail: bytearray) -> None:
 
 def aligned(n_bytes: int) -> np.ndarray:
     """Returns uninitialised memory that starts where any dtype, and XLA, may have its elements."""
-    whole = np.empty(n_bytes + ALIGNMENT, np.uint8)
-    first = -whole.ctypes.data % ALIGNMENT
+    # Linux gives large arrays of NumPy huge pages, where a whole one fits in.
+    alignment = _HUGE_PAGE if n_bytes >= _HUGE_PAGE else ALIGNMENT
+    whole = np.empty(n_bytes + alignment, np.uint8)
+    first = -whole.ctypes.data % alignment
     return whole[first : first + n_bytes]
 
 

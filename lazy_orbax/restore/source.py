@@ -5,15 +5,18 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 from lazy_orbax.storage.place import Place
 
 _MEBIBYTE = 2**20
+# What a bucket answers is held once more than where it goes.
+_MOST_AWAITED_BYTES = 256 * _MEBIBYTE
 
 
 class Source(abc.ABC):
@@ -22,7 +25,9 @@ class Source(abc.ABC):
     Attributes:
         concurrency: reads that are worth while at once.
         gap_bytes: so much is rather read and thrown away than not read.
-        run_bytes: most bytes of a read.
+        run_bytes: most bytes of a read, unless it is one chunk.
+        large_bytes: a chunk with more bytes is read, hashed and put in its place in parts.
+        part_bytes: most bytes of such a part.
         most_buffers: most buffers of a read.
         requests: how many reads there were.
         n_bytes: how many bytes they were.
@@ -31,6 +36,8 @@ class Source(abc.ABC):
     concurrency: ClassVar[int]
     gap_bytes: ClassVar[int]
     run_bytes: ClassVar[int]
+    large_bytes: ClassVar[int]
+    part_bytes: ClassVar[int]
     most_buffers: ClassVar[int] = 1000  # Linux takes 1024.
 
     def __init__(self) -> None:
@@ -66,6 +73,7 @@ class Directory(Source):
     """A local directory."""
 
     concurrency, gap_bytes, run_bytes = 4, 2**16, 4 * _MEBIBYTE
+    large_bytes, part_bytes = 4 * _MEBIBYTE, _MEBIBYTE
 
     def __init__(self, directory: str):
         super().__init__()
@@ -103,25 +111,47 @@ class Directory(Source):
 
 
 class Bucket(Source):
-    """A directory in an object store: each read is a request."""
+    """A directory in an object store: each read is a request.
 
-    concurrency, gap_bytes, run_bytes = 16, _MEBIBYTE, 16 * _MEBIBYTE
+    Invariant, under the lock: answers to `_waiting_for` bytes are awaited, no more than the limit
+    unless one alone has more.
+    """
+
+    concurrency, gap_bytes, run_bytes = 32, _MEBIBYTE, 16 * _MEBIBYTE
+    # A chunk is one request, as TensorStore has it.
+    large_bytes, part_bytes = _MOST_AWAITED_BYTES, _MOST_AWAITED_BYTES
 
     def __init__(self, place: Place):
         super().__init__()
         self._store = place.kvstore
+        self._changed = threading.Condition()
+        self._waiting_for = 0
 
     def _read(self, file: str, start: int, buffers: Sequence[memoryview], wanted: int) -> None:
+        with self._awaiting(wanted):
+            try:
+                found = self._store.read(file, byte_range=slice(start, start + wanted)).result()
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}") from error
+            if found.state != "value" or len(found.value) != wanted:
+                raise ValueError(f"{file} has no bytes {start} to {start + wanted}")
+            content, done = memoryview(found.value), 0
+            for buffer in buffers:
+                buffer[:] = content[done : done + len(buffer)]
+                done += len(buffer)
+
+    @contextlib.contextmanager
+    def _awaiting(self, n_bytes: int) -> Iterator[None]:
+        with self._changed:
+            while self._waiting_for and self._waiting_for + n_bytes > _MOST_AWAITED_BYTES:
+                self._changed.wait()
+            self._waiting_for += n_bytes
         try:
-            found = self._store.read(file, byte_range=slice(start, start + wanted)).result()
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
-        if found.state != "value" or len(found.value) != wanted:
-            raise ValueError(f"{file} has no bytes {start} to {start + wanted}")
-        content, done = memoryview(found.value), 0
-        for buffer in buffers:
-            buffer[:] = content[done : done + len(buffer)]
-            done += len(buffer)
+            yield
+        finally:
+            with self._changed:
+                self._waiting_for -= n_bytes
+                self._changed.notify_all()
 
 
 def source_of(place: Place) -> Source:

@@ -103,7 +103,7 @@ def read_transformed(
     with contextlib.ExitStack() as open_jobs:
         for job in jobs.values():
             open_jobs.enter_context(contextlib.closing(job))
-        groups = list(grouped(_families(wanted, plan)))
+        groups = list(grouped(_families(wanted, plan), limit_bytes))
         staging = read_groups(groups, start, limit_bytes=limit_bytes, recorder=recorder)
     recorder.note(
         bytes_read=sum(job.n_bytes for job in jobs.values()),

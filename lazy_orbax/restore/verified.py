@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,13 +21,14 @@ from lazy_orbax.errors import (
     RestoreError,
     summarize,
 )
-from lazy_orbax.integrity import step_metadata
+from lazy_orbax.integrity import digest_file, step_metadata
 from lazy_orbax.integrity.stored_item import StoredItem
 from lazy_orbax.integrity.verify import raise_corrupt
 from lazy_orbax.plan.shards import is_key
 from lazy_orbax.pods import consensus
 from lazy_orbax.restore.compare_arrays import check_restored, explain
 from lazy_orbax.restore.either_way import Question, restore_either_way
+from lazy_orbax.storage import threads
 from lazy_orbax.timeline import RestoreRecorder
 from lazy_orbax.trust.contents import Contents
 from lazy_orbax.trust.malformed import checked
@@ -71,7 +73,8 @@ def examined(
         CorruptCheckpointError: it was one.
     """
     try:
-        with without_garbage_collection(), checked(directory, args, aggregate) as contents:
+        beside = digest_file.DIRECTORY if verifies else ""
+        with without_garbage_collection(), checked(directory, args, aggregate, beside) as contents:
             yield contents
     except MalformedCheckpointError as error:
         if verifies:
@@ -147,11 +150,13 @@ def _restored(question: Question, contents: Contents | None, *, look: bool) -> A
     # With several processes one looks for another step: each would read all of it.
     look = look and jax.process_index() == 0
     place = str(question.directory)
-    stored = StoredItem(place) if question.verifies else None
+    files = contents.files if contents is not None else None
+    stored, beside = StoredItem(place, files) if question.verifies else None, None
     if stored is not None and stored.is_covered:
         raise_corrupt(place, [*stored.problems, *stored.check_files()], look=look)
-        for problem in step_metadata.check_beside(place) if jax.process_index() == 0 else ():
-            _LOG.warning("Of the step of %s, %s. The item itself is whole.", place, problem)
+        if jax.process_index() == 0:  # Meanwhile, for a bucket takes its time.
+            look_beside = functools.partial(step_metadata.check_beside, stored.files)
+            beside = threads.run(look_beside, "lazy_orbax-step")
     else:
         stored = None
     try:
@@ -160,7 +165,7 @@ def _restored(question: Question, contents: Contents | None, *, look: bool) -> A
     except CorruptCheckpointError:
         raise
     except Exception as error:
-        if stored is not None:
+        if stored is not None and error is not question.recorder.ended_by:
             raise_corrupt(place, _reasons(stored, error), error, look=look)
         raise
     question.recorder.mark("on_device")
@@ -172,6 +177,8 @@ def _restored(question: Question, contents: Contents | None, *, look: bool) -> A
         problems = problems or check_restored(stored, found.unchecked())
         raise_corrupt(place, problems, look=look)
         question.recorder.mark("verified")
+    for problem in beside.result() if beside is not None else ():
+        _LOG.warning("Of the step of %s, %s. The item itself is whole.", place, problem)
     return found.value
 
 

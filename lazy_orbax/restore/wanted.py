@@ -16,7 +16,7 @@ from lazy_orbax._orbax import restored_kinds
 from lazy_orbax._orbax.restored_kinds import ARRAY, OTHER, SCALAR
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.plan.boxes import Box, Shape
-from lazy_orbax.restore.array_format import ArrayFormat
+from lazy_orbax.restore.array_format import ArrayFormat, native
 from lazy_orbax.trust.tree_file import Tree
 
 _PLACEHOLDER = ...
@@ -146,7 +146,7 @@ def _wanted(leaf: _Leaf, kind: str, argument: Any, form: ArrayFormat | None) -> 
     if kind == SCALAR and form.shape:
         return "it is stored as an array and wanted as a number"
     dtype = getattr(argument, "dtype", None)
-    dtype = form.dtype if dtype is None else np.dtype(dtype)
+    dtype = form.dtype if dtype is None else native(dtype)
     restore_type = getattr(argument, "restore_type", None) if kind == SCALAR else None
     return Wanted(leaf.position, leaf.name, kind, form, form.shape, dtype, None, restore_type)
 

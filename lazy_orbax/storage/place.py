@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import functools
 import json
@@ -116,8 +117,29 @@ class Place(abc.ABC):
         """Whether there is a directory of this name."""
 
     @abc.abstractmethod
+    def names(self, folder: str) -> list[str]:
+        """Returns the names of the files in a folder, in any order; none if there is no folder."""
+
+    @abc.abstractmethod
     def size(self, name: str) -> int | None:
         """Returns the size of a file in bytes; `None` if there is no such file."""
+
+    @abc.abstractmethod
+    def listed(self) -> contextlib.AbstractContextManager[dict[str, int] | None]:
+        """Gives the size of every file, by its path; `None` where no one request tells.
+
+        Meanwhile nobody asks for these again.
+        """
+
+    @abc.abstractmethod
+    def start_read(self, name: str, *, size: int, most_bytes: int) -> Any:
+        """Starts to read a file. Returns a future of its content; of `None` if it is not there.
+
+        Args:
+            name: the file.
+            size: its size in bytes, as it was told.
+            most_bytes: if it has more by now, no more than one byte more is read.
+        """
 
     def read(self, name: str) -> bytes:
         """Returns the content of a small file.
@@ -126,9 +148,22 @@ class Place(abc.ABC):
             OSError: it is not there, is no file, is too large, or the storage refused.
             ValueError: an object store refused.
         """
+        if (content := self.read_if_there(name)) is None:
+            raise OSError("it is no file")
+        return content
+
+    def read_if_there(self, name: str) -> bytes | None:
+        """Returns the content of a small file; `None` if there is no such file.
+
+        Raises:
+            OSError: it is too large, or the storage refused.
+            ValueError: an object store refused.
+        """
         size = self.size(name)
-        if size is None or size > MOST_BYTES:
-            raise OSError("it is no file" if size is None else f"it has {size} bytes")
+        if size is None:
+            return None
+        if size > MOST_BYTES:
+            raise OSError(f"it has {size} bytes")
         return self._content(name)
 
     @abc.abstractmethod

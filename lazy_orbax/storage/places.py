@@ -8,12 +8,13 @@ appears whole or not at all. What may fail is the way there: `deadline.py`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shutil
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -21,6 +22,7 @@ from lazy_orbax import _paths
 from lazy_orbax._orbax import on_disk
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.errors import OptionError
+from lazy_orbax.storage import bucket_listing
 from lazy_orbax.storage.fsync import Inode, NothingToSync, Syncer, inode_of
 from lazy_orbax.storage.place import Place
 
@@ -35,6 +37,26 @@ STORAGE_TIMEOUT_S = 300.0
 _RETRY_SHARE = 2 / 3
 _FIRST_DELAY_S = 1.0
 _LONGEST_DELAY_S = 32.0
+
+
+class Done(NamedTuple):
+    """A future that is done."""
+
+    value: Any
+
+    def result(self) -> Any:
+        """Returns the outcome."""
+        return self.value
+
+
+class _Content(NamedTuple):
+    """A future of what TensorStore reads."""
+
+    reading: Any
+
+    def result(self) -> bytes | None:
+        found = self.reading.result()
+        return bytes(found.value) if found.state == "value" else None
 
 
 class LocalPlace(Place):
@@ -83,9 +105,25 @@ class LocalPlace(Place):
     def has_directory(self, name: str) -> bool:
         return os.path.isdir(self._at(name))
 
+    def names(self, folder: str) -> list[str]:
+        try:
+            return os.listdir(self._at(folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
     def size(self, name: str) -> int | None:
         path = self._at(name)  # A FIFO, say, is no file: reading it would hang.
         return os.path.getsize(path) if os.path.isfile(path) else None
+
+    def listed(self) -> contextlib.AbstractContextManager[dict[str, int] | None]:
+        return contextlib.nullcontext()
+
+    def start_read(self, name: str, *, size: int, most_bytes: int) -> Done:
+        try:
+            with open(self._at(name), "rb") as file:  # Its size may have been an old one.
+                return Done(file.read(min(os.fstat(file.fileno()).st_size, most_bytes + 1)))
+        except FileNotFoundError:
+            return Done(None)
 
     def _content(self, name: str) -> bytes:
         with open(self._at(name), "rb") as file:
@@ -193,9 +231,26 @@ class BucketPlace(Place):
     def has_directory(self, name: str) -> bool:
         return bool((self.kvstore / f"{name}/").list().result())
 
+    def names(self, folder: str) -> list[str]:
+        here = self.kvstore / f"{folder}/"
+        return [name.decode() for name in here.list().result() if b"/" not in name]
+
     def size(self, name: str) -> int | None:
-        path = epath.Path(self.directory) / name
-        return path.stat().length if path.is_file() else None
+        try:
+            found = (epath.Path(self.directory) / name).stat()
+        except FileNotFoundError:
+            return None
+        return None if found.is_directory else found.length
+
+    def listed(self) -> contextlib.AbstractContextManager[dict[str, int] | None]:
+        if self._scheme != "gs":
+            return contextlib.nullcontext()
+        return bucket_listing.listed(self.directory)
+
+    def start_read(self, name: str, *, size: int, most_bytes: int) -> _Content | Done:
+        if not size:
+            return Done(b"")
+        return _Content(self.kvstore.read(name, byte_range=slice(0, size)))
 
     def _content(self, name: str) -> bytes:
         # What epath knows of its size may be of what was there before.

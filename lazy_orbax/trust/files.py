@@ -7,15 +7,14 @@ counts.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import reprlib
 import stat
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from etils import epath
-
 from lazy_orbax.errors import MalformedCheckpointError
+from lazy_orbax.storage.place import Place
 
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxother = 80
@@ -27,37 +26,19 @@ def brief(value: Any) -> str:
     return _BRIEF.repr(value).encode("ascii", "backslashreplace").decode()
 
 
-@dataclasses.dataclass(frozen=True)
-class Files:
-    """What lies in a local directory.
-
-    Attributes:
-        names: of the files that describe an array, as paths relative to the directory.
-        sizes: the bytes of each file, by the same kind of path.
-    """
-
-    names: frozenset[str]
-    sizes: dict[str, int]
-
-    @property
-    def longest_chunk(self) -> tuple[str, int]:
-        """The largest of the other files further down, a chunk in plain Zarr, and its bytes."""
-        chunks = ((s, n) for n, s in self.sizes.items() if "/" in n and n not in self.names)
-        size, name = max(chunks, default=(0, ""))
-        return name, size
-
-
-def survey(directory: str, metadata_names: frozenset[str]) -> Files:
+def survey(directory: str) -> dict[str, int]:
     """Looks at every file of a local directory without opening one.
 
     Args:
         directory: the item's directory.
-        metadata_names: what the files are called that describe an array.
+
+    Returns:
+        The bytes of each file, by its path relative to the directory.
 
     Raises:
         MalformedCheckpointError: there is something else than files and directories.
     """
-    names, sizes = set(), {}
+    sizes: dict[str, int] = {}
     seen: set[tuple[int, int]] = set()
     # A list and no recursion: how deep directories lie is not ours to say.
     pending = [""]
@@ -73,9 +54,7 @@ def survey(directory: str, metadata_names: frozenset[str]) -> Files:
                     pending.append(name)
                 continue
             sizes[name] = status.st_size
-            if entry.name in metadata_names:
-                names.add(name)
-    return Files(frozenset(names), sizes)
+    return sizes
 
 
 def _status(entry: os.DirEntry[str], path: str) -> os.stat_result:
@@ -93,27 +72,81 @@ def _status(entry: os.DirEntry[str], path: str) -> os.stat_result:
     return status
 
 
-def read_small(directory: epath.Path, name: str, limit_bytes: int) -> bytes | None:
-    """Returns the content of a file, or `None` where there is none.
+class ItemFiles:
+    """The files of an item: how large they are, and what is in the small ones.
 
-    Args:
-        directory: the item's directory, local or an address.
-        name: a path relative to it.
-        limit_bytes: more is not read.
+    Each is read once, and none that is larger than it may be.
 
-    Raises:
-        MalformedCheckpointError: it is a directory, or larger than that.
+    Attributes:
+        place: the item's directory.
+        sizes: bytes of each file, by its path relative to the directory; `None` where nobody could
+            list them. Files that a local directory has twice, by a link, are here once.
     """
-    try:
-        with (directory / name).open("rb") as file:
-            # One more than allowed, which tells that there is more without reading that.
-            content = file.read(limit_bytes + 1)
-    except FileNotFoundError:
-        return None
-    except IsADirectoryError as error:
-        raise MalformedCheckpointError(directory / name, "a directory", "a file") from error
-    if len(content) > limit_bytes:
-        raise MalformedCheckpointError(
-            directory / name, f"more than {limit_bytes} bytes", "metadata of at most that"
+
+    def __init__(self, place: Place, sizes: Mapping[str, int] | None = None):
+        self.place, self.sizes = place, sizes
+        self._asked: dict[str, int | None] = {}
+        self._reading: dict[str, Any] = {}
+        self._contents: dict[str, bytes | None] = {}
+
+    def names(self, folder: str) -> list[str]:
+        """Returns the paths of the files that lie in a folder itself, in order."""
+        if self.sizes is None or self.place.has_special_files:
+            inside = self.place.names(folder)
+        else:
+            start = f"{folder}/"
+            inside = [n[len(start) :] for n in self.sizes if n.startswith(start)]
+        return [f"{folder}/{name}" for name in sorted(inside) if "/" not in name]
+
+    def size(self, name: str) -> int | None:
+        """Returns the size of a file in bytes; `None` if there is no such file."""
+        if (content := self._contents.get(name)) is not None:
+            return len(content)
+        if self.sizes is not None and (name in self.sizes or not self.place.has_special_files):
+            return self.sizes.get(name)
+        if name not in self._asked:
+            self._asked[name] = self.place.size(name)
+        return self._asked[name]
+
+    def read_ahead(self, names: Iterable[str], limit_bytes: int) -> None:
+        """Starts to read those of some files that are there and not too large."""
+        for name in names:
+            if name in self._reading or name in self._contents:
+                continue
+            size = self.size(name)
+            if size is not None and size <= limit_bytes:
+                self._reading[name] = self.place.start_read(name, size=size, most_bytes=limit_bytes)
+
+    def read(self, name: str, limit_bytes: int) -> bytes | None:
+        """Returns the content of a file, or `None` where there is none.
+
+        Args:
+            name: a path relative to the directory.
+            limit_bytes: more is not read.
+
+        Raises:
+            MalformedCheckpointError: it is a directory, or larger than that.
+            OSError: the storage refused.
+            ValueError: an object store refused.
+        """
+        if name not in self._contents:
+            self.read_ahead([name], limit_bytes)
+            if (size := self.size(name)) is not None and size > limit_bytes:
+                raise self._too_large(name, limit_bytes)
+            if size is None and self.place.has_special_files and self.place.has_directory(name):
+                raise MalformedCheckpointError(self.path(name), "a directory", "a file")
+            reading = self._reading.pop(name, None)
+            self._contents[name] = None if reading is None else reading.result()
+        content = self._contents[name]
+        if content is not None and len(content) > limit_bytes:
+            raise self._too_large(name, limit_bytes)
+        return content
+
+    def path(self, name: str) -> str:
+        """Returns where a file is, for errors."""
+        return f"{self.place.directory.rstrip('/')}/{name}"
+
+    def _too_large(self, name: str, limit_bytes: int) -> MalformedCheckpointError:
+        return MalformedCheckpointError(
+            self.path(name), f"more than {limit_bytes} bytes", "metadata of at most that"
         )
-    return content

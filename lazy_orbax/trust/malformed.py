@@ -12,17 +12,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from etils import epath
 
 from lazy_orbax import _paths
 from lazy_orbax._machine import memory_bytes
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.errors import MalformedCheckpointError
+from lazy_orbax.storage.place import MOST_BYTES
 from lazy_orbax.storage.places import place_of
 from lazy_orbax.trust import sidecar_json, tree_file
-from lazy_orbax.trust.contents import ZARR_NAMES, Contents, contents_of
+from lazy_orbax.trust.contents import Contents, contents_of, describing_arrays
 from lazy_orbax.trust.declared_sizes import refuse_oversize
-from lazy_orbax.trust.files import brief, read_small, survey
+from lazy_orbax.trust.files import ItemFiles, brief, survey
+from lazy_orbax.trust.ocdbt_decode import SMALL_NODE_BYTES
+from lazy_orbax.trust.zarr_arrays import MOST_METADATA_BYTES
 
 # Parsed JSON takes up to 25 times its text: this is a tenth of memory. `_METADATA` has about 220
 # bytes a leaf, and 16 MiB are 76,000 leaves.
@@ -42,13 +44,16 @@ _CHECKED: contextvars.ContextVar[Contents | None] = contextvars.ContextVar(
 
 
 @contextlib.contextmanager
-def checked(directory: Any, args: Any, aggregate: str | None = None) -> Iterator[Contents | None]:
+def checked(
+    directory: Any, args: Any, aggregate: str | None = None, beside: str = ""
+) -> Iterator[Contents | None]:
     """Refuses a malformed checkpoint once, whatever is nested within. Gives what it holds.
 
     Args:
         directory: the item's directory.
         args: what is to be restored; `None` for metadata alone.
         aggregate: the file in which older checkpoints keep small arrays, if not `checkpoint`.
+        beside: a folder of the item whose files are wanted as well.
 
     Raises:
         MalformedCheckpointError: it is not a checkpoint that Orbax wrote.
@@ -57,27 +62,25 @@ def checked(directory: Any, args: Any, aggregate: str | None = None) -> Iterator
     if known is not None and known.directory == str(directory):
         yield known
         return
-    contents = refuse_malformed(directory, args, aggregate or _AGGREGATE_FILE)
-    token = _CHECKED.set(contents)
-    try:
-        yield contents
-    except Exception as error:
-        if str(directory) not in str(error):
-            error.add_note(f"This was while reading the checkpoint {directory}.")
-        raise
-    finally:
-        _CHECKED.reset(token)
+    with _examined(directory, args, aggregate or _AGGREGATE_FILE, beside) as contents:
+        token = _CHECKED.set(contents)
+        try:
+            yield contents
+        except Exception as error:
+            if str(directory) not in str(error):
+                error.add_note(f"This was while reading the checkpoint {directory}.")
+            raise
+        finally:
+            _CHECKED.reset(token)
 
 
-def refuse_malformed(
-    directory: Any, args: Any, aggregate: str = _AGGREGATE_FILE
-) -> Contents | None:
+def refuse_malformed(directory: Any, args: Any, beside: str = "") -> Contents | None:
     """Checks the files of an item, what they declare, and whether this machine could hold it.
 
     Args:
         directory: the item's directory, local or `gs://`. Where there is none, nothing is checked.
         args: what is to be restored; `None` for metadata alone.
-        aggregate: the file in which older checkpoints keep small arrays.
+        beside: a folder of the item whose files are wanted as well.
 
     Returns:
         What it holds; `None` where there is no such directory.
@@ -86,66 +89,83 @@ def refuse_malformed(
         MalformedCheckpointError: it is not a checkpoint that Orbax wrote, or is too large for this
             machine and no target says that so much is wanted.
     """
-    directory, place = epath.Path(directory), place_of(str(directory))
+    with _examined(directory, args, _AGGREGATE_FILE, beside) as contents:
+        return contents
+
+
+@contextlib.contextmanager
+def _examined(directory: Any, args: Any, aggregate: str, beside: str) -> Iterator[Contents | None]:
+    place = place_of(str(directory))
     if not place.may_be_there():
-        return None
-    files = survey(place.directory, ZARR_NAMES) if place.has_special_files else None
-    limit_bytes = max(_LEAST_JSON_BYTES, memory_bytes() // _JSON_SHARE)
-    _check_aggregate(directory, aggregate, memory_bytes() // _AGGREGATE_SHARE)
-    tree, keys = _check_json(directory, limit_bytes, args)
-    contents = contents_of(directory, place.kvstore, files, tree, keys)
-    arrays = contents.declared()
-    names = arrays.declared.keys() & tree.leaves.keys() if tree else arrays.declared.keys()
-    refuse_oversize(directory, arrays, set(names), args)
-    return contents
+        yield None
+        return
+    with place.listed() as listed:
+        sizes = survey(place.directory) if place.has_special_files else listed
+        files = ItemFiles(place, sizes)
+        limit_bytes = max(_LEAST_JSON_BYTES, memory_bytes() // _JSON_SHARE)
+        _read_ahead(files, args, beside, limit_bytes)
+        _check_aggregate(files, aggregate, memory_bytes() // _AGGREGATE_SHARE)
+        contents = contents_of(files, *_check_json(files, limit_bytes, args))
+        arrays, tree = contents.declared(), contents.tree
+        names = arrays.declared.keys() & tree.leaves.keys() if tree else arrays.declared.keys()
+        refuse_oversize(directory, arrays, set(names), args)
+        yield contents
 
 
-def _check_aggregate(directory: epath.Path, name: str, limit_bytes: int) -> None:
+def _read_ahead(files: ItemFiles, args: Any, beside: str, limit_bytes: int) -> None:
+    """Starts to read what will be wanted, where that can be told in advance."""
+    if files.sizes is None or files.place.has_special_files:
+        return
+    names = [_paths.TREE, _paths.STRINGS, *files.names(_paths.ARRAY_METADATAS)]
+    names += [_paths.SHARDINGS] if beside or _needs_shardings(args) else []
+    files.read_ahead(names, limit_bytes)
+    files.read_ahead(files.names(beside) if beside else (), MOST_BYTES)
+    if files.size(_paths.MANIFEST) is None:
+        files.read_ahead(describing_arrays(files), MOST_METADATA_BYTES)
+    else:
+        files.read_ahead([_paths.MANIFEST], SMALL_NODE_BYTES)
+
+
+def _check_aggregate(files: ItemFiles, name: str, limit_bytes: int) -> None:
     """Checks the file in which older checkpoints keep their structure, if there is one.
 
     Raises:
         MalformedCheckpointError: it is too large, or not what Orbax can read.
     """
-    if (content := read_small(directory, name, limit_bytes)) is None:
+    if (content := files.read(name, limit_bytes)) is None:
         return
     try:
         ocp.msgpack_utils.msgpack_restore(content)
     except Exception as error:
         raise MalformedCheckpointError(
-            directory / name,
+            files.path(name),
             f"{len(content)} bytes that are no tree in msgpack ({brief(repr(error))})",
             "what Orbax wrote",
         ) from error
 
 
 def _check_json(
-    directory: epath.Path, limit_bytes: int, args: Any
+    files: ItemFiles, limit_bytes: int, args: Any
 ) -> tuple[tree_file.Tree | None, dict[str, str]]:
     """Checks those of Orbax's JSON files that will be read.
 
     Returns:
         What `_METADATA` says, and the kinds of the leaves that are typed PRNG keys, by name.
     """
-
-    def content(name: str, most_bytes: int = limit_bytes) -> bytes | None:
-        return read_small(directory, name, most_bytes)
-
     tree, keys = None, dict[str, str]()
-    if (found := content(_paths.TREE)) is not None:
-        path = directory / _paths.TREE
-        tree = tree_file.check_tree(found, path)
+    if (found := files.read(_paths.TREE, limit_bytes)) is not None:
+        tree = tree_file.check_tree(found, files.path(_paths.TREE))
     if _needs_shardings(args):
         most_bytes = max(limit_bytes, memory_bytes() // _SHARDING_SHARE)
-        if (found := content(_paths.SHARDINGS, most_bytes)) is not None:
-            sidecar_json.check_shardings(found, directory / _paths.SHARDINGS)
-    for path in (directory / _paths.ARRAY_METADATAS).glob("process_*"):
-        name = f"{_paths.ARRAY_METADATAS}/{path.name}"
-        if (found := content(name)) is not None:
-            keys |= sidecar_json.check_array_metadatas(found, path)
+        if (found := files.read(_paths.SHARDINGS, most_bytes)) is not None:
+            sidecar_json.check_shardings(found, files.path(_paths.SHARDINGS))
+    for name in files.names(_paths.ARRAY_METADATAS):
+        is_one = name.startswith(f"{_paths.ARRAY_METADATAS}/process_")
+        if is_one and (found := files.read(name, limit_bytes)) is not None:
+            keys |= sidecar_json.check_array_metadatas(found, files.path(name))
     strings = [name for name, kind in (tree.leaves if tree else {}).items() if kind == "string"]
-    if strings and (found := content(_paths.STRINGS)) is not None:
-        path = directory / _paths.STRINGS
-        sidecar_json.check_strings(found, path, strings)
+    if strings and (found := files.read(_paths.STRINGS, limit_bytes)) is not None:
+        sidecar_json.check_strings(found, files.path(_paths.STRINGS), strings)
     return tree, keys
 
 

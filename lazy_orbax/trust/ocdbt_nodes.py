@@ -1,8 +1,6 @@
 """What an OCDBT database holds, found out without allocating what it says it needs.
 
-TensorStore verifies checksums, but not how large a compressed node becomes: some kilobytes that
-decode to gigabytes of table make it allocate many more. A node's length after decoding is
-bounded here from the headers of its zstd blocks, before TensorStore decodes it.
+Each node is read once, and one level of the tree at a time.
 """
 
 from __future__ import annotations
@@ -10,26 +8,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import urllib.parse
+from collections.abc import Iterator
 from typing import Any, NamedTuple
-
-import tensorstore as ts
-from etils import epath
 
 from lazy_orbax import _paths
 from lazy_orbax.errors import MalformedCheckpointError
-from lazy_orbax.trust.files import brief, read_small
+from lazy_orbax.plan.slabs import runs
+from lazy_orbax.trust.files import ItemFiles, brief
+from lazy_orbax.trust.ocdbt_decode import MOST_NODE_BYTES, SMALL_NODE_BYTES, decoded
 from lazy_orbax.trust.zarr_arrays import MOST_METADATA_BYTES
 
-# Orbax lets a node of its trees decode to 100 MB.
-_MOST_NODE_BYTES = 128 * 2**20
 _MOST_TREE_BYTES = 2**30
-# A node may decode to this, or to so many times its stored size. Those of Orbax reach about 70.
-_SMALL_NODE_BYTES = 16 * 2**20
-_MOST_EXPANSION = 512
-_ZSTD_MAGIC = 0xFD2FB528
-_ZSTD_BLOCK_BYTES = 2**17
-_HEADER_BYTES = 12  # The magic value and the length, before the version and the compression.
-_CHECKSUM_BYTES = 4
+# Nodes that are read at once.
+_READ_AT_ONCE_BYTES = 2**26
+_READ_AT_ONCE = 256
 
 
 class Extent(NamedTuple):
@@ -55,12 +47,11 @@ class Database:
     longest_value: tuple[str, int]
 
 
-def contents(directory: epath.Path, base: ts.KvStore, suffixes: tuple[str, ...]) -> Database | None:
+def contents(files: ItemFiles, suffixes: tuple[str, ...]) -> Database | None:
     """Reads the tree of a database, and of its values only those that describe arrays.
 
     Args:
-        directory: the item's directory.
-        base: the same as a key-value store.
+        files: the files of the item.
         suffixes: what the keys end in that describe an array.
 
     Returns:
@@ -69,80 +60,86 @@ def contents(directory: epath.Path, base: ts.KvStore, suffixes: tuple[str, ...])
     Raises:
         MalformedCheckpointError: it is malformed, or it would take much memory to decode.
     """
-    manifest = read_small(directory, _paths.MANIFEST, _SMALL_NODE_BYTES)
+    manifest = files.read(_paths.MANIFEST, SMALL_NODE_BYTES)
     if manifest is None:
         return None
-    return _Reader(directory, base, tuple(suffix.encode() for suffix in suffixes)).read(manifest)
+    return _Reader(files, tuple(suffix.encode() for suffix in suffixes)).read(manifest)
+
+
+class _Node(NamedTuple):
+    """A node that is to be read: where it lies, and what the one above it says of it."""
+
+    location: str
+    height: int
+    prefix: bytes
 
 
 class _Reader:
-    def __init__(self, directory: epath.Path, base: ts.KvStore, suffixes: tuple[bytes, ...]):
-        self._directory, self._base, self._suffixes = directory, base, suffixes
+    def __init__(self, files: ItemFiles, suffixes: tuple[bytes, ...]):
+        self._files, self._suffixes = files, suffixes
         self._longest, self._tree_bytes = ("", 0), 0
         self._inline: dict[bytes, bytes] = {}
         self._elsewhere: dict[bytes, str] = {}
         self._values: dict[str, Extent | bytes] = {}
-        self._file_of = functools.cache(functools.partial(_file, directory))
+        self._file_of = functools.cache(functools.partial(_file, files))
 
     def read(self, manifest: bytes) -> Database:
-        where = self._directory / _paths.MANIFEST
-        _bound_node(manifest, where)
-        versions = self._decoded(None, where).get("versions")
+        where = self._files.path(_paths.MANIFEST)
+        versions = decoded(manifest, _paths.MANIFEST, None, where).get("versions")
         if not versions:
             raise MalformedCheckpointError(where, "no version", "one version at least")
         root = versions[-1]["root"]
-        pending = (
-            [(root["location"], versions[-1]["root_height"], b"")] if "location" in root else []
-        )
-        seen = set()
-        while pending:
-            location, height, prefix = pending.pop()
-            if location in seen:
-                raise MalformedCheckpointError(where, f"node {brief(location)} twice", "a tree")
-            seen.add(location)
-            node = self._node(location, height)
-            for entry in node["entries"]:
-                key = prefix + entry["key"]
-                if height:
-                    inner = prefix + entry["subtree_common_prefix"]
-                    pending.append((entry["location"], height - 1, inner))
-                else:
-                    self._take(key, entry)
+        seen: set[str] = set()
+        level: list[_Node] = []
+        if "location" in root:
+            level.append(_Node(root["location"], versions[-1]["root_height"], b""))
+        while level:
+            below: list[_Node] = []
+            for node in level:
+                if node.location in seen:
+                    found = f"node {brief(node.location)} twice"
+                    raise MalformedCheckpointError(where, found, "a tree")
+                seen.add(node.location)
+            # A level takes one round trip, if its nodes are not large.
+            for some in runs(level, self._bytes_of, _READ_AT_ONCE_BYTES, _READ_AT_ONCE):
+                below += self._read_nodes(some)
+            level = below
         return Database(self._descriptions(), self._values, self._longest)
 
-    def _node(self, location: str, height: int) -> dict[str, Any]:
-        name, offset, length = _place(location, self._directory)
-        where = self._directory / name
-        self._tree_bytes += length
-        if length > _MOST_NODE_BYTES or self._tree_bytes > _MOST_TREE_BYTES:
-            raise MalformedCheckpointError(where, f"a node of {length} bytes", "a smaller tree")
-        _bound_node(self._range(name, offset, length), where)
-        node = self._decoded(location, where)
-        if node["height"] != height:
-            found = f"a node at height {node['height']}"
-            raise MalformedCheckpointError(where, found, f"one at height {height}")
-        return node
+    def _bytes_of(self, node: _Node) -> int:
+        return _place(node.location, self._files).length
 
-    def _decoded(self, location: str | None, where: Any) -> dict[str, Any]:
-        try:
-            return ts.ocdbt.dump(self._base, location).result()
-        except ValueError as error:
-            raise MalformedCheckpointError(
-                where, f"no OCDBT node ({brief(str(error))})", "what TensorStore wrote"
-            ) from error
+    def _read_nodes(self, nodes: list[_Node]) -> Iterator[_Node]:
+        """Takes what is in some nodes. Yields the nodes below them."""
+        reading = [self._start(node) for node in nodes]
+        for node, one in zip(nodes, reading, strict=True):
+            found = self._node(node, one.result())
+            for entry in found["entries"]:
+                key = node.prefix + entry["key"]
+                if node.height:
+                    inner = node.prefix + entry["subtree_common_prefix"]
+                    yield _Node(entry["location"], node.height - 1, inner)
+                else:
+                    self._take(key, entry)
 
-    def _range(self, name: str, offset: int, length: int) -> bytes:
-        try:
-            found = self._base.read(name, byte_range=slice(offset, offset + length)).result()
-        except ValueError as error:
-            raise MalformedCheckpointError(
-                self._directory / name,
-                f"no bytes {offset} to {offset + length} ({brief(str(error))})",
-                "the file as it was written",
-            ) from error
-        if found.state != "value":
-            raise MalformedCheckpointError(self._directory / name, "no such file", "a data file")
-        return bytes(found.value)
+    def _start(self, node: _Node) -> _Range:
+        place = _place(node.location, self._files)
+        self._tree_bytes += place.length
+        if place.length > MOST_NODE_BYTES or self._tree_bytes > _MOST_TREE_BYTES:
+            where = self._files.path(place.file)
+            found = f"a node of {place.length} bytes"
+            raise MalformedCheckpointError(where, found, "a smaller tree")
+        return _Range(self._files, place)
+
+    def _node(self, node: _Node, content: bytes) -> dict[str, Any]:
+        file, _, length = node.location.rsplit(":", 2)
+        name = self._file_of(file)
+        where = self._files.path(name)
+        found = decoded(content, name, f"{file}:0:{length}", where)
+        if found["height"] != node.height:
+            what = f"a node at height {found['height']}"
+            raise MalformedCheckpointError(where, what, f"one at height {node.height}")
+        return found
 
     def _take(self, key: bytes, entry: dict[str, Any]) -> None:
         if key.endswith(self._suffixes):
@@ -161,82 +158,61 @@ class _Reader:
             self._longest = (name, found.length)
 
     def _descriptions(self) -> dict[str, bytes]:
-        found = dict(self._inline)
+        reading = {}
         for key, location in self._elsewhere.items():
-            name, offset, length = _place(location, self._directory)
-            if length > MOST_METADATA_BYTES:
-                raise MalformedCheckpointError(
-                    self._directory / name, f"{length} bytes for {brief(key)}", "a description"
-                )
-            found[key] = self._range(name, offset, length)
+            place = _place(location, self._files)
+            if place.length > MOST_METADATA_BYTES:
+                where = self._files.path(place.file)
+                what = f"{place.length} bytes for {brief(key)}"
+                raise MalformedCheckpointError(where, what, "a description")
+            reading[key] = place
+        found = dict(self._inline)
+        for some in runs(reading.items(), _length_of, _READ_AT_ONCE_BYTES, _READ_AT_ONCE):
+            started = [(key, _Range(self._files, place)) for key, place in some]
+            found |= {key: one.result() for key, one in started}
         return {key.decode(errors="backslashreplace"): value for key, value in found.items()}
 
 
-def _place(location: str, directory: epath.Path) -> Extent:
+def _length_of(described: tuple[bytes, Extent]) -> int:
+    return described[1].length
+
+
+class _Range:
+    """Bytes of a file that are being read."""
+
+    def __init__(self, files: ItemFiles, place: Extent):
+        self._where, self._place = files.path(place.file), place
+        part = slice(place.offset, place.offset + place.length)
+        self._reading = files.place.kvstore.read(place.file, byte_range=part)
+
+    def result(self) -> bytes:
+        try:
+            found = self._reading.result()
+        except ValueError as error:
+            raise MalformedCheckpointError(
+                self._where,
+                f"no bytes {self._place.offset} to {self._place.offset + self._place.length} "
+                f"({brief(str(error))})",
+                "the file as it was written",
+            ) from error
+        if found.state != "value":
+            raise MalformedCheckpointError(self._where, "no such file", "a data file")
+        return bytes(found.value)
+
+
+def _place(location: str, files: ItemFiles) -> Extent:
     """Returns the file, the offset and the length that a location means."""
     file, offset, length = location.rsplit(":", 2)
-    return Extent(_file(directory, file), int(offset), int(length))
+    return Extent(_file(files, file), int(offset), int(length))
 
 
-def _file(directory: epath.Path, location: str) -> str:
+def _file(files: ItemFiles, location: str) -> str:
     """Returns the file that a location without its offset and length means."""
     _, folder, name = location.split(":")
     path = urllib.parse.unquote(folder) + urllib.parse.unquote(name)
     if path.startswith("/") or "\0" in path or {"", ".", ".."} & set(path.split("/")):
+        where = files.path(_paths.MANIFEST)
         raise MalformedCheckpointError(
-            directory / _paths.MANIFEST, f"data file {brief(path)}", "a file of this directory"
+            where, f"data file {brief(path)}", "a file of this directory"
         )
     return path
-
-
-def _bound_node(node: bytes, where: Any) -> None:
-    """Checks that an encoded node does not become much larger when it is decoded.
-
-    Raises:
-        MalformedCheckpointError: it does, or its frame is broken.
-    """
-    try:
-        if int.from_bytes(node[4:_HEADER_BYTES], "little") != len(node):
-            raise ValueError("it is cut short, or longer than it says")
-        version, compression = node[_HEADER_BYTES], node[_HEADER_BYTES + 1]
-        if version != 0 or compression not in (0, 1):
-            raise ValueError(f"format {version}, compression {compression}")
-        body = node[_HEADER_BYTES + 2 : -_CHECKSUM_BYTES]
-        length = decoded_bytes(body) if compression else len(body)
-    except (ValueError, IndexError) as error:
-        found = f"no OCDBT node ({error})"
-        raise MalformedCheckpointError(where, found, "what TensorStore wrote") from error
-    most = min(_MOST_NODE_BYTES, max(_SMALL_NODE_BYTES, _MOST_EXPANSION * len(node)))
-    if length > most:
-        raise MalformedCheckpointError(
-            where,
-            f"{len(node)} bytes that decode to {length}",
-            f"at most {most}",
-        )
-
-
-def decoded_bytes(data: bytes) -> int:
-    """Returns a bound on the decoded length of zstd frames, from their headers alone.
-
-    Raises:
-        ValueError: these are no frames.
-        IndexError: they end too early.
-    """
-    total, position = 0, 0
-    while position < len(data):
-        if int.from_bytes(data[position : position + 4], "little") != _ZSTD_MAGIC:
-            raise ValueError("it is no zstd frame")
-        descriptor = data[position + 4]
-        single_segment = bool(descriptor & 0x20)
-        position += 5 + (not single_segment) + (0, 1, 2, 4)[descriptor & 3]
-        position += (int(single_segment), 2, 4, 8)[descriptor >> 6]
-        last = False
-        while not last:
-            if position + 3 > len(data):
-                raise IndexError("it ends in the middle of a zstd frame")
-            header = int.from_bytes(data[position : position + 3], "little")
-            last, kind, size = bool(header & 1), (header >> 1) & 3, header >> 3
-            total += _ZSTD_BLOCK_BYTES if kind == 2 else size
-            position += 3 + (1 if kind == 1 else size)
-        position += 4 * bool(descriptor & 4)
-    return total

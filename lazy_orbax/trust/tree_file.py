@@ -125,7 +125,8 @@ def _check_value(value: Any, keypath: str, complain: Complain) -> str | None:
         complain((keypath, "value_type"), value_type, "the name of a type")
     if "write_shape" in value and not is_shape(value["write_shape"]):
         complain((keypath, "write_shape"), value["write_shape"], "a list of sizes")
-    return "None" if skip is True and value_type not in EMPTY else str(value_type)
+    kind = str(value_type)
+    return "None" if skip is True and kind not in EMPTY else kind
 
 
 def _place(root: dict[Any, Any], keys: list[tuple[int, str]]) -> None:

@@ -5,12 +5,16 @@ import gc
 import logging
 import random
 
+import jax
+import numpy as np
 import pytest
 from equipment.trees import assert_same
 from faults import flips
+from jax.sharding import PartitionSpec as P
 
 import lazy_orbax
-from lazy_orbax.errors import CorruptCheckpointError
+from lazy_orbax.errors import CorruptCheckpointError, LazyOrbaxError
+from lazy_orbax.transforms import TransformMap, cast, drop, pad_to, rename
 
 pytestmark = [
     # What Orbax leaves behind when it fails in the middle of a restore.
@@ -38,6 +42,7 @@ def forget_what_orbax_left():
 def test_a_flipped_bit_is_named_or_harmless(tmp_path, mesh, form, record_property):
     saved = flips.save(tmp_path / "run", form, mesh)
     assert_same(saved.restore(), saved.value)
+    wanted = {name: load() for name, load in ways_to_load(saved).items()}
     report = lazy_orbax.verify(saved.directory)
     assert report.is_whole
     assert report.items[0].n_leaves == len(saved.value)
@@ -50,6 +55,7 @@ def test_a_flipped_bit_is_named_or_harmless(tmp_path, mesh, form, record_propert
             bit = rng.randrange(8)
             with flips.flipped(file, at, bit):
                 outcomes[outcome(saved, kind, file)] += 1
+                loaded_rightly_or_refused(saved, wanted)
         gc.collect()
         row = ", ".join(f"{n} {what}" for what, n in sorted(outcomes.items()))
         record_property("table row", ["Flipped bits", form, kind, row])
@@ -60,6 +66,48 @@ def test_a_flipped_bit_is_named_or_harmless(tmp_path, mesh, form, record_propert
         if kind == "chunk":
             assert set(outcomes) <= {"detected", "harmless (a byte that does not count)"}
             assert outcomes["detected"] > len(outcomes)
+
+
+def ways_to_load(saved):
+    """Returns what reads the step without a handler: all of it, onto another mesh, transformed."""
+    directory = saved.directory / "1" / "default"
+    arrays = {
+        name: jax.ShapeDtypeStruct(saved.value[name].shape, saved.value[name].dtype)
+        for name in ("large", "half", "small")
+    }
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("x",))
+    rules = TransformMap(
+        [
+            rename("(large|half)", r"new.\1"),
+            cast(r"new\.half", np.float32),
+            pad_to(r"new\.large", (130, 64)),
+            drop("small|key|host|number"),
+        ]
+    )
+    new = {
+        "large": jax.ShapeDtypeStruct((130, 64), np.float32),
+        "half": jax.ShapeDtypeStruct((32, 48), np.float32),
+    }
+    return {
+        "numpy": lambda: lazy_orbax.load(directory),
+        "mesh": lambda: lazy_orbax.load(
+            directory,
+            arrays,
+            mesh=mesh,
+            rule=lambda name, shape: P(None, "x") if shape[1:] else P(),
+        ),
+        "transformed": lambda: lazy_orbax.load(directory, {"new": new}, transforms=rules),
+    }
+
+
+def loaded_rightly_or_refused(saved, wanted):
+    for name, load in ways_to_load(saved).items():
+        try:
+            found = load()
+        except LazyOrbaxError as error:
+            forget_frames(error)
+        else:
+            assert_same(found, wanted[name])
 
 
 def forget_frames(error):

@@ -29,8 +29,10 @@ from lazy_orbax.integrity import (
     verify,
 )
 from lazy_orbax.integrity.digest_file import DIRECTORY, DigestError, parse
-from lazy_orbax.restore import compare_arrays
+from lazy_orbax.restore import compare_arrays, source
 from lazy_orbax.snapshot import host_copies
+from lazy_orbax.storage.places import place_of
+from lazy_orbax.trust.files import ItemFiles
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning"),
@@ -56,10 +58,10 @@ def save_steps(directory, trees, **keywords):
             manager.wait_until_finished()
 
 
-def restore_args(tree):
-    return ocp.args.PyTreeRestore(
-        abstract(tree), restore_args=ocp.checkpoint_utils.construct_restore_args(abstract(tree))
-    )
+def restore_args(tree, *, by_orbax=False):
+    """What is restored. What may be cut or padded goes the way of Orbax."""
+    args = ocp.checkpoint_utils.construct_restore_args(abstract(tree), strict=not by_orbax)
+    return ocp.args.PyTreeRestore(abstract(tree), restore_args=args)
 
 
 def flip_chunk(directory, leaf, step, at=100):
@@ -186,7 +188,7 @@ def test_restore_finds_what_changed_on_the_way(tmp_path, mesh, monkeypatch):
 
     monkeypatch.setattr(base, "restore", broken)
     with manager_of(tmp_path) as manager, pytest.raises(CorruptCheckpointError) as caught:
-        manager.restore(1, args=restore_args(state))
+        manager.restore(1, args=restore_args(state, by_orbax=True))
     error = caught.value
     assert error.leaf == "w"
     assert error.index is not None
@@ -194,6 +196,26 @@ def test_restore_finds_what_changed_on_the_way(tmp_path, mesh, monkeypatch):
     assert "on the way" in str(error)
     options = {"verify_restore": False}
     with manager_of(tmp_path, options=options) as manager:
+        manager.restore(1, args=restore_args(state, by_orbax=True))
+
+
+def test_restore_finds_what_changed_while_it_was_read(tmp_path, mesh, monkeypatch):
+    """The storage is right, and so is a second reading: only the bytes that were read tell."""
+    # So large that no chunk lies in the tree of the database itself.
+    state = {"w": on_mesh(random_array(np.random.default_rng(0), (64, 64), np.float32), mesh, "a")}
+    save_steps(tmp_path, [state])
+    read = source.Directory._read
+
+    def broken(self, file, start, buffers, wanted):
+        read(self, file, start, buffers, wanted)
+        buffers[0][0] ^= 4
+
+    monkeypatch.setattr(source.Directory, "_read", broken)
+    with manager_of(tmp_path) as manager, pytest.raises(CorruptCheckpointError) as caught:
+        manager.restore(1, args=restore_args(state))
+    assert caught.value.leaf in state
+    assert "on the way" in str(caught.value)
+    with manager_of(tmp_path, options={"verify_restore": False}) as manager:
         manager.restore(1, args=restore_args(state))
 
 
@@ -218,7 +240,7 @@ def test_a_restore_is_verified_where_pinned_memory_is_refused(tmp_path, mesh, mo
     monkeypatch.setattr(host_copies, "in_pinned_host", refuse)
     monkeypatch.setattr(host_copies, "view_of", lambda array: None)  # As on an accelerator.
     with manager_of(tmp_path) as manager:
-        assert_same(manager.restore(1, args=restore_args(state)), state)
+        assert_same(manager.restore(1, args=restore_args(state, by_orbax=True)), state)
     assert "pageable" in caplog.text
 
 
@@ -418,7 +440,8 @@ def test_metadata_that_were_changed_on_purpose_refuse_nothing(tmp_path, mesh, ca
     # An item that was copied alone.
     shutil.copytree(by_checkpointer(tmp_path / "other", state)[1], tmp_path / "alone" / "item")
     (tmp_path / "alone" / "item" / _paths.STEP_METADATA).unlink()
-    assert step_metadata.check_beside(str(tmp_path / "alone" / "item")) == []
+    place = place_of(str(tmp_path / "alone" / "item"))
+    assert step_metadata.check_beside(ItemFiles(place)) == []
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[" * 100000, b'{"format": 2}', b"[]"])

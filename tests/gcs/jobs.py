@@ -45,6 +45,13 @@ def state_of(mesh: jax.sharding.Mesh, seed: int) -> dict[str, Any]:
     }
 
 
+def leaves_of(mesh: jax.sharding.Mesh, n: int) -> dict[str, Any]:
+    """Returns a state of `n` leaves that look alike."""
+    sharding, rng = NamedSharding(mesh, P("a")), np.random.default_rng(n)
+    values = [random_array(rng, (64, 64), np.float32) for _ in range(n)]
+    return {f"leaf_{i:03}": jax.device_put(value, sharding) for i, value in enumerate(values)}
+
+
 class Job:
     """A training process. Every public method is a command."""
 
@@ -100,6 +107,18 @@ class Job:
             pairs = zip(found, all_bits(wanted), strict=True)
             wrong += [f"{step}: {a[0]}" for a, b in pairs if a != b]
         return wrong
+
+    def save_leaves(self, step: int, n: int) -> None:
+        """Saves `leaves_of` the mesh."""
+        self.manager.save(step, args=ocp.args.StandardSave(leaves_of(self._mesh, n)))
+        self.manager.wait_until_finished()
+
+    def wrong_leaves(self, step: int, n: int) -> list[str]:
+        """Returns which leaves of such a step are not restored bit for bit."""
+        wanted = leaves_of(self._mesh, n)
+        found = self.manager.restore(step, args=ocp.args.StandardRestore(abstract(wanted)))
+        pairs = zip(all_bits(found), all_bits(wanted), strict=True)
+        return [a[0] for a, b in pairs if a != b]
 
     def objects(self, step: int) -> list[str]:
         """Returns the names of all objects of a step."""

@@ -1,8 +1,9 @@
 """Restores malformed checkpoints by the thousand: `python tests/trust/fuzz.py --cases 10000`.
 
-Each case is a valid tiny checkpoint with something spoiled, restored with a target and without one
-in a process that is bounded in time and memory. Prints how the cases ended, and fails where one
-crashed, hung, took too much memory or said nothing that a user could act on.
+Each case is a valid tiny checkpoint with something spoiled, restored with a target and without one,
+by a handler and by `load`, in a process that is bounded in time and memory. Prints how the cases
+ended, and fails where one crashed, hung, took too much memory or said nothing that a user could act
+on.
 """
 
 from __future__ import annotations

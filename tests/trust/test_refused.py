@@ -28,7 +28,7 @@ from lazy_orbax.errors import (
     TreeError,
 )
 from lazy_orbax.integrity import digest_file
-from lazy_orbax.trust import malformed, ocdbt_nodes
+from lazy_orbax.trust import malformed, ocdbt_decode
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning"),
@@ -389,8 +389,8 @@ def test_the_bound_on_a_node_holds_for_what_zstd_writes():
         ):
             for codec in (numcodecs.Zstd(1), numcodecs.Zstd(9, checksum=True)):
                 encoded = bytes(codec.encode(data))
-                assert ocdbt_nodes.decoded_bytes(encoded) >= length
-                assert ocdbt_nodes.decoded_bytes(encoded) <= length + 2**18
+                assert ocdbt_decode.decoded_bytes(encoded) >= length
+                assert ocdbt_decode.decoded_bytes(encoded) <= length + 2**18
 
 
 # The other ways in.

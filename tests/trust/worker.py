@@ -29,6 +29,7 @@ from etils import epath
 from orbax.checkpoint import msgpack_utils
 
 import lazy_orbax
+from lazy_orbax.restore import load
 from lazy_orbax.trust import declared_sizes, malformed
 
 # What the library is told that this machine has.
@@ -124,7 +125,7 @@ def build(root: pathlib.Path) -> None:
 
 
 class Restorer:
-    """Restores a checkpoint in both ways, and compares with what the valid one holds."""
+    """Restores a checkpoint in each way, and compares with what the valid one holds."""
 
     def __init__(self, root: pathlib.Path):
         self._pytree = lazy_orbax.pytree_handler()
@@ -137,10 +138,14 @@ class Restorer:
         if name == "older":
             # What stock Orbax needs for these: one array is in the file of the tree itself.
             args.transforms = {}
-        return {
+        ways = {
             "target": lambda: self._pytree.restore(path, args=args),
             "no target": lambda: self._pytree.restore(path),
         }
+        if name != "older":
+            ways["load"] = lambda: lazy_orbax.load(path)
+            ways["load like"] = lambda: lazy_orbax.load(path, like=target)
+        return ways
 
     def _bits(self, directory: pathlib.Path, name: str) -> dict[str, Any]:
         return {way: all_bits(restore()) for way, restore in self._ways(directory, name).items()}
@@ -191,7 +196,8 @@ def main() -> None:
     if not root.exists():
         build(root)
     resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE_BYTES,) * 2)
-    malformed.memory_bytes = declared_sizes.memory_bytes = lambda: MEMORY_BYTES
+    for module in (malformed, declared_sizes, load):
+        module.memory_bytes = lambda: MEMORY_BYTES
     restorer = Restorer(root)
     replies.write(json.dumps({"ready": _peak_bytes()}) + "\n")
     for number, line in enumerate(sys.stdin):

@@ -1,5 +1,8 @@
 """What is stored as it lies in memory, for each form that Orbax writes, against TensorStore."""
 
+import json
+import re
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -43,8 +46,51 @@ def test_a_plain_chunk_is_its_elements_and_the_tail(
             assert bytes(value) == np.asarray(tree[name]).tobytes() + form.tail
 
 
+V2 = {
+    "chunks": [4],
+    "compressor": None,
+    "dtype": "<f4",
+    "fill_value": None,
+    "filters": None,
+    "order": "C",
+    "shape": [4],
+    "zarr_format": 2,
+}
+
+
 def test_what_looks_plain_and_is_not():
-    plain = b'{"chunks":[4],"compressor":null,"dtype":"<f4","filters":null,"order":"C","shape":[4]}'
-    assert format_of(plain, zarr3=False).is_plain
-    for old, new in [(b'"C"', b'"F"'), (b"<f4", b">f4"), (b"null,", b'{"id":"zstd"},')]:
-        assert not format_of(plain.replace(old, new, 1), zarr3=False).is_plain
+    assert of_v2({}).is_plain
+    for change in ({"order": "F"}, {"dtype": ">f4"}, {"compressor": {"id": "zstd"}}):
+        assert not of_v2(change).is_plain
+    assert of_v2({"dtype": ">f4"}).dtype == np.dtype("<f4")  # As TensorStore gives it.
+
+
+def of_v2(change):
+    return format_of(json.dumps({**V2, **change}).encode(), zarr3=False)
+
+
+@pytest.mark.parametrize("zarr3", [False, True])
+@pytest.mark.parametrize("use_compression", [False, True])
+def test_a_misspelt_member_is_never_taken_for_one_that_is_left_out(
+    tmp_path, zarr3, use_compression
+):
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False, use_zarr3=zarr3, use_compression=use_compression
+    )
+    ocp.Checkpointer(handler).save(
+        epath.Path(tmp_path / "c"), args=ocp.args.PyTreeSave({"w": np.arange(1000.0)})
+    )
+    content = (tmp_path / "c" / "w" / ("zarr.json" if zarr3 else ".zarray")).read_bytes()
+    names = re.findall(rb'"(\w+)":', content)
+    assert len(names) > 7
+    for name in set(names):
+        if name == b"level":  # Of the compressor: for TensorStore.
+            continue
+        assert is_not_plain(content.replace(b'"%s":' % name, b'"x%s":' % name[1:]), zarr3), name
+
+
+def is_not_plain(content, zarr3):
+    try:
+        return not format_of(content, zarr3=zarr3).is_plain
+    except ValueError:
+        return True

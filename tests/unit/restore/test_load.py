@@ -1,5 +1,6 @@
 """`load`: NumPy anywhere, any tree and mesh, and trees that are made of others while reading."""
 
+import json
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import lazy_orbax
 from lazy_orbax import LazyOptions
 from lazy_orbax.errors import (
     CorruptCheckpointError,
+    MalformedCheckpointError,
     OptionError,
     RestoreError,
     TransformError,
@@ -335,3 +337,59 @@ def test_a_manager_restores_through_transforms(tmp_path):
     with pytest.raises(TransformError, match="it is about no leaf"):
         manager.restore(3, args=wrong)
     manager.close()
+
+
+@pytest.mark.parametrize("dtype", [">u2", ">f4"])
+@pytest.mark.parametrize("stock", [False, True])
+def test_a_target_in_the_other_byte_order_has_the_numbers(tmp_path, dtype, stock):
+    tree = {"w": np.arange(300, 340).astype(dtype)}
+    directory = saved(tmp_path / "c", tree, stock=stock)
+    found = lazy_orbax.load(directory, tree)["w"]
+    assert found.dtype == np.dtype(dtype).newbyteorder("=")
+    assert_same(found, tree["w"].astype(found.dtype))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("order", None),
+        ("dimension_separator", True),
+        ("compressor", {"id": "zstd", "level": 2**70}),
+    ],
+)
+def test_metadata_of_an_unknown_form_is_refused(tmp_path, field, value):
+    directory = saved(tmp_path / "c", {"w": np.arange(1000)}, stock=True, use_ocdbt=False)
+    file = directory / "w" / ".zarray"
+    metadata = json.loads(file.read_text())
+    metadata.pop(field, None)
+    file.write_text(json.dumps(metadata if value is None else {**metadata, field: value}))
+    with pytest.raises((MalformedCheckpointError, CorruptCheckpointError), match="w"):
+        lazy_orbax.load(directory)
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyboardInterrupt])
+def test_what_the_progress_bar_raises_ends_a_load(tmp_path, error):
+    directory = saved(tmp_path / "c", state())
+
+    def progress(done_bytes, wanted_bytes):
+        raise error("stop")
+
+    with pytest.raises(error, match="^stop"):
+        lazy_orbax.load(directory, options=LazyOptions(on_restore_progress=progress))
+
+
+@pytest.mark.parametrize("other", ["<i4", "<u4"])
+@pytest.mark.parametrize("with_target", [False, True])
+def test_the_same_bytes_as_other_numbers_are_noticed(tmp_path, other, with_target):
+    tree = {"w": on_mesh(random_array(RNG, (16, 100), np.float32), mesh(2), "a")}
+    directory = saved(tmp_path / "c", tree, use_ocdbt=False)
+    file = directory / "w" / ".zarray"
+    content = file.read_text()
+    assert "<f4" in content
+    file.write_text(content.replace("<f4", other))
+    with pytest.raises(CorruptCheckpointError, match="leaf w.*saved was float32"):
+        lazy_orbax.load(directory, tree if with_target else None)
+    handler = lazy_orbax.pytree_handler()
+    args = ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))
+    with pytest.raises(CorruptCheckpointError, match="leaf w.*saved was float32"):
+        handler.restore(epath.Path(directory), args=args)

@@ -1,6 +1,10 @@
 """A restore by plan against what was saved and against stock: any mesh, format, dtype, target."""
 
+import concurrent.futures
+import contextlib
 import dataclasses
+import gc
+import os
 
 import jax
 import jax.numpy as jnp
@@ -310,3 +314,75 @@ def test_a_restore_that_fails_has_a_timeline_with_the_error(tmp_path):
             epath.Path(tmp_path / "c"), args=lazy_orbax.args.LazyRestore(wrong, args)
         )
     assert isinstance(seen[0].error, RestoreError)
+
+
+@pytest.mark.parametrize("dtype", [">u2", ">f4", "<i8"])
+@pytest.mark.parametrize("name", ["ours", "stock", "stock, plain Zarr"])
+def test_numpy_targets_of_the_other_byte_order_are_restored_as_by_stock(tmp_path, dtype, name):
+    make, keywords = FORMATS[name]
+    tree = {"w": np.arange(300, 340).astype(dtype), "one": np.array(300, dtype)}
+    args = lazy_orbax.args.LazySave if "ours" in name else ocp.args.PyTreeSave
+    saved(tmp_path / "c", make(**keywords), tree, args)
+    wanted = ocp.checkpoint_utils.construct_restore_args(tree)
+    found, timeline = restored(tmp_path / "c", tree, wanted)
+    assert timeline.all_by_orbax is None
+    assert_same(found, by_stock(tmp_path / "c", tree, wanted))
+    np.testing.assert_array_equal(found["w"], tree["w"])
+
+
+def descriptors():
+    """The open files of this process, by what they are."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # That of the listing itself.
+            found.append(os.readlink(f"/proc/self/fd/{name}"))
+    return sorted(one for one in found if not one.startswith(("anon_inode", "socket", "pipe")))
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyboardInterrupt])
+def test_what_the_progress_bar_raises_ends_a_restore_and_leaves_nothing(tmp_path, error):
+    tree = state()
+    saved(tmp_path / "c", lazy_orbax.LazyCheckpointHandler(), tree, lazy_orbax.args.LazySave)
+    open_before, seen = descriptors(), []
+
+    def progress(done_bytes, wanted_bytes):
+        assert not gc.isenabled()
+        raise error("stop")
+
+    options = LazyOptions(on_restore=seen.append, on_restore_progress=progress)
+    handler = lazy_orbax.LazyCheckpointHandler(options=options)
+    args = lazy_orbax.args.LazyRestore(tree, arguments(tree, TARGETS["axis 1"]()))
+    with pytest.raises(error, match="^stop"):
+        handler.restore(epath.Path(tmp_path / "c"), args=args)
+    assert gc.isenabled()
+    assert descriptors() == open_before
+    assert isinstance(seen[0].error, error)
+    assert seen[0].all_by_orbax is None
+    assert_same(handler_restores(tmp_path / "c", args), tree)
+
+
+def handler_restores(directory, args):
+    return lazy_orbax.LazyCheckpointHandler().restore(epath.Path(directory), args=args)
+
+
+def test_restores_at_once_and_a_save_beside_them_do_not_disturb_each_other(tmp_path):
+    trees = [state() for _ in range(3)]
+    for i, tree in enumerate(trees):
+        saved(tmp_path / f"{i}", lazy_orbax.LazyCheckpointHandler(), tree, lazy_orbax.args.LazySave)
+    names = ["same", "axis 1", "2 x 2"]
+    args = [
+        lazy_orbax.args.LazyRestore(tree, arguments(tree, TARGETS[name]()))
+        for tree, name in zip(trees, names, strict=True)
+    ]
+    handler = lazy_orbax.LazyCheckpointHandler()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        saving = pool.submit(saved, tmp_path / "new", handler, trees[0], lazy_orbax.args.LazySave)
+        running = [
+            pool.submit(handler.restore, epath.Path(tmp_path / f"{i}"), args[i])
+            for i in (0, 1, 2, 0, 1, 2)
+        ]
+        for future, i in zip(running, (0, 1, 2, 0, 1, 2), strict=True):
+            assert_same(future.result(), trees[i])
+        saving.result()
+    assert gc.isenabled()
+    assert_same(handler_restores(tmp_path / "new", args[0]), trees[0])

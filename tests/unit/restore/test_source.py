@@ -1,9 +1,13 @@
 """Ranges of files into buffers, also where the system gives a part of what was asked for."""
 
 import os
+import queue
+import threading
+import types
 
 import pytest
 
+from lazy_orbax.restore import source as source_module
 from lazy_orbax.restore.source import Bucket, Directory
 from lazy_orbax.storage.places import place_of
 
@@ -79,3 +83,50 @@ def test_a_pipe_in_the_place_of_a_file_does_not_hang(tmp_path):
     with pytest.raises(OSError, match="(?i)illegal seek"):
         source.read("file", 0, buffers_of(1))
     source.close()
+
+
+class Answers:
+    """A store that answers when it is told to. It counts the bytes that are asked for."""
+
+    def __init__(self):
+        self.told, self.asked = threading.Event(), queue.Queue()
+
+    def read(self, file, byte_range):
+        self.asked.put(byte_range.stop - byte_range.start)
+        answer = types.SimpleNamespace(state="value", value=bytes(byte_range.stop))
+        return types.SimpleNamespace(result=lambda: self.told.wait(30) and answer)
+
+
+class Changed(threading.Condition):
+    """A condition that tells that somebody waits for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = threading.Event()
+
+    def wait(self, timeout=None):
+        self.waits.set()
+        return super().wait(timeout)
+
+
+def test_a_bucket_is_asked_for_no_more_than_fits_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(source_module, "_MOST_AWAITED_BYTES", 100)
+    source, answers = Bucket(place_of(str(tmp_path))), Answers()
+    source._store, source._changed = answers, Changed()
+    threads = [
+        threading.Thread(target=source.read, args=("file", 0, buffers_of(n)), daemon=True)
+        for n in (60, 60)
+    ]
+    for thread in threads:
+        thread.start()
+    assert answers.asked.get(timeout=30) == 60
+    assert source._changed.waits.wait(30)
+    with pytest.raises(queue.Empty):
+        answers.asked.get_nowait()
+    answers.told.set()
+    for thread in threads:
+        thread.join(30)
+    assert answers.asked.get_nowait() == 60
+    # What has more alone goes alone.
+    source.read("file", 0, buffers_of(1000))
+    assert answers.asked.get_nowait() == 1000

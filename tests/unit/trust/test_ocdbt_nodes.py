@@ -1,0 +1,81 @@
+"""The tree of an OCDBT database: every value is found, and each node is read once."""
+
+import collections
+import functools
+
+import pytest
+import tensorstore as ts
+
+from lazy_orbax.storage.places import LocalPlace
+from lazy_orbax.trust.files import ItemFiles
+from lazy_orbax.trust.ocdbt_nodes import Extent, contents
+
+SUFFIXES = ("/.zarray",)
+
+
+def written(directory, n_leaves, **config):
+    """Writes a database, and returns its values by key."""
+    spec = {"driver": "ocdbt", "base": f"file://{directory}/", "config": config}
+    values, transaction = {}, ts.Transaction()
+    store = ts.KvStore.open(spec).result().with_transaction(transaction)
+    for i in range(n_leaves):
+        values[f"leaf{i:04}/.zarray"] = f"{i}".encode() * (1 + 500 * (i % 7 == 0))
+        values[f"leaf{i:04}/0.0"] = bytes([i % 256]) * (10 if i % 3 else 3000 + i)
+    for key, value in values.items():
+        store[key] = value
+    transaction.commit_sync()
+    return values
+
+
+class Counted(LocalPlace):
+    """A directory that counts what of its files is read."""
+
+    @functools.cached_property
+    def kvstore(self):
+        return Ranges(super().kvstore)
+
+
+class Ranges:
+    def __init__(self, store):
+        self._store, self.read_ranges = store, collections.Counter()
+
+    def read(self, name, byte_range):
+        self.read_ranges[name, byte_range.start, byte_range.stop] += 1
+        return self._store.read(name, byte_range=byte_range)
+
+
+@pytest.mark.parametrize(
+    ("config", "n_leaves", "least"),
+    [({}, 10, 1), ({"max_decoded_node_bytes": 2000}, 1000, 20)],
+    ids=["one node", "many levels"],
+)
+def test_every_value_is_found(tmp_path, config, n_leaves, least):
+    values = written(tmp_path, n_leaves, **config)
+    place = Counted(str(tmp_path), 300.0)
+    found = contents(ItemFiles(place), SUFFIXES)
+    assert found is not None
+    described = {key: value for key, value in values.items() if key.endswith(SUFFIXES)}
+    assert found.metadata == described
+    assert found.values.keys() == values.keys() - described.keys()
+    for key, where in found.values.items():
+        if isinstance(where, Extent):
+            content = (tmp_path / where.file).read_bytes()
+            where = content[where.offset : where.offset + where.length]
+        assert where == values[key]
+    # The nodes, and the descriptions that are no part of them.
+    read = place.kvstore.read_ranges
+    assert set(read.values()) == {1}
+    assert len(read) - len([d for d in described.values() if len(d) > 100]) >= least
+
+
+def test_where_there_is_no_database_there_is_nothing(tmp_path):
+    assert contents(ItemFiles(LocalPlace(str(tmp_path), 300.0)), SUFFIXES) is None
+
+
+def test_an_empty_database_has_nothing(tmp_path):
+    store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{tmp_path}/"}).result()
+    store["key"] = b"value"
+    del store["key"]
+    found = contents(ItemFiles(LocalPlace(str(tmp_path), 300.0)), SUFFIXES)
+    assert found is not None
+    assert (found.metadata, found.values, found.longest_value) == ({}, {}, ("", 0))
