@@ -34,7 +34,13 @@ def job(start):
     return start()
 
 
-@pytest.mark.parametrize("form", FORMATS)
+# Of the others, nightly.
+QUICK = ("ocdbt", "zarr")
+
+
+@pytest.mark.parametrize(
+    "form", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FORMATS]
+)
 def test_no_more_than_stock_of_what_we_saved(job, proxy, root, form, tell):
     job.do("open", root, **FORMATS[form])
     job.do("save_leaves", 1, N_LEAVES)

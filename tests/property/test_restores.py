@@ -293,7 +293,7 @@ def check_one(case: Restores, i: int, tree: Any, directory: pathlib.Path) -> str
 
 
 @settings(
-    max_examples=settings().max_examples if NIGHTLY else 25,
+    max_examples=settings().max_examples if NIGHTLY else 15,
     derandomize=not NIGHTLY,
     phases=PHASES,
     suppress_health_check=list(HealthCheck),

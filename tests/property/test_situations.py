@@ -194,7 +194,7 @@ def mappable(tree) -> bool:
     return attempt(lambda: jax.tree.leaves(tree))[0] == "accepted"
 
 
-@sized(24)
+@sized(16)
 @given(situations())
 def test_what_stock_does_with_a_situation_is_what_we_do(situation):
     # What stock refuses it may go on writing.

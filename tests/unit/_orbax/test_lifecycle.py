@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from lazy_orbax._orbax import interrupted, lifecycle, waiting
+from lazy_orbax._orbax import lifecycle, waiting
 from lazy_orbax._orbax.symbols import MISFIT
 
 WAIT_S = 30
@@ -50,10 +50,10 @@ def test_the_threads_in_which_orbax_publishes_and_waits_have_these_names(tmp_pat
         manager.save(1, args=ocp.args.PyTreeSave(TREE))
         assert gate.reached.wait(WAIT_S)
         names = {thread.name for thread in threading.enumerate()}
-        assert {interrupted._PUBLISHES, interrupted._WAITS} <= names
+        assert {lifecycle.COMMIT_THREAD, lifecycle.MANAGER_THREAD} <= names
         gate.opened.set()
         manager.wait_until_finished()
-    assert gate.seen == {"thread": lifecycle._COMMIT_THREAD, "may be publishing": True}
+    assert gate.seen == {"thread": lifecycle.COMMIT_THREAD, "may be publishing": True}
 
 
 @pytest.mark.parametrize("kind", ["manager", "AsyncCheckpointer", "Checkpointer"])
@@ -75,7 +75,7 @@ def test_orbax_reports_that_it_published_once_it_did_and_in_the_same_thread(tmp_
                 checkpointer.save(tmp_path / "run" / "1", args=ocp.args.PyTreeSave(TREE))
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
-    thread = "MainThread" if kind == "Checkpointer" else lifecycle._COMMIT_THREAD
+    thread = "MainThread" if kind == "Checkpointer" else lifecycle.COMMIT_THREAD
     assert seen
     assert seen[0] == (True, thread)
 
