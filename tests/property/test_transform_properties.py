@@ -6,7 +6,7 @@ import re
 import ml_dtypes
 import numpy as np
 from equipment.numpy_reader import grid, n_read, read, specs, whole
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from lazy_orbax.errors import TransformError
@@ -234,6 +234,7 @@ def shards(draw, shape):
     return list(grid(shape, cuts)) if math.prod(shape) else [whole(shape)]
 
 
+@settings(suppress_health_check=list(HealthCheck))  # Some chains are refused, and drawn again.
 @given(chains(), st.data())
 def test_every_shard_is_what_numpy_makes_of_it(situation, data):
     stored, chain = situation
