@@ -252,7 +252,7 @@ def _parsed(found: dict[str, Any]) -> ProcessDigests:
     leaves, done = [], 0
     alike: dict[str, tuple[Box, ...]] = {}  # Most leaves of a model are divided like others.
     for name, dtype, shape, pieces in found["leaves"]:
-        kind = f"{shape} {pieces}"
+        kind = f"{shape!r} {pieces!r}"  # A text is no list that looks like it.
         if (boxes := alike.get(kind)) is None:
             boxes = alike[kind] = tuple(_box(start, extent, shape) for start, extent in pieces)
         part = slice(done, done + len(boxes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
@@ -81,6 +82,7 @@ def starts_in_shards(subject: Subject) -> list[tuple[Part, Shape]]:
     return found
 
 
+@functools.lru_cache(maxsize=4096)
 def is_in_host_memory(sharding: jax.sharding.Sharding) -> bool:
     """Whether NumPy can read arrays that are placed so where they are."""
     return all(device.platform == "cpu" for device in sharding.device_set)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from lazy_orbax._orbax.restored_kinds import ARRAY, NUMPY
+from lazy_orbax.integrity.proof_subjects import is_in_host_memory
 from lazy_orbax.integrity.stored_item import Piece
 from lazy_orbax.restore.groups import LARGE_BYTES, Group
 from lazy_orbax.restore.reader import Target
@@ -111,4 +112,4 @@ def _made(leaf: Wanted, targets: tuple[Target, ...]) -> Any:
 
 def takes_host_memory(leaf: Wanted) -> bool:
     """Whether a leaf stays in the memory in which it was read."""
-    return leaf.sharding is None or jax.default_backend() == "cpu"
+    return leaf.sharding is None or is_in_host_memory(leaf.sharding)

@@ -17,6 +17,7 @@ from lazy_orbax import _paths
 from lazy_orbax._jax_context import neutral
 from lazy_orbax.errors import Problem
 from lazy_orbax.integrity import digest, proof_restored
+from lazy_orbax.integrity.proof_subjects import is_in_host_memory
 from lazy_orbax.integrity.stored_item import Piece, StoredItem
 from lazy_orbax.plan.boxes import Box
 from lazy_orbax.plan.shards import is_key
@@ -51,7 +52,7 @@ def check_restored(stored: StoredItem, leaves: Mapping[str, Any]) -> list[Proble
             looked at. Nothing stays cached on the arrays.
     """
     problems: list[Problem] = []
-    proven = proof_restored.look(stored.leaves, _far_from_the_host(leaves))
+    proven = proof_restored.look(stored.leaves, far_from_the_host(leaves))
     parts: list[_Part] = []
     again: list[_Part] = []
     for name, value in leaves.items():
@@ -85,12 +86,12 @@ def check_restored(stored: StoredItem, leaves: Mapping[str, Any]) -> list[Proble
     return problems
 
 
-def _far_from_the_host(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arrays that the host can only look at in a copy."""
+def far_from_the_host(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arrays, by name, that the host can only look at in a copy."""
     return {
         name: value
         for name, value in leaves.items()
-        if isinstance(value, jax.Array) and next(iter(value.sharding.device_set)).platform != "cpu"
+        if isinstance(value, jax.Array) and not is_in_host_memory(value.sharding)
     }
 
 

@@ -13,6 +13,7 @@ from lazy_orbax._orbax import handed_in
 from lazy_orbax.errors import MalformedCheckpointError
 from lazy_orbax.integrity.stored_item import Piece, StoredItem
 from lazy_orbax.restore.array_format import formats_of
+from lazy_orbax.restore.compare_arrays import far_from_the_host
 from lazy_orbax.restore.planned import Read, read_planned
 from lazy_orbax.restore.wanted import OrbaxOnlyError, Request, requested
 from lazy_orbax.timeline import RestoreRecorder
@@ -144,11 +145,6 @@ def _others(question: Question, request: Request) -> dict[str, Any]:
 def _proven_on_devices(stored: StoredItem | None, leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the leaves far from the host of which there is a fingerprint to compare."""
     known = stored.leaves if stored is not None else {}
-    return {
-        name: value
-        for name, value in leaves.items()
-        if isinstance(value, jax.Array)
-        and name in known
-        and known[name].fingerprints
-        and next(iter(value.sharding.device_set)).platform != "cpu"
-    }
+    mine = {name: value for name, value in leaves.items() if name in known}
+    far = far_from_the_host(mine)
+    return {name: value for name, value in far.items() if known[name].fingerprints}

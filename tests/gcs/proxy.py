@@ -53,6 +53,14 @@ class Fault:
     seen: int = 0
     reached: threading.Event = dataclasses.field(default_factory=threading.Event)
     gone: threading.Event = dataclasses.field(default_factory=threading.Event)
+    arrivals: threading.Semaphore = dataclasses.field(
+        default_factory=lambda: threading.Semaphore(0)
+    )
+
+    def await_requests(self, n: int) -> None:
+        """Waits until so many requests were met since it was called last."""
+        for i in range(n):
+            assert self.arrivals.acquire(timeout=_HANG_S), f"only {i} of {n} requests came"
 
     def await_request(self) -> None:
         """Waits until a request was met."""
@@ -143,6 +151,7 @@ class Proxy:
                     fault.seen += 1
                     if fault.skip < fault.seen <= fault.skip + fault.times:
                         fault.met += 1
+                        fault.arrivals.release()
                         return fault
         return None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import multiprocessing.connection
 import re
 
 import pytest
@@ -83,10 +82,7 @@ def test_what_is_alike_is_one_round_trip(job, proxy, root, form, kind, least):
     # Each is held back until all of them are asked for.
     held = proxy.add(Fault(kind, "late"))
     job.begin("wrong_leaves", 1, N_LEAVES)
-    for _ in range(3000):
-        if held.met == n_alike:
-            break
-        multiprocessing.connection.wait([], timeout=0.02)
+    held.await_requests(n_alike)
     assert held.met == n_alike
     proxy.clear()
     assert job.end().result == []

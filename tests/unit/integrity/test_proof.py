@@ -276,7 +276,7 @@ def test_a_wrong_replica_is_found_on_its_device(saved, mesh, monkeypatch):
     assert compare_arrays.check_restored(stored, {"all": wrong}) == []
     found = proof_restored.look(stored.leaves, {"all": wrong}).wrong
     assert str(device) in found["all"]
-    monkeypatch.setattr(compare_arrays, "_far_from_the_host", dict)  # As on an accelerator.
+    monkeypatch.setattr(compare_arrays, "far_from_the_host", dict)  # As on an accelerator.
     (problem,) = compare_arrays.check_restored(stored, {"all": wrong})
     assert (problem.leaf, str(device) in problem.what) == ("all", True)
 
@@ -298,7 +298,7 @@ def test_a_restore_is_verified_where_the_arrays_are(mesh, tmp_path, monkeypatch)
     with ocp.CheckpointManager(tmp_path / "run", item_handlers=handler_with(1)) as manager:
         manager.save(0, args=ocp.args.StandardSave(state))
         manager.wait_until_finished()
-        monkeypatch.setattr(compare_arrays, "_far_from_the_host", dict)
+        monkeypatch.setattr(compare_arrays, "far_from_the_host", dict)
         looked = []
         on_host = compare_arrays._on_host
         monkeypatch.setattr(compare_arrays, "_on_host", lambda p: on_host(looked.extend(p) or p))
