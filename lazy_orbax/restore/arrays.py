@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,16 +15,6 @@ from lazy_orbax.integrity.stored_item import Piece
 from lazy_orbax.restore.groups import LARGE_BYTES, Group
 from lazy_orbax.restore.reader import Target
 from lazy_orbax.restore.wanted import Wanted, shards_of
-
-
-class Done(NamedTuple):
-    """A future that is done."""
-
-    value: Any
-
-    def result(self) -> Any:
-        """Returns the outcome."""
-        return self.value
 
 
 class Staging:

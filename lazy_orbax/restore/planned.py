@@ -23,7 +23,7 @@ from lazy_orbax.restore.groups import Group, grouped, targets_of
 from lazy_orbax.restore.reader import Chunk, Reader, Target, arrived
 from lazy_orbax.restore.source import source_of
 from lazy_orbax.restore.wanted import Wanted
-from lazy_orbax.storage.places import place_of
+from lazy_orbax.storage.places import Done, place_of
 from lazy_orbax.timeline import RestoreRecorder
 from lazy_orbax.trust.contents import Contents
 from lazy_orbax.trust.ocdbt_nodes import Extent
@@ -185,7 +185,7 @@ class Job:
         futures = self._reader.start(plain) + self._reader.start_encoded(encoded, decode)
         wrong += [*(decode(short) if short else ()), *self._decoder.read(somewhere)]
         found = [one for one in wrong if one is not None]
-        return [*futures, arrays.Done(found)] if found else futures
+        return [*futures, Done(found)] if found else futures
 
     def _chunks(self, request: Request) -> Iterator[tuple[Chunk, Extent | bytes | None]]:
         leaf, form, _, targets = request
