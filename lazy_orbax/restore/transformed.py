@@ -183,6 +183,7 @@ def _target(view: np.ndarray, form: ArrayFormat) -> Target:
 
 def _scaling(view: np.ndarray, factor: float) -> Callable[[], None]:
     def scale() -> None:
-        view[...] = view * np.asarray(factor, view.dtype)
+        with np.errstate(all="ignore"):  # NaNs, and what gets too large, are the caller's.
+            view[...] = view * np.asarray(factor, view.dtype)
 
     return scale

@@ -252,7 +252,7 @@ def test_only_the_wanted_bytes_of_a_stack_are_read(tmp_path):
 
 
 def test_parts_are_split_fused_turned_and_made(tmp_path):
-    qkv = on_mesh(random_array(RNG, (16, 24), np.float32), mesh(4), "a")
+    qkv = on_mesh(RNG.standard_normal((16, 24)).astype(np.float32), mesh(4), "a")
     tree = {"qkv": qkv, "a": np.arange(6.0).reshape(2, 3), "b": np.ones((1, 3))}
     tree |= {"vocabulary": np.arange(40.0).reshape(10, 4)}
     saved(tmp_path / "c", tree)
