@@ -12,8 +12,8 @@ import numpy as np
 from lazy_orbax._orbax.restored_kinds import ARRAY, NUMPY
 from lazy_orbax.integrity.proof_subjects import is_in_host_memory
 from lazy_orbax.integrity.stored_item import Piece
+from lazy_orbax.restore.chunk import Target
 from lazy_orbax.restore.groups import LARGE_BYTES, Group
-from lazy_orbax.restore.reader import Target
 from lazy_orbax.restore.wanted import Wanted, shards_of
 
 

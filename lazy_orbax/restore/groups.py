@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from lazy_orbax.plan.boxes import Box
-from lazy_orbax.restore.reader import Target, aligned, rounded_up
+from lazy_orbax.restore.chunk import Target
+from lazy_orbax.restore.memory import aligned, rounded_up
 from lazy_orbax.restore.wanted import Wanted, shards_of
+from lazy_orbax.trust.ocdbt_nodes import Extent
 
 _SLAB_BYTES = 2**25
 LARGE_BYTES = 2**22
@@ -71,7 +73,7 @@ def grouped(families: Iterable[Sequence[Wanted]], limit_bytes: int) -> Iterator[
     done, subtree = 0, None
     for family in families:
         mine, end = _placed(family, done)
-        top, n_bytes = family[0].name.partition(".")[0], end - done
+        top, n_bytes = _subtree_of(family[0]), end - done
         apart = (top != subtree and done >= LARGE_BYTES) or n_bytes >= LARGE_BYTES
         if members and (apart or end > most_bytes):
             yield Group(tuple(members), done)
@@ -81,6 +83,30 @@ def grouped(families: Iterable[Sequence[Wanted]], limit_bytes: int) -> Iterator[
         done, subtree = end, top
     if members:
         yield Group(tuple(members), done)
+
+
+def in_order(leaves: Iterable[Wanted], values: Mapping[str, Extent | bytes]) -> list[Wanted]:
+    """Returns leaves as they lie in the files: no gap in what a group reads is another group's.
+
+    Args:
+        leaves: the leaves, each stored as one array.
+        values: where chunks lie, see `Contents`.
+    """
+    subtrees: dict[str, int] = {}
+
+    def place(leaf: Wanted) -> tuple[int, str, int]:
+        assert leaf.form is not None
+        value = values.get(f"{leaf.name}/{leaf.form.key((0,) * len(leaf.shape))}")
+        file, offset = value[:2] if isinstance(value, Extent) else ("", 0)
+        return subtrees.setdefault(_subtree_of(leaf), len(subtrees)), file, offset
+
+    return sorted(leaves, key=place)
+
+
+def _subtree_of(leaf: Wanted) -> str:
+    """Returns the name of the subtree at the top that has a leaf; of one at the top, nothing."""
+    top, dot, _ = leaf.name.partition(".")
+    return top if dot else ""
 
 
 def _placed(family: Sequence[Wanted], first: int) -> tuple[list[Member], int]:
