@@ -11,6 +11,8 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
+
 from lazy_orbax.plan.boxes import Box
 from lazy_orbax.restore.chunk import Target
 from lazy_orbax.restore.memory import aligned, rounded_up
@@ -123,15 +125,17 @@ def _placed(family: Sequence[Wanted], first: int) -> tuple[list[Member], int]:
 def targets_of(group: Group) -> list[tuple[Target, ...]]:
     """Returns memory for each box of each leaf of a group."""
     slab = aligned(group.n_bytes)
-    memory = slab.data
-    found = []
-    for member in group.members:
-        leaf, targets, start = member.wanted, [], member.first
-        is_same = leaf.form is not None and leaf.dtype == leaf.form.dtype
-        for box in member.boxes:
-            stop = start + math.prod(box.shape) * leaf.dtype.itemsize
-            array = slab[start:stop].view(leaf.dtype).reshape(box.shape)
-            targets.append(Target(array, memory[start:stop] if is_same else None))
-            start += member.step
-        found.append(tuple(targets))
-    return found
+    return [_targets(slab, member) for member in group.members]
+
+
+def _targets(slab: np.ndarray, member: Member) -> tuple[Target, ...]:
+    leaf, boxes, first, step = member.wanted, member.boxes, member.first, member.step
+    if not boxes:
+        return ()
+    n_bytes = math.prod(boxes[0].shape) * leaf.dtype.itemsize
+    memory = slab[first : first + step * len(boxes)].reshape(-1, step)[:, :n_bytes]
+    arrays = memory.view(leaf.dtype).reshape(-1, *boxes[0].shape)
+    is_same = leaf.form is not None and leaf.dtype == leaf.form.dtype
+    return tuple(
+        Target(arrays[i, ...], memory[i].data if is_same else None) for i in range(len(boxes))
+    )
