@@ -9,12 +9,14 @@ RAW = ("raw_1", "raw_4", "raw_direct_1", "raw_direct_4")
 """Plain reads of the files, by so many threads, through the page cache or past it."""
 LAZY = ("lazy", "lazy_unverified")
 EXTRA = ("stock_of_lazy", "lazy_files", "lazy_zarr3")
-PEERS = (*STOCK, *LAZY, *RAW, *EXTRA)
+TRANSFORMED = "lazy_transformed"
+"""lazy_orbax, into another tree: see `benchmarks.restore.transformed`."""
+PEERS = (*STOCK, *LAZY, *RAW, *EXTRA, TRANSFORMED)
 
 STEP = 0
 """The step that is saved and restored."""
 
-_WRITERS = {"lazy_unverified": "lazy", "stock_of_lazy": "lazy"}
+_WRITERS = dict.fromkeys(("lazy_unverified", "stock_of_lazy", TRANSFORMED), "lazy")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,22 +26,25 @@ class Workload:
     Attributes:
         leaves: how many, by size.
         side: rows and columns of each, by size.
+        layers: how many such arrays are stacked in a leaf; 0 is none.
         in_bucket: whether it is saved to `gs://`.
     """
 
     leaves: dict[str, int]
     side: dict[str, int]
+    layers: int = 0
     in_bucket: bool = False
 
-    def shape(self, size: str) -> tuple[int, int]:
-        return self.side[size], self.side[size]
+    def shape(self, size: str) -> tuple[int, ...]:
+        return (*((self.layers,) if self.layers else ()), self.side[size], self.side[size])
 
 
-def _workload(leaves: int, side: int, *, in_bucket: bool = False) -> Workload:
+def _workload(leaves: int, side: int, *, layers: int = 0, in_bucket: bool = False) -> Workload:
     # Not less for tiny ones: a chunk of 1 KiB or less is kept in OCDBT's nodes, and is no read.
     return Workload(
         leaves={"full": leaves, "small": max(2, leaves // 10), "tiny": min(5, leaves)},
         side={"full": side, "small": side, "tiny": 64},
+        layers=layers,
         in_bucket=in_bucket,
     )
 
@@ -49,6 +54,7 @@ WORKLOADS = {
     "many5k": _workload(5000, 128),
     "many20k": _workload(20_000, 64),
     "large": _workload(16, 4096),
+    "scanned": _workload(12, 512, layers=24),
     "bucket": _workload(200, 256, in_bucket=True),
 }
 
@@ -101,6 +107,7 @@ CASES = {
     "cast_large": Case(workload="large", peers=_RESTORERS, dtype="bfloat16"),
     "stock_zstd": Case(workload="many", peers=_ZSTD, writer="stock_default"),
     "stock_zstd_large": Case(workload="large", peers=_ZSTD, writer="stock_default"),
+    "transformed": Case(workload="scanned", peers=("stock_default", "lazy", TRANSFORMED)),
     "gs": Case(workload="bucket", peers=_RESTORERS),
 }
 
@@ -137,6 +144,8 @@ def rows_of(names: tuple[str, ...], peers: tuple[str, ...]) -> list[Row]:
 def _fits(peer: str, case: Case) -> bool:
     """Whether a peer can take part: an object is no file, and some read only what they wrote."""
     if WORKLOADS[case.workload].in_bucket and peer in RAW:
+        return False
+    if peer == TRANSFORMED and not WORKLOADS[case.workload].layers:
         return False
     return not case.writer or peer in ("stock_default", *LAZY, *RAW)
 

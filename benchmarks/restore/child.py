@@ -11,12 +11,12 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks import meters
 from benchmarks.restore import plain_read
-from benchmarks.restore.cases import RAW, STEP, WORKLOADS, Reading, Writing
+from benchmarks.restore.cases import RAW, STEP, TRANSFORMED, WORKLOADS, Reading, Writing
 from benchmarks.restore.measure import Measured, measure
 
 Found = list[dict[str, Any]]
@@ -85,23 +85,18 @@ def _restore(run: Reading) -> Found:
     """
     import jax
 
-    from benchmarks import peers
-    from benchmarks.restore import states
+    from benchmarks.restore import states, transformed
 
     digests = json.loads(pathlib.Path(run.digests).read_text())
-    files, found = _files_of(run), []
-    # `stock_of_lazy` reads what lazy_orbax wrote.
-    reading = peers.PEERS[run.peer.replace("_of_lazy", "_default")]
-    args = peers.restore_args(reading, states.wanted(run))
-    with _manager(run, reading) as (manager, reports):
-
-        def restore() -> dict[str, jax.Array]:
-            return jax.block_until_ready(manager.restore(STEP, args=args))
-
+    files, found, reports = _files_of(run), [], []
+    of_all = transformed if run.peer == TRANSFORMED else states
+    with (_into_another_tree if run.peer == TRANSFORMED else _by_manager)(run, reports) as restore:
         for i in range(run.restores):
-            restored, measured = measure(restore, files, is_first=i == 0)
+            restored, measured = measure(
+                lambda: jax.block_until_ready(restore()), files, is_first=i == 0
+            )
             found.append(_said(measured, states.bytes_of(restored)))
-            if leaves := states.wrong(run, restored, digests):
+            if leaves := of_all.wrong(run, restored, digests):
                 raise ValueError(f"{len(leaves)} leaves were not restored as saved: {leaves[:10]}")
             del restored
     for said, report in zip(found, reports):
@@ -110,14 +105,31 @@ def _restore(run: Reading) -> Found:
 
 
 @contextlib.contextmanager
-def _manager(run: Reading, peer: Any) -> Iterator[tuple[Any, list[Any]]]:
-    """Opens a manager. Yields it, and a list that gets what lazy_orbax reports of each restore."""
+def _by_manager(run: Reading, reports: list[Any]) -> Iterator[Callable[[], Any]]:
+    """Opens a manager. Yields what restores, and adds what lazy_orbax reports to a list."""
     import orbax.checkpoint as ocp
 
-    reports: list[Any] = []
+    from benchmarks import peers
+    from benchmarks.restore import states
+
+    # `stock_of_lazy` reads what lazy_orbax wrote.
+    peer = peers.PEERS[run.peer.replace("_of_lazy", "_default")]
+    args = peers.restore_args(peer, states.wanted(run))
     hook = {"on_restore": reports.append} if run.peer.startswith("lazy") else {}
     with ocp.CheckpointManager(run.path, item_handlers=peer.handler(0, None, **hook)) as manager:
-        yield manager, reports
+        yield lambda: manager.restore(STEP, args=args)
+
+
+@contextlib.contextmanager
+def _into_another_tree(run: Reading, reports: list[Any]) -> Iterator[Callable[[], Any]]:
+    """Yields what restores through transforms, and adds what lazy_orbax reports to a list."""
+    import lazy_orbax
+    from benchmarks.restore import transformed
+
+    path = pathlib.Path(run.path) / str(STEP)
+    like, rules = transformed.wanted(run), transformed.rules_of(run)
+    options = lazy_orbax.LazyOptions(on_restore=reports.append)
+    yield lambda: lazy_orbax.load(path, like, transforms=rules, options=options)
 
 
 def _fields_of(report: Any) -> dict[str, Any]:

@@ -37,8 +37,13 @@ def values_of(run: Writing) -> Iterator[np.ndarray]:
         yield values
 
 
-def sharding_of(target: str) -> Any:
-    """Returns the sharding that a target of `cases.TARGETS` means, on the devices there are."""
+def sharding_of(target: str, layers: int = 0) -> Any:
+    """Returns the sharding that a target of `cases.TARGETS` means, on the devices there are.
+
+    Args:
+        target: its name.
+        layers: whether leaves are stacks of so many: each of these is divided.
+    """
     devices = np.array(jax.devices())
     if target == "one_device":
         return SingleDeviceSharding(devices[0])
@@ -47,16 +52,19 @@ def sharding_of(target: str) -> Any:
     if target == "grid":
         halves = 2 if len(devices) % 2 == 0 else 1
         return NamedSharding(Mesh(devices.reshape(halves, -1), ("a", "b")), P("a", "b"))
-    spec = {"same": P("d"), "axis_1": P(None, "d"), "replicated": P()}[target]
+    rows, columns = P("d"), P(None, "d")
+    same = columns if layers else rows  # Those of each layer.
+    spec = {"same": same, "axis_1": columns, "replicated": P()}[target]
     return NamedSharding(Mesh(devices, ("d",)), spec)
 
 
 def build(run: Writing) -> tuple[dict[str, jax.Array], Digests]:
     """Returns the state to save, and the digests of its values in every dtype."""
-    state, digests, sharding = {}, {dtype: [] for dtype in DTYPES}, sharding_of("same")
+    state, digests = {}, {dtype: [] for dtype in DTYPES}
+    sharding = sharding_of("same", WORKLOADS[run.workload].layers)
     for name, values in zip(names_of(run), values_of(run), strict=True):
         for dtype in DTYPES:
-            digests[dtype].append(_digest(values.astype(jnp.dtype(dtype), copy=False)))
+            digests[dtype].append(digest_of(values.astype(jnp.dtype(dtype), copy=False)))
         state[name] = jax.device_put(values, sharding, may_alias=False)
         state[name].block_until_ready()
     return state, digests
@@ -64,7 +72,7 @@ def build(run: Writing) -> tuple[dict[str, jax.Array], Digests]:
 
 def wanted(run: Reading) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns what to ask for."""
-    sharding = sharding_of(run.target)
+    sharding = sharding_of(run.target, WORKLOADS[run.workload].layers)
     leaf = jax.ShapeDtypeStruct(shape_of(run), jnp.dtype(run.dtype), sharding=sharding)
     return dict.fromkeys(names_of(run), leaf)
 
@@ -77,13 +85,14 @@ def wrong(run: Reading, restored: dict[str, jax.Array], digests: Digests) -> lis
     for (name, target), digest in zip(targets.items(), digests[run.dtype], strict=True):
         leaf = restored[name]
         is_asked_for = (leaf.shape, leaf.dtype) == (target.shape, target.dtype)
-        if not is_asked_for or leaf.sharding != target.sharding or _digest_of(leaf) != digest:
+        is_asked_for = is_asked_for and leaf.sharding == target.sharding
+        if not is_asked_for or digest_of(whole_of(leaf)) != digest:
             found.append(name)
     return found
 
 
-def _digest_of(leaf: jax.Array) -> str:
-    """The digest of a whole leaf; of something else where replicas differ or a part is missing.
+def whole_of(leaf: jax.Array) -> np.ndarray | None:
+    """Returns a whole leaf; `None` where replicas differ or a part is missing.
 
     It is put together in memory of its own: asking JAX for the whole would keep a copy with it.
     """
@@ -91,17 +100,19 @@ def _digest_of(leaf: jax.Array) -> str:
     for shard in leaf.addressable_shards:
         values = np.asarray(shard.data)
         if filled[shard.index].any() and values.tobytes() != whole[shard.index].tobytes():
-            return "replicas differ"
+            return None
         whole[shard.index], filled[shard.index] = values, True
-    return _digest(whole) if filled.all() else "a part is missing"
+    return whole if filled.all() else None
 
 
-def _digest(values: np.ndarray) -> str:
+def digest_of(values: np.ndarray | None) -> str:
+    if values is None:
+        return ""
     return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(values).view(np.uint8))
 
 
-def bytes_of(state: dict[str, jax.Array]) -> int:
+def bytes_of(state: Any) -> int:
     """The host memory that a state takes; what several shards share counts once."""
-    shards = (shard for leaf in state.values() for shard in leaf.addressable_shards)
+    shards = (shard for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards)
     on_host = [shard.data for shard in shards if shard.device.platform == "cpu"]
     return sum({part.unsafe_buffer_pointer(): part.nbytes for part in on_host}.values())

@@ -117,7 +117,7 @@ class Bucket(Source):
     unless one alone has more.
     """
 
-    concurrency, gap_bytes, run_bytes = 32, _MEBIBYTE, 16 * _MEBIBYTE
+    concurrency, gap_bytes, run_bytes = 32, _MEBIBYTE, 4 * _MEBIBYTE
     # A chunk is one request, as TensorStore has it.
     large_bytes, part_bytes = _MOST_AWAITED_BYTES, _MOST_AWAITED_BYTES
 

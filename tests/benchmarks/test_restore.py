@@ -159,6 +159,33 @@ def test_other_bits_are_an_error(written, tmp_path):
         child.obey(dataclasses.asdict(told))
 
 
+@pytest.fixture(scope="module")
+def scanned(tmp_path_factory) -> Writing:
+    directory = tmp_path_factory.mktemp("scanned")
+    paths = {"lazy": str(directory / "lazy")}
+    digests = str(directory / "digests")
+    writing = Writing(workload="scanned", size="tiny", digests=digests, paths=paths)
+    assert child.obey(dataclasses.asdict(writing)) is None
+    return writing
+
+
+@pytest.mark.parametrize("peer", ["lazy", "lazy_transformed"])
+def test_stacked_layers_are_restored_and_taken_apart(scanned, peer):
+    [said] = child.obey(dataclasses.asdict(reading_of(scanned, peer=peer)))
+    assert said["report"]["n_leaves"] == (5 if peer == "lazy" else 5 * 24)
+
+
+@pytest.mark.parametrize(("dtype", "leaf"), [("float32", 0), ("bfloat16", 1), ("float32", 2)])
+def test_other_bits_of_single_layers_are_an_error(scanned, tmp_path, dtype, leaf):
+    digests = json.loads(pathlib.Path(scanned.digests).read_text())
+    digests[dtype][leaf] = digests[dtype][leaf - 1]
+    spoilt = tmp_path / "digests"
+    spoilt.write_text(json.dumps(digests))
+    told = dataclasses.replace(reading_of(scanned, peer="lazy_transformed"), digests=str(spoilt))
+    with pytest.raises(ValueError, match=f"1 leaves were not restored .*weight_0000{leaf}"):
+        child.obey(dataclasses.asdict(told))
+
+
 @pytest.fixture
 def saved(written) -> tuple[dict[str, jax.Array], states.Digests]:
     return states.build(written)
