@@ -84,3 +84,19 @@ def test_processes_agree_on_what_is_corrupt(tmp_path):
     assert kinds == ["CorruptCheckpointError", "RestoreError"]
     reasons = [report["skipped"][0] for report in both]
     assert sum("another process" in reason for reason in reasons) == 1
+
+
+def test_a_flipped_bit_fails_the_restore_on_all_whoever_reads_it(tmp_path):
+    processes = reports(run_job(4, "flipped", tmp_path / "run", logs=tmp_path / "logs"))
+    for target, readers in {"same": [2], "other": [0, 1, 2, 3]}.items():
+        failed = [process["failed"][target] for process in processes]
+        kinds = [one.get("kind") for one in failed]
+        assert [i for i, kind in enumerate(kinds) if kind == "CorruptCheckpointError"] == readers
+        for i, one in enumerate(failed):
+            assert one["s"] < 30, one
+            if i in readers:
+                assert "ocdbt.process_2" in one["message"], one
+            else:
+                assert one["kind"] == "RestoreError", one
+                assert "process 2 failed" in one["message"], one
+    assert [process["wrong"] for process in processes] == [[]] * 4

@@ -133,6 +133,41 @@ def corrupted(root: str) -> Report:
     return report
 
 
+def flipped(root: str) -> Report:
+    """Flips a bit of what process 2 wrote, restores onto two meshes, and flips it back."""
+    mesh, report = _mesh(), {}
+
+    def flip(file: Any) -> None:
+        ocp.multihost.sync_global_processes("before a flip")
+        if jax.process_index() == 0:
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 4
+            file.write_bytes(bytes(content))
+        ocp.multihost.sync_global_processes("after a flip")
+
+    with _manager(root) as manager:
+        _save(manager, 1, states.on_mesh(mesh, 0))
+        manager.wait_until_finished()
+        place = manager.directory / "1" / "default" / "ocdbt.process_2" / "d"
+        file = max(place.iterdir(), key=lambda path: path.stat().length)
+        wanted = {
+            name: ocp.args.StandardRestore(states.targets(mesh, specs))
+            for name, specs in (("same", states.SPECS), ("other", states.OTHER_SPECS))
+        }
+        flip(file)
+        report["failed"] = {
+            name: _outcome(lambda args=args: manager.restore(1, args=args))
+            for name, args in wanted.items()
+        }
+        flip(file)
+        report["wrong"] = [
+            difference
+            for args in wanted.values()
+            for difference in states.differences(manager.restore(1, args=args), states.values(0))
+        ]
+    return report
+
+
 def killed(root: str, point: str, watched: int, victim: int, pids: str) -> Report:
     """Saves step 1, then kills `victim` when `watched` comes to `point` of the save of step 2."""
     me = jax.process_index()
@@ -381,6 +416,7 @@ SCENARIOS = {
     for function in (
         twenty_saves,
         corrupted,
+        flipped,
         killed,
         failing,
         one_save,
