@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lazy_orbax._orbax.parts_in_memory import array_of
+from lazy_orbax._orbax.parts_in_memory import ArrayMaker
 from lazy_orbax._orbax.restored_kinds import ARRAY, NUMPY
 from lazy_orbax.integrity.proof_subjects import is_in_host_memory
 from lazy_orbax.integrity.stored_item import Piece
@@ -40,6 +40,7 @@ class Staging:
         self.values: dict[int, Any] = {}
         self.wrong: list[Piece] = []
         self._limit_bytes, self._n_bytes = limit_bytes, 0
+        self._maker = ArrayMaker()
         self._reading: collections.deque[tuple[Group, Any, Sequence[Any]]] = collections.deque()
 
     def reserve(self, group: Group) -> None:
@@ -70,9 +71,8 @@ class Staging:
         group, targets, futures = self._reading.popleft()
         for future in futures:
             self.wrong += future.result()
-        made = [
-            _made(member.wanted, mine) for member, mine in zip(group.members, targets, strict=True)
-        ]
+        pairs = zip(group.members, targets, strict=True)
+        made = [self._made(member.wanted, mine) for member, mine in pairs]
         if blocks:  # Here the staging memory ends: its arrays must be on their devices.
             jax.block_until_ready([one for one in made if isinstance(one, jax.Array)])
         self._n_bytes -= group.n_bytes
@@ -81,21 +81,20 @@ class Staging:
         for member, one in zip(group.members, made, strict=True):
             self.values[member.wanted.position] = one
 
-
-def _made(leaf: Wanted, targets: tuple[Target, ...]) -> Any:
-    """Returns a leaf, of the memory in which its boxes are."""
-    if leaf.kind == ARRAY:
-        boxes = [target.array for target in targets]
-        if not boxes:
-            boxes = [np.empty(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)]
-        of_devices = shards_of(leaf.sharding, leaf.shape).of_devices
-        parts = [boxes[i] for i in of_devices]
-        return array_of(leaf.shape, leaf.dtype, leaf.sharding, parts)
-    if leaf.kind == NUMPY:
-        array = targets[0].array if targets else np.empty(leaf.shape, leaf.dtype)
-        return array if array.nbytes >= LARGE_BYTES else array.copy()  # It lets go of the slab.
-    number = targets[0].array.item()
-    return leaf.restore_type(number) if leaf.restore_type else number
+    def _made(self, leaf: Wanted, targets: tuple[Target, ...]) -> Any:
+        """Returns a leaf, of the memory in which its boxes are."""
+        if leaf.kind == ARRAY:
+            boxes = [target.array for target in targets]
+            if not boxes:
+                boxes = [np.empty(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)]
+            of_devices = shards_of(leaf.sharding, leaf.shape).of_devices
+            parts = [boxes[i] for i in of_devices]
+            return self._maker.array_of(leaf.shape, leaf.dtype, leaf.sharding, parts)
+        if leaf.kind == NUMPY:
+            array = targets[0].array if targets else np.empty(leaf.shape, leaf.dtype)
+            return array if array.nbytes >= LARGE_BYTES else array.copy()  # It lets go of the slab.
+        number = targets[0].array.item()
+        return leaf.restore_type(number) if leaf.restore_type else number
 
 
 def takes_host_memory(leaf: Wanted) -> bool:
