@@ -18,7 +18,7 @@ from lazy_orbax._orbax import handed_in, lifecycle, multihost
 from lazy_orbax._orbax.interrupted import await_interrupted
 from lazy_orbax._orbax.records import Destination, Settings
 from lazy_orbax.errors import OptionError, SaveError
-from lazy_orbax.integrity.proof_turns import Turns
+from lazy_orbax.integrity.proof_turns import TURNS
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.pods.agreement import agreement_on
 from lazy_orbax.recovery.attempt import attempt_at
@@ -47,7 +47,6 @@ class Saver:
         merge: merges in a directory what several processes wrote.
         pace: how fast it may write.
         fingerprints: what its last saves held.
-        turns: which of its saves are verified.
         publications: what it has finalized and Orbax has not published yet.
         commits: its saves of which more may come.
     """
@@ -60,7 +59,6 @@ class Saver:
     merge: Callable[[Any], None]
     pace: Pace
     fingerprints: Fingerprints = dataclasses.field(default_factory=Fingerprints)
-    turns: Turns = dataclasses.field(default_factory=Turns)
     publications: Publications = dataclasses.field(default_factory=Publications)
     commits: list[Commit] = dataclasses.field(default_factory=list)
 
@@ -171,7 +169,7 @@ def _job(saver: Saver, prepared: Prepared, leaves: Sequence[Any], path: str) -> 
         pace=saver.pace,
         path=path,
         fingerprints=saver.fingerprints,
-        evidence=saver.turns.next(prepared.plan, item, every),
+        evidence=TURNS.next(prepared.plan, item, every),
     )
 
 

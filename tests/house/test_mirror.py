@@ -18,7 +18,6 @@ COVERED_BY = {
     "_machine": "unit/snapshot/test_choose_mode.py",
     "_orbax.describe": "interop/test_leaves.py",
     "_orbax.handed_in": "interop/test_places.py",
-    "_orbax.interrupted": "unit/_orbax/test_lifecycle.py",
     "_orbax.metrics": "unit/restore/test_planned.py",
     "_orbax.multihost": "unit/pods/test_agreement.py",
     "_orbax.on_disk": "interop/test_formats.py",
