@@ -6,6 +6,7 @@ Everything else is private, whatever its name.
 """
 
 from lazy_orbax import args, errors, reports, transforms
+from lazy_orbax.handlers.installed import install, status, uninstall
 from lazy_orbax.handlers.lazy import LazyCheckpointHandler
 from lazy_orbax.handlers.prewarm import prewarm
 from lazy_orbax.handlers.stock_shaped import pytree_handler, standard_handler
@@ -34,6 +35,7 @@ __all__ = [
     "SnapshotStep",
     "args",
     "errors",
+    "install",
     "load",
     "log_failed_saves",
     "node_local_options",
@@ -44,7 +46,9 @@ __all__ = [
     "restore_replacing",
     "split_step",
     "standard_handler",
+    "status",
     "transforms",
+    "uninstall",
     "verify",
     "wait_until_staged",
 ]

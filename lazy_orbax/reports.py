@@ -8,8 +8,11 @@
 | `log_failed_saves` | `FailedSaves` |
 | `Preemption.last_save` | `LastSave` |
 | `node_local_options` | `NodeLocalOptions` |
+| `install` | `Installation`, a context manager |
+| `status` | `Status` |
 """
 
+from lazy_orbax.handlers.installed import Installation, Status
 from lazy_orbax.integrity.verify import ItemReport, VerifyReport
 from lazy_orbax.pods.node_local import NodeLocalOptions
 from lazy_orbax.recovery.failed_saves import FailedSaves
@@ -19,6 +22,7 @@ from lazy_orbax.restore.replacing import Replaced, RestoredWithReplacements
 
 __all__ = [
     "FailedSaves",
+    "Installation",
     "ItemReport",
     "LastSave",
     "LatestGood",
@@ -26,5 +30,6 @@ __all__ = [
     "Replaced",
     "RestoredWithReplacements",
     "Skipped",
+    "Status",
     "VerifyReport",
 ]
