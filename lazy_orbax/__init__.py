@@ -20,6 +20,7 @@ from lazy_orbax.restore.load import load
 from lazy_orbax.restore.replacing import FromStep, restore_replacing
 from lazy_orbax.save.durable_path import DurablePath
 from lazy_orbax.save.in_flight import wait_until_staged
+from lazy_orbax.save.step_times import StepTimes
 from lazy_orbax.snapshot.snapshot_step import SnapshotStep
 from lazy_orbax.snapshot.split_step import split_step
 from lazy_orbax.timeline import RestoreTimeline, SaveTimeline
@@ -33,6 +34,7 @@ __all__ = [
     "RestoreTimeline",
     "SaveTimeline",
     "SnapshotStep",
+    "StepTimes",
     "args",
     "errors",
     "install",

@@ -10,6 +10,7 @@
 | `node_local_options` | `NodeLocalOptions` |
 | `install` | `Installation`, a context manager |
 | `status` | `Status` |
+| `StepTimes.report` | `StallReport` |
 """
 
 from lazy_orbax.handlers.installed import Installation, Status
@@ -19,6 +20,7 @@ from lazy_orbax.recovery.failed_saves import FailedSaves
 from lazy_orbax.recovery.preemption import LastSave
 from lazy_orbax.restore.latest_good import LatestGood, Skipped
 from lazy_orbax.restore.replacing import Replaced, RestoredWithReplacements
+from lazy_orbax.save.step_times import StallReport
 
 __all__ = [
     "FailedSaves",
@@ -30,6 +32,7 @@ __all__ = [
     "Replaced",
     "RestoredWithReplacements",
     "Skipped",
+    "StallReport",
     "Status",
     "VerifyReport",
 ]

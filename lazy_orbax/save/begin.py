@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from lazy_orbax import _paths
-from lazy_orbax._orbax import handed_in, lifecycle, multihost
+from lazy_orbax._orbax import handed_in, lifecycle, metrics, multihost
 from lazy_orbax._orbax.interrupted import await_interrupted
 from lazy_orbax._orbax.records import Destination, Settings
 from lazy_orbax.errors import OptionError, SaveError
@@ -29,9 +29,12 @@ from lazy_orbax.save.pipeline import Job, Save
 from lazy_orbax.save.plan_cache import Prepared, prepare
 from lazy_orbax.save.publication import Publications
 from lazy_orbax.save.refused_trees import refuse_relative
+from lazy_orbax.save.step_times import note_begun
 from lazy_orbax.save.unchanged_state import Fingerprints
+from lazy_orbax.snapshot.host_budget import HOST_BUDGET
 from lazy_orbax.storage.pace import Pace
 from lazy_orbax.storage.places import place_of
+from lazy_orbax.timeline import Recorder, SaveTimeline
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -87,6 +90,7 @@ async def begin(saver: Saver, directory: Any, args: Any) -> list[Commit]:
     """
     custom_metadata = own_json(args.custom_metadata)
     path, operation = handed_in.path_of(directory), lifecycle.operation_id()
+    recorder = Recorder(path, saver.options.on_timeline, _record)
     _refuse_after_interruption(path)
     # Before what is left of earlier saves is looked at: this one may have the same directory.
     removes_all = multihost.is_primary_host(saver.settings.primary_host)
@@ -103,7 +107,7 @@ async def begin(saver: Saver, directory: Any, args: Any) -> list[Commit]:
     refuse_relative(path, uses_ocdbt=bool(prepared.format.own_directories))
     if failures:
         remember(failures, prepared.plan.n_bytes, item_directory=path)
-    save = Save(_job(saver, prepared, leaves, path))
+    save = Save(_job(saver, prepared, leaves, recorder))
     others = await handed_in.serialize_others(prepared.others, leaves, directory)
     item = _paths.final(path).rpartition("/")[2]
     writers = prepared.plan.processes
@@ -120,7 +124,9 @@ async def begin(saver: Saver, directory: Any, args: Any) -> list[Commit]:
     commit.others = others
     # From here on the next save, or `close`, ends this one where Orbax does not.
     saver.commits.append(commit)
+    note_begun(recorder)
     _put_out_of_reach(commit, prepared.arrays(leaves))
+    metrics.record_blocking(recorder.timeline)
     return [commit]
 
 
@@ -134,6 +140,10 @@ def own_json(custom_metadata: Any) -> Any:
         return json.loads(json.dumps(custom_metadata))
     except (TypeError, ValueError) as error:
         raise OptionError(f"custom_metadata cannot be written as JSON: {error}.") from error
+
+
+def _record(timeline: SaveTimeline) -> None:
+    metrics.record_save(timeline, host_peak_bytes=HOST_BUDGET.peak_bytes)
 
 
 def _refuse_after_interruption(path: str) -> None:
@@ -159,17 +169,18 @@ def _end_earlier_saves(saver: Saver, path: str) -> list[BaseException]:
     return [error for commit in earlier if (error := commit.part.failure)]
 
 
-def _job(saver: Saver, prepared: Prepared, leaves: Sequence[Any], path: str) -> Job:
-    item, every = _paths.item_of(path), saver.options.verify_snapshot
+def _job(saver: Saver, prepared: Prepared, leaves: Sequence[Any], recorder: Recorder) -> Job:
+    every = saver.options.verify_snapshot
+    recorder.mark("planned")
     return Job(
         prepared=prepared,
         texts=prepared.texts(leaves),
         options=saver.options,
         limit_bytes=saver.limit_bytes,
         pace=saver.pace,
-        path=path,
         fingerprints=saver.fingerprints,
-        evidence=TURNS.next(prepared.plan, item, every),
+        recorder=recorder,
+        evidence=TURNS.next(prepared.plan, recorder.item, every),
     )
 
 

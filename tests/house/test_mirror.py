@@ -19,7 +19,6 @@ COVERED_BY = {
     "_orbax.describe": "interop/test_leaves.py",
     "_orbax.entry_points": "unit/handlers/test_installed.py",
     "_orbax.handed_in": "interop/test_places.py",
-    "_orbax.metrics": "unit/restore/test_planned.py",
     "_orbax.multihost": "unit/pods/test_agreement.py",
     "_orbax.on_disk": "interop/test_formats.py",
     "_orbax.operations": "faults/test_beside.py",
