@@ -10,12 +10,29 @@
 | `node_local_options` | `NodeLocalOptions` |
 """
 
-from lazy_orbax.integrity.verify import ItemReport, VerifyReport
-from lazy_orbax.pods.node_local import NodeLocalOptions
-from lazy_orbax.recovery.failed_saves import FailedSaves
-from lazy_orbax.recovery.preemption import LastSave
-from lazy_orbax.restore.latest_good import LatestGood, Skipped
-from lazy_orbax.restore.replacing import Replaced, RestoredWithReplacements
+from typing import TYPE_CHECKING
+
+from lazy_orbax._lazily import exports as _exports
+
+if TYPE_CHECKING:
+    from lazy_orbax.integrity.verify import ItemReport, VerifyReport
+    from lazy_orbax.pods.node_local import NodeLocalOptions
+    from lazy_orbax.recovery.failed_saves import FailedSaves
+    from lazy_orbax.recovery.preemption import LastSave
+    from lazy_orbax.restore.latest_good import LatestGood, Skipped
+    from lazy_orbax.restore.replacing import Replaced, RestoredWithReplacements
+
+_HOMES = {
+    "FailedSaves": "lazy_orbax.recovery.failed_saves",
+    "ItemReport": "lazy_orbax.integrity.verify",
+    "LastSave": "lazy_orbax.recovery.preemption",
+    "LatestGood": "lazy_orbax.restore.latest_good",
+    "NodeLocalOptions": "lazy_orbax.pods.node_local",
+    "Replaced": "lazy_orbax.restore.replacing",
+    "RestoredWithReplacements": "lazy_orbax.restore.replacing",
+    "Skipped": "lazy_orbax.restore.latest_good",
+    "VerifyReport": "lazy_orbax.integrity.verify",
+}
 
 __all__ = [
     "FailedSaves",
@@ -28,3 +45,4 @@ __all__ = [
     "Skipped",
     "VerifyReport",
 ]
+__getattr__, __dir__ = _exports(globals(), _HOMES)

@@ -10,14 +10,16 @@ import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lazy_orbax import _paths
 from lazy_orbax.integrity.digest import digest_of_bytes, digest_of_text
 from lazy_orbax.plan.boxes import Box, Shape
-from lazy_orbax.plan.slabs import Piece, Plan
+
+if TYPE_CHECKING:
+    from lazy_orbax.plan.slabs import Piece, Plan
 
 DIRECTORY = "lazy_orbax_digests"
 _FORMAT = 1

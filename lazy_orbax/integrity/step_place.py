@@ -10,8 +10,7 @@ directory that has no metadata of a step.
 from __future__ import annotations
 
 import re
-
-from etils import epath
+from typing import Any
 
 from lazy_orbax import _paths
 from lazy_orbax._paths import MANIFEST, STEP_METADATA, TREE
@@ -35,12 +34,12 @@ def is_item(children: list[str]) -> bool:
     return any(name in children for name in _ITEM_FILES)
 
 
-def is_step(place: epath.Path, children: list[str]) -> bool:
+def is_step(place: Any, children: list[str]) -> bool:
     """Whether a directory in which these lie is a step's, perhaps of one item that is the step."""
     return is_item(children) or STEP_METADATA in children or _has_items(place, children)
 
 
-def is_run(place: epath.Path, children: list[str]) -> bool:
+def is_run(place: Any, children: list[str]) -> bool:
     """Whether steps lie in a directory that is none itself."""
     if is_step(place, children):
         return False
@@ -51,7 +50,7 @@ def is_run(place: epath.Path, children: list[str]) -> bool:
     return False
 
 
-def _has_items(place: epath.Path, children: list[str]) -> bool:
+def _has_items(place: Any, children: list[str]) -> bool:
     found = [place / name for name in children if _paths.step_of(name) is None]
     return any(
         child.is_dir() and is_item([part.name for part in child.iterdir()]) for child in found

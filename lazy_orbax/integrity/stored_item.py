@@ -17,7 +17,7 @@ from lazy_orbax.integrity.digest_in_parts import PART_BYTES, digest_in_parts
 from lazy_orbax.integrity.step_place import wrong_step
 from lazy_orbax.integrity.stored_arrays import StoredArrays
 from lazy_orbax.plan.boxes import Box
-from lazy_orbax.plan.slabs import runs
+from lazy_orbax.plan.runs import runs
 from lazy_orbax.storage.place import MOST_BYTES
 from lazy_orbax.storage.places import place_of
 from lazy_orbax.trust.files import ItemFiles

@@ -10,8 +10,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from etils import epath
-
 from lazy_orbax import _paths
 from lazy_orbax._paths import COMMITTED, STEP_METADATA
 from lazy_orbax.errors import (
@@ -119,7 +117,7 @@ def verify(path: Any) -> VerifyReport:
     """
     if not isinstance(path, str | os.PathLike):
         raise OptionError(f"verify takes a path, and found {path!r}. {_GIVE}")
-    place = epath.Path(path)
+    place = place_of(os.fspath(path)).as_path()
     if not place.is_dir():
         raise OptionError(f"{place} is not a directory. {_GIVE}")
     children = sorted(child.name for child in place.iterdir())
@@ -137,7 +135,7 @@ def verify(path: Any) -> VerifyReport:
     return VerifyReport(str(place), tuple(items), tuple(problems))
 
 
-def _runs_in(place: epath.Path, children: list[str]) -> list[str]:
+def _runs_in(place: Any, children: list[str]) -> list[str]:
     inside = [place / name for name in children if (place / name).is_dir()]
     return [str(d) for d in inside if is_run(d, [part.name for part in d.iterdir()])]
 
@@ -152,8 +150,8 @@ def newest_whole_step(directory: str) -> int | None:
         TimeoutError: for so long none was found. A step is read as a whole to know.
     """
     until_s = time.monotonic() + _SEARCH_S
-    place = epath.Path(directory)
-    step = epath.Path(metadata_beside(directory) or _paths.step_directory(directory))
+    place = place_of(directory).as_path()
+    step = place_of(metadata_beside(directory) or _paths.step_directory(directory)).as_path()
     inner = "" if step == place else place.name
     if _paths.step_of(step.name) is None:
         return None
@@ -193,7 +191,7 @@ def raise_corrupt(
         ) from cause
 
 
-def _verify_step(place: epath.Path, children: list[str]) -> tuple[list[ItemReport], list[Problem]]:
+def _verify_step(place: Any, children: list[str]) -> tuple[list[ItemReport], list[Problem]]:
     if is_item(children):
         return [_verify_item(place)], _step_problems(place, children, is_item=True)
     problems = _step_problems(place, children, is_item=False)
@@ -207,7 +205,7 @@ def _verify_step(place: epath.Path, children: list[str]) -> tuple[list[ItemRepor
     return items, problems
 
 
-def _verify_run(place: epath.Path, children: list[str]) -> tuple[list[ItemReport], list[Problem]]:
+def _verify_run(place: Any, children: list[str]) -> tuple[list[ItemReport], list[Problem]]:
     items, problems = [], []
     for name in sorted(children, key=lambda name: (_paths.step_of(name) or 0, name)):
         child = place / name
@@ -228,7 +226,7 @@ def _verify_run(place: epath.Path, children: list[str]) -> tuple[list[ItemReport
     return items, problems
 
 
-def _step_problems(place: epath.Path, children: list[str], *, is_item: bool) -> list[Problem]:
+def _step_problems(place: Any, children: list[str], *, is_item: bool) -> list[Problem]:
     """Returns what is wrong with what Orbax keeps of a step beside its items."""
     problems = []
     if _paths.is_temporary(str(place)):
@@ -242,7 +240,7 @@ def _step_problems(place: epath.Path, children: list[str], *, is_item: bool) -> 
     return problems + [p for p in dict.fromkeys(told) if not problems or p.file != STEP_METADATA]
 
 
-def _broken(place: epath.Path, children: list[str], *, is_item: bool) -> list[Problem]:
+def _broken(place: Any, children: list[str], *, is_item: bool) -> list[Problem]:
     """Returns what is wrong with a step's metadata, without any digest."""
     try:
         found = json.loads(place_of(str(place)).read(STEP_METADATA))
@@ -257,7 +255,7 @@ def _broken(place: epath.Path, children: list[str], *, is_item: bool) -> list[Pr
     return [Problem("is missing; it was saved as an item of this step", n) for n in missing]
 
 
-def _verify_item(place: epath.Path, until_s: float = math.inf) -> ItemReport:
+def _verify_item(place: Any, until_s: float = math.inf) -> ItemReport:
     directory = str(place)
     try:
         contents = refuse_malformed(place, None, digest_file.DIRECTORY)

@@ -15,6 +15,7 @@ UNIT = TESTS / "unit"
 COVERED_BY = {
     "__main__": "faults/test_integrity.py",
     "_jax_context": "interop/test_contexts.py",
+    "_lazily": "house/test_import.py",
     "_machine": "unit/snapshot/test_choose_mode.py",
     "_orbax.describe": "interop/test_leaves.py",
     "_orbax.handed_in": "interop/test_places.py",
@@ -27,6 +28,7 @@ COVERED_BY = {
     "_orbax.records": "unit/save/test_plan_cache.py",
     "_orbax.restored_kinds": "unit/restore/test_wanted.py",
     "_orbax.standard_handler": "unit/_orbax/test_symbols.py",
+    "_orbax.stored_kinds": "unit/restore/test_wanted.py",
     "_orbax.waiting": "unit/_orbax/test_lifecycle.py",
     "args": "interop/test_args.py",
     "cli.main": "faults/test_integrity.py",
@@ -47,6 +49,7 @@ COVERED_BY = {
     "integrity.stored_arrays": "faults/test_integrity.py",
     "integrity.stored_item": "faults/test_integrity.py",
     "integrity.verify": "faults/test_integrity.py",
+    "plan.runs": "unit/plan/test_slabs.py",
     "plan.transforms.apply": "unit/plan/transforms/test_rules.py",
     "plan.transforms.cuts": "property/test_transform_properties.py",
     "plan.transforms.entries": "unit/plan/transforms/test_moments.py",
