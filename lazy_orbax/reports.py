@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from lazy_orbax._lazily import exports as _exports
 
 if TYPE_CHECKING:
-    from lazy_orbax.integrity.verify import ItemReport, VerifyReport
+    from lazy_orbax.integrity.verify_report import ItemReport, VerifyReport
     from lazy_orbax.pods.node_local import NodeLocalOptions
     from lazy_orbax.recovery.failed_saves import FailedSaves
     from lazy_orbax.recovery.preemption import LastSave
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "FailedSaves": "lazy_orbax.recovery.failed_saves",
-    "ItemReport": "lazy_orbax.integrity.verify",
+    "ItemReport": "lazy_orbax.integrity.verify_report",
     "LastSave": "lazy_orbax.recovery.preemption",
     "LatestGood": "lazy_orbax.restore.latest_good",
     "NodeLocalOptions": "lazy_orbax.pods.node_local",
     "Replaced": "lazy_orbax.restore.replacing",
     "RestoredWithReplacements": "lazy_orbax.restore.replacing",
     "Skipped": "lazy_orbax.restore.latest_good",
-    "VerifyReport": "lazy_orbax.integrity.verify",
+    "VerifyReport": "lazy_orbax.integrity.verify_report",
 }
 
 __all__ = [

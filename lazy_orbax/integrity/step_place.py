@@ -10,16 +10,17 @@ directory that has no metadata of a step.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lazy_orbax import _paths
-from lazy_orbax._paths import MANIFEST, STEP_METADATA, TREE
+from lazy_orbax._paths import DIGESTS, MANIFEST, STEP_METADATA, TREE
 from lazy_orbax.errors import Problem
-from lazy_orbax.integrity import digest_file
-from lazy_orbax.integrity.digest_file import ProcessDigests
 from lazy_orbax.storage.places import place_of
 
-_ITEM_FILES = (TREE, MANIFEST, digest_file.DIRECTORY)
+if TYPE_CHECKING:
+    from lazy_orbax.integrity.digest_file import ProcessDigests
+
+_ITEM_FILES = (TREE, MANIFEST, DIGESTS)
 _STEP = re.compile(r"(?:(.*)[_-])?(\d+)")
 
 
@@ -65,7 +66,7 @@ def wrong_step(saved: ProcessDigests, item_directory: str) -> Problem | None:
         item_directory: where they lie.
     """
     directory = place_of(item_directory).absolute
-    names = digest_file.names_of(directory)
+    names = _paths.names_of(directory)
     for level in range(-1, -1 - len(names), -1):
         found = _differing(saved, names, level)
         if found is not None and _is_named(directory, names, level):
@@ -74,7 +75,7 @@ def wrong_step(saved: ProcessDigests, item_directory: str) -> Problem | None:
                 f"{found[1]}: the files of another step are in place of its own. If they were "
                 "copied on purpose, restore with LazyOptions(verify_restore=False)"
             )
-            return Problem(what, f"{digest_file.DIRECTORY}/process_{saved.process}")
+            return Problem(what, f"{DIGESTS}/process_{saved.process}")
     return None
 
 

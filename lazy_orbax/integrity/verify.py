@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lazy_orbax import _paths
@@ -22,6 +22,7 @@ from lazy_orbax.errors import (
 from lazy_orbax.integrity import digest_file, step_metadata
 from lazy_orbax.integrity.step_place import is_item, is_run, is_step, metadata_beside
 from lazy_orbax.integrity.stored_item import Piece, StoredItem
+from lazy_orbax.integrity.verify_report import ItemReport, VerifyReport
 from lazy_orbax.storage.places import place_of
 from lazy_orbax.trust.malformed import refuse_malformed
 
@@ -34,70 +35,35 @@ _NO_DIGESTS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class ItemReport:
-    """What was found of one item.
+class _Watch:
+    """Watches over the reading of pieces: how far it is, and whether there is time left.
 
     Attributes:
-        directory: the item's directory.
-        n_leaves: leaves that were read and compared with their digests.
-        n_bytes: their size, in bytes.
-        not_covered: what has no digest, and was therefore not looked at.
-        problems: what is not as it was saved.
+        until_s: when there is none.
+        tell: what is called with the bytes that were read, and those that are known of.
     """
 
-    directory: str
-    n_leaves: int
-    n_bytes: int
-    not_covered: tuple[str, ...]
-    problems: tuple[Problem, ...]
+    def __init__(self, until_s: float = math.inf, tell: Callable[[int, int], None] | None = None):
+        self.until_s, self.tell = until_s, tell
+        self._done_bytes = self._all_bytes = 0
 
-    @property
-    def is_covered(self) -> bool:
-        """Whether there are digests."""
-        return self.n_leaves > 0 or bool(self.problems)
+    def over(self, stored: StoredItem) -> Iterator[Piece]:
+        """Yields the pieces of an item.
 
-
-@dataclasses.dataclass(frozen=True)
-class VerifyReport:
-    """What `verify` found.
-
-    Attributes:
-        path: what was verified.
-        items: the items, one after the other.
-        problems: what is wrong beside them: not committed, no item, broken metadata of a step.
-    """
-
-    path: str
-    items: tuple[ItemReport, ...]
-    problems: tuple[Problem, ...]
-
-    @property
-    def all_problems(self) -> tuple[Problem, ...]:
-        """Everything that is wrong."""
-        return self.problems + tuple(p for item in self.items for p in item.problems)
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing is wrong with what is covered. See `ItemReport.not_covered`."""
-        return not self.all_problems
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether nothing is wrong, and something is covered."""
-        return self.ok and any(item.is_covered for item in self.items)
-
-    def __str__(self) -> str:
-        lines = [f"{self.path}: {problem}" for problem in self.problems]
-        for item in self.items:
-            state = "CORRUPT" if item.problems else "ok" if item.is_covered else "not covered"
-            lines.append(f"{item.directory}: {state}, {item.n_leaves} leaves, {item.n_bytes} bytes")
-            lines += [f"  {problem}" for problem in item.problems]
-            lines += [f"  not covered: {name}" for name in item.not_covered]
-        return "\n".join(lines)
+        Raises:
+            TimeoutError: there is no time left.
+        """
+        self._all_bytes += stored.n_bytes if self.tell else 0
+        for piece in stored.pieces:
+            if time.monotonic() >= self.until_s:
+                raise TimeoutError("There was no time to read all of it.")
+            yield piece
+            if self.tell:
+                self._done_bytes += stored.bytes_of(piece)
+                self.tell(self._done_bytes, self._all_bytes)
 
 
-def verify(path: Any) -> VerifyReport:
+def verify(path: Any, *, on_progress: Callable[[int, int], None] | None = None) -> VerifyReport:
     """Reads a checkpoint and compares its bytes with the digests that were saved with it.
 
     It changes nothing, and needs neither the model nor a device. It reads 64 MiB at a time. Where
@@ -106,6 +72,8 @@ def verify(path: Any) -> VerifyReport:
     Args:
         path: the directory or `gs://` address of an item, of a step, or of a run with many steps:
             a `str` or `os.PathLike`.
+        on_progress: is called with the bytes that were read, and with those that are known of: of
+            a run, the steps that were begun.
 
     Returns:
         What it found: the items with what they hold, and every problem with the leaf, the file and
@@ -120,14 +88,14 @@ def verify(path: Any) -> VerifyReport:
     place = place_of(os.fspath(path)).as_path()
     if not place.is_dir():
         raise OptionError(f"{place} is not a directory. {_GIVE}")
-    children = sorted(child.name for child in place.iterdir())
+    children, watch = sorted(child.name for child in place.iterdir()), _Watch(tell=on_progress)
     if is_item(children):
         step = _step_problems(place, children, is_item=True) if STEP_METADATA in children else []
-        return VerifyReport(str(place), (_verify_item(place),), tuple(step))
+        return VerifyReport(str(place), (_verify_item(place, watch),), tuple(step))
     if is_step(place, children):
-        items, problems = _verify_step(place, children)
+        items, problems = _verify_step(place, children, watch)
         return VerifyReport(str(place), tuple(items), tuple(problems))
-    items, problems = _verify_run(place, children)
+    items, problems = _verify_run(place, children, watch)
     if not problems and all(item.not_covered == (_OWN_RUN,) for item in items):
         runs = summarize(_runs_in(place, children))
         found = f"is not a run, but holds runs. Give one:{runs}" if runs else "holds no checkpoint."
@@ -160,7 +128,7 @@ def newest_whole_step(directory: str) -> int | None:
             continue
         candidate = path / inner if inner else path
         if candidate.is_dir():
-            found = _verify_item(candidate, until_s)
+            found = _verify_item(candidate, _Watch(until_s))
             if found.is_covered and not found.problems:
                 return number
     return None
@@ -191,12 +159,14 @@ def raise_corrupt(
         ) from cause
 
 
-def _verify_step(place: Any, children: list[str]) -> tuple[list[ItemReport], list[Problem]]:
+def _verify_step(
+    place: Any, children: list[str], watch: _Watch
+) -> tuple[list[ItemReport], list[Problem]]:
     if is_item(children):
-        return [_verify_item(place)], _step_problems(place, children, is_item=True)
+        return [_verify_item(place, watch)], _step_problems(place, children, is_item=True)
     problems = _step_problems(place, children, is_item=False)
     items = [
-        _verify_item(place / name)
+        _verify_item(place / name, watch)
         for name in children
         if not name.startswith(".") and (place / name).is_dir()
     ]
@@ -205,7 +175,9 @@ def _verify_step(place: Any, children: list[str]) -> tuple[list[ItemReport], lis
     return items, problems
 
 
-def _verify_run(place: Any, children: list[str]) -> tuple[list[ItemReport], list[Problem]]:
+def _verify_run(
+    place: Any, children: list[str], watch: _Watch
+) -> tuple[list[ItemReport], list[Problem]]:
     items, problems = [], []
     for name in sorted(children, key=lambda name: (_paths.step_of(name) or 0, name)):
         child = place / name
@@ -218,7 +190,7 @@ def _verify_run(place: Any, children: list[str]) -> tuple[list[ItemReport], list
         if is_run(child, parts):
             items.append(ItemReport(str(child), 0, 0, (_OWN_RUN,), ()))
             continue
-        found, wrong = _verify_step(child, parts)
+        found, wrong = _verify_step(child, parts, watch)
         items += found
         problems += [
             dataclasses.replace(p, file="/".join(filter(None, (str(child), p.file)))) for p in wrong
@@ -255,7 +227,7 @@ def _broken(place: Any, children: list[str], *, is_item: bool) -> list[Problem]:
     return [Problem("is missing; it was saved as an item of this step", n) for n in missing]
 
 
-def _verify_item(place: Any, until_s: float = math.inf) -> ItemReport:
+def _verify_item(place: Any, watch: _Watch) -> ItemReport:
     directory = str(place)
     try:
         contents = refuse_malformed(place, None, digest_file.DIRECTORY)
@@ -264,15 +236,8 @@ def _verify_item(place: Any, until_s: float = math.inf) -> ItemReport:
     stored = StoredItem(directory, contents.files if contents else None)
     if not stored.is_covered:
         return ItemReport(directory, 0, 0, (_NO_DIGESTS,), ())
-    pieces = _in_time(stored.pieces, until_s)
-    problems = [*stored.problems, *stored.check_files(), *stored.check_pieces(pieces)]
+    found = stored.check_pieces(watch.over(stored))
+    problems = [*stored.problems, *stored.check_files(), *found]
     others = tuple(f"leaf {name}: its own type handler wrote it" for name in stored.others)
     n_leaves = len(stored.leaves) + len(stored.strings)
     return ItemReport(directory, n_leaves, stored.n_bytes, others, tuple(problems))
-
-
-def _in_time(pieces: Iterator[Piece], until_s: float) -> Iterator[Piece]:
-    for piece in pieces:
-        if time.monotonic() >= until_s:
-            raise TimeoutError("There was no time to read all of it.")
-        yield piece

@@ -31,8 +31,10 @@ COVERED_BY = {
     "_orbax.stored_kinds": "unit/restore/test_wanted.py",
     "_orbax.waiting": "unit/_orbax/test_lifecycle.py",
     "args": "interop/test_args.py",
-    "cli.main": "faults/test_integrity.py",
-    "cli.verify": "faults/test_integrity.py",
+    "cli.ls": "unit/cli/test_main.py",
+    "cli.output": "unit/cli/test_main.py",
+    "cli.show": "unit/cli/test_main.py",
+    "cli.verify": "unit/cli/test_main.py",
     "handlers.stock_fallback": "unit/_orbax/test_symbols.py",
     "handlers.stock_shaped": "interop/test_places.py",
     "integrity.chunk_location": "faults/test_flips.py",
@@ -49,6 +51,9 @@ COVERED_BY = {
     "integrity.stored_arrays": "faults/test_integrity.py",
     "integrity.stored_item": "faults/test_integrity.py",
     "integrity.verify": "faults/test_integrity.py",
+    "integrity.verify_report": "faults/test_integrity.py",
+    "inspection.leaves": "unit/inspection/test_show.py",
+    "inspection.looking": "unit/inspection/test_ls.py",
     "plan.runs": "unit/plan/test_slabs.py",
     "plan.transforms.apply": "unit/plan/transforms/test_rules.py",
     "plan.transforms.cuts": "property/test_transform_properties.py",
@@ -107,6 +112,8 @@ COVERED_BY = {
     "trust.tree_file": "trust/test_refused.py",
     "trust.zarr_arrays": "trust/test_refused.py",
     "transforms": "unit/restore/test_load.py",
+    "view.blocks": "unit/view/test_html.py",
+    "view.viewed": "unit/view/test_html.py",
 }
 
 

@@ -22,14 +22,14 @@ ROOMS = sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py")
 MOST_LINES, MOST_FUNCTION_LINES, MOST_ATTRIBUTES = 300, 60, 9
 
 # A room imports only rooms of lower floors; anyone may stand on the ground.
-GROUND = {"errors", "_paths", "_machine", "_jax_context", "_lazily"}
+GROUND = {"errors", "_paths", "_machine", "_jax_context", "_lazily", "view"}
 FLOORS = [
     {"plan", "timeline"},
     {"options", "snapshot", "_orbax"},
     {"storage", "pods"},
     {"trust", "recovery"},
     {"integrity"},
-    {"save", "restore"},
+    {"save", "restore", "inspection"},
     {"handlers"},
     {"args", "reports", "transforms", "cli", "__init__", "__main__"},
 ]
@@ -38,6 +38,7 @@ LEAST_IMPORTS = {
     "errors": set(),
     "_lazily": set(),
     "_paths": set(),
+    "view": set(),
     "_machine": set(),
     "_jax_context": {"jax"},
     "plan": {"jax", "numpy"},
@@ -398,7 +399,8 @@ def test_nothing_prints_exits_or_relies_on_the_garbage_collector(module):
         for node in ast.walk(tree_of(module))
         if isinstance(node, ast.Call)
     }
-    assert not names & {"print", "exit", "_exit"}
+    # A terminal that rich draws on has a method `print`, in the one module that writes there.
+    assert not names & {"print", "exit", "_exit"} - ({"print"} if module == "cli.output" else set())
     methods = {n.name for n in ast.walk(tree_of(module)) if isinstance(n, ast.FunctionDef)}
     assert "__del__" not in methods
 
