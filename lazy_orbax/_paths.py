@@ -25,6 +25,8 @@ SHARDINGS = "_sharding"
 """JSON of an item: the sharding that each array had when it was saved."""
 STRINGS = "_strings.json"
 """JSON of an item: the leaves that are strings."""
+DIGESTS = "lazy_orbax_digests"
+"""A directory of an item with what lazy_orbax adds to it: digests of everything else."""
 ARRAY_METADATAS = "array_metadatas"
 """A directory of an item with JSON of each process: shapes of shards and chunks, kinds of keys."""
 MANIFEST = "manifest.ocdbt"
@@ -104,6 +106,11 @@ def step_directory(item_directory: str) -> str:
     numbers = [place for place in (item, above) if _last_name(place).isdecimal()]
     names = [place for place in (above, item) if step_of(_last_name(place)) is not None]
     return next(iter(numbers + names), "")
+
+
+def names_of(item_directory: str) -> tuple[str, ...]:
+    """Returns the last names of an item's path once it is published: its step's and its own."""
+    return tuple(name for name in final(item_directory).split("/") if name)[-2:]
 
 
 def item_of(directory: str) -> str:

@@ -163,7 +163,7 @@ class CorruptCheckpointError(LazyOrbaxError, ValueError):
             advice = "No other step here is known to be whole."
         else:
             advice = (
-                "Restore another step. Not all were looked at: `python -m lazy_orbax verify` tells "
+                "Restore another step. Not all were looked at: `lazy-orbax verify` tells "
                 "which are whole."
             )
         listed = summarize(list(map(str, problems)))

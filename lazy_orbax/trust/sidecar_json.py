@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-
 from lazy_orbax.trust.bounded_json import MOST_DIMENSIONS, Complaints, is_shape, parse_json
 from lazy_orbax.trust.files import brief
 
 _ENTRIES, _KEY_IMPL = "array_metadatas", "random_key_impl"
-_AXIS_TYPES = frozenset(map(str, jax.sharding.AxisType))
+# Those of `jax.sharding.AxisType`.
+_AXIS_TYPES = frozenset(f"AxisType.{kind}" for kind in ("Auto", "Explicit", "Manual"))
 
 
 def check_array_metadatas(content: bytes, file: Any) -> dict[str, str]:

@@ -7,7 +7,7 @@ import re
 import sys
 from typing import Any
 
-from lazy_orbax._orbax.restored_kinds import DICT, EMPTY, SEQUENCE
+from lazy_orbax._orbax.stored_kinds import DICT, EMPTY, SEQUENCE
 from lazy_orbax.trust.bounded_json import Complain, Complaints, is_shape, parse_json
 
 # JAX and Python walk trees recursively. Without a limit of Python's a stack of 8 MiB would overflow

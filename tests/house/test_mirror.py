@@ -15,6 +15,7 @@ UNIT = TESTS / "unit"
 COVERED_BY = {
     "__main__": "faults/test_integrity.py",
     "_jax_context": "interop/test_contexts.py",
+    "_lazily": "house/test_import.py",
     "_machine": "unit/snapshot/test_choose_mode.py",
     "_orbax.describe": "interop/test_leaves.py",
     "_orbax.entry_points": "unit/handlers/test_installed.py",
@@ -26,10 +27,13 @@ COVERED_BY = {
     "_orbax.records": "unit/save/test_plan_cache.py",
     "_orbax.restored_kinds": "unit/restore/test_wanted.py",
     "_orbax.standard_handler": "unit/_orbax/test_symbols.py",
+    "_orbax.stored_kinds": "unit/restore/test_wanted.py",
     "_orbax.waiting": "unit/_orbax/test_lifecycle.py",
     "args": "interop/test_args.py",
-    "cli.main": "faults/test_integrity.py",
-    "cli.verify": "faults/test_integrity.py",
+    "cli.ls": "unit/cli/test_main.py",
+    "cli.output": "unit/cli/test_main.py",
+    "cli.show": "unit/cli/test_main.py",
+    "cli.verify": "unit/cli/test_main.py",
     "handlers.stock_fallback": "unit/_orbax/test_symbols.py",
     "handlers.stock_saves": "unit/handlers/test_installed.py",
     "handlers.stock_shaped": "interop/test_places.py",
@@ -47,6 +51,10 @@ COVERED_BY = {
     "integrity.stored_arrays": "faults/test_integrity.py",
     "integrity.stored_item": "faults/test_integrity.py",
     "integrity.verify": "faults/test_integrity.py",
+    "integrity.verify_report": "faults/test_integrity.py",
+    "inspection.leaves": "unit/inspection/test_show.py",
+    "inspection.looking": "unit/inspection/test_ls.py",
+    "plan.runs": "unit/plan/test_slabs.py",
     "plan.transforms.apply": "unit/plan/transforms/test_rules.py",
     "plan.transforms.cuts": "property/test_transform_properties.py",
     "plan.transforms.entries": "unit/plan/transforms/test_moments.py",
@@ -104,6 +112,8 @@ COVERED_BY = {
     "trust.tree_file": "trust/test_refused.py",
     "trust.zarr_arrays": "trust/test_refused.py",
     "transforms": "unit/restore/test_load.py",
+    "view.blocks": "unit/view/test_html.py",
+    "view.viewed": "unit/view/test_html.py",
 }
 
 

@@ -1,0 +1,107 @@
+"""The command line: exit statuses, JSON, what it imports, and names that would act."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from equipment.runs import EVIL
+
+from lazy_orbax.cli.main import COMMANDS, main
+
+ROOT = pathlib.Path(__file__).parents[3]
+# Those that need no more than a path, and change nothing.
+READING = ("ls", "show", "verify")
+
+
+@pytest.mark.parametrize("command", READING)
+@pytest.mark.parametrize("run", ["stock", "v1", "lazy", "torn", "evil"])
+def test_reading_commands_write_json(runs, run, command, capsys):
+    status = main([command, str(runs / run), "--json"])
+    out = capsys.readouterr().out
+    assert status == (command == "verify" and run == "torn")
+    assert json.loads(out)
+    assert out.isascii()
+
+
+@pytest.mark.parametrize("command", READING)
+def test_names_do_nothing_to_a_terminal(runs, command, capsys):
+    assert main([command, str(runs / "evil")]) == 0
+    out = capsys.readouterr().out
+    assert EVIL not in out
+    assert all(line.isprintable() for line in out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["verify", "corrupt"], 1),
+        (["ls", "hostile"], 1),
+        (["show", "hostile/2"], 1),
+        (["ls", "nothing"], 2),
+        (["ls"], 2),
+        (["no-such-command"], 2),
+        (["show", "lazy", "--sort", "colour"], 2),
+        (["--help"], 0),
+    ],
+)
+def test_the_exit_status_says_what_was_found(runs, arguments, status, capsys, monkeypatch):
+    monkeypatch.chdir(runs)
+    assert main(arguments) == status
+    captured = capsys.readouterr()
+    assert captured.out or captured.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help(command, capsys):
+    assert main([command, "--help"]) == 0
+    assert f"lazy-orbax {command} " in capsys.readouterr().out
+
+
+def test_an_error_of_the_storage_has_a_status_of_its_own(runs, monkeypatch, capsys):
+    from lazy_orbax.inspection import ls
+
+    def refuse(*_):
+        raise PermissionError("no \x1b[31m")
+
+    monkeypatch.setattr(ls, "look", refuse)
+    assert main(["ls", str(runs / "lazy")]) == 3
+    assert capsys.readouterr().err == "no \\x1b[31m\n"
+
+
+def test_without_its_packages_the_command_says_what_to_install(monkeypatch, capsys):
+    real = builtins.__import__
+
+    def without(name, *args, **keywords):
+        if name == "rich":
+            raise ImportError(name)
+        return real(name, *args, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert main(["ls", "."]) == 2
+    assert "pip install 'lazy_orbax[cli]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", READING)
+def test_reading_commands_import_no_jax(runs, command):
+    script = (
+        "import sys; from lazy_orbax.cli.main import main\n"
+        f"status = main([{command!r}, sys.argv[1]])\n"
+        "found = {'jax', 'orbax'} & set(sys.modules)\n"
+        "raise SystemExit(f'imported {found}' if found else status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(runs / "lazy")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(runs / "lazy") in done.stdout
