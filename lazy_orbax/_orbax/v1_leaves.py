@@ -6,6 +6,7 @@ the plan of the save before serves again.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from lazy_orbax._orbax.symbols import ocp
@@ -60,7 +61,7 @@ def _of_v0(handler: Any) -> Any:
         return handler
     leaf = handler._leaf_handler
     if type(leaf) is V1["strings"]:
-        return _one_of(ocp.type_handlers.StringHandler())
+        return _strings()
     inner = getattr(leaf, "_handler_impl", None)
     of_stock = [V1[name] for name in ("arrays", "numpy", "scalars") if isinstance(leaf, V1[name])]
     # Of a class that somebody made of one of them, unless it saves or reads in a way of its own.
@@ -69,6 +70,12 @@ def _of_v0(handler: Any) -> Any:
         if all(getattr(type(leaf), name) is getattr(stock, name) for name in same):
             return _one_of(inner)
     return OtherLeaf(handler)
+
+
+@functools.cache
+def _strings() -> Any:
+    """Returns a type handler that writes the file which v1 writes."""
+    return ocp.type_handlers.StringHandler()
 
 
 def _one_of(handler: Any) -> Any:
