@@ -113,9 +113,7 @@ async def begin(saver: Saver, directory: Any, args: Any) -> list[Commit]:
     if failures:
         remember(failures, prepared.plan.n_bytes, item_directory=path)
     save = Save(_job(saver, prepared, leaves, path))
-    others = await handed_in.serialize_others(
-        saver.settings, prepared.others, leaves, directory
-    )
+    others = await handed_in.serialize_others(saver.settings, prepared.others, leaves, directory)
     item = _paths.final(path).rpartition("/")[2]
     writers = prepared.plan.processes
     agreement = agreement_on(writers, saver.processes, operation=operation, item=item)
