@@ -1,4 +1,4 @@
-"""A scenario of several processes that save with Orbax v1: its functions, and its `Checkpointer`."""
+"""A scenario of several processes that save with Orbax v1."""
 
 from __future__ import annotations
 
