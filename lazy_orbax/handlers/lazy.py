@@ -161,6 +161,22 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         STOCK_SAVES.note_lazy()
         return await begin(self._saver, directory, args)  # type: ignore[return-value]
 
+    def go_on_for(self, saver: Saver, settings: Settings) -> None:
+        """Goes on with what another handler kept from save to save.
+
+        Args:
+            saver: of the other handler, which ends what both save.
+            settings: how this one saves.
+        """
+        own = ("options", "limit_bytes", "slab_bytes", "processes", "merge")
+        changed = {name: getattr(self._saver, name) for name in own}
+        self._saver = dataclasses.replace(saver, settings=settings, **changed)
+
+    @property
+    def saver(self) -> Saver:
+        """How it saves, and what it keeps from save to save."""
+        return self._saver
+
     @property
     def settings(self) -> Settings:
         """How the handler saves, in Orbax's terms."""

@@ -6,6 +6,7 @@ or change it; what is left to do happens in the background, and `finish` tells h
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
@@ -70,6 +71,12 @@ class Saver:
         """Whether something of its saves may be left to do."""
         return bool(self.commits or self.publications.has_pending)
 
+    def forget_what_is_over(self) -> None:
+        """Lets go of the saves of which nothing more will come. Others may begin meanwhile."""
+        for commit in [commit for commit in self.commits if commit.part.is_over]:
+            with contextlib.suppress(ValueError):  # Another thread was here.
+                self.commits.remove(commit)
+
 
 async def begin(saver: Saver, directory: Any, args: Any) -> list[Commit]:
     """Puts `args.item` out of reach of donation and starts writing it.
@@ -108,7 +115,7 @@ async def begin(saver: Saver, directory: Any, args: Any) -> list[Commit]:
     if failures:
         remember(failures, prepared.plan.n_bytes, item_directory=path)
     save = Save(_job(saver, prepared, leaves, recorder))
-    others = await handed_in.serialize_others(prepared.others, leaves, directory)
+    others = await handed_in.serialize_others(saver.settings, prepared.others, leaves, directory)
     item = _paths.final(path).rpartition("/")[2]
     writers = prepared.plan.processes
     agreement = agreement_on(writers, saver.processes, operation=operation, item=item)
@@ -165,7 +172,7 @@ def _end_earlier_saves(saver: Saver, path: str) -> list[BaseException]:
     saver.publications.catch_up(raises=jax.process_count() == 1)
     earlier = list(saver.commits)
     end_earlier([commit.part for commit in earlier], _paths.final(path))
-    saver.commits[:] = [commit for commit in earlier if not commit.part.is_over]
+    saver.forget_what_is_over()
     return [error for commit in earlier if (error := commit.part.failure)]
 
 
