@@ -37,8 +37,10 @@ class Status:
 
     def __str__(self) -> str:
         whose = "Orbax's own entry points save" if self.is_installed else "Handlers you give save"
-        lines = [f"{whose} lazily.", f"{self.n_stock_saves} saves went the stock way."]
-        return "\n".join([*lines, *(f"Not lazy: {reason}" for reason in self.not_lazy)])
+        lines = [f"{whose} lazily.", *(f"Not lazy: {reason}" for reason in self.not_lazy)]
+        if self.n_stock_saves:
+            lines.append(f"{self.n_stock_saves} saves went the stock way.")
+        return "\n".join(lines)
 
 
 class Installation:
