@@ -12,6 +12,7 @@ from lazy_orbax.view.text import visible
 COMMANDS = {
     "ls": "List the steps of a run.",
     "show": "Show the leaves of a checkpoint.",
+    "diff": "Compare two checkpoints.",
     "verify": "Compare checkpoints with their digests.",
 }
 OK, FOUND, USAGE, STORAGE = 0, 1, 2, 3

@@ -42,6 +42,9 @@ def test_names_do_nothing_to_a_terminal(runs, command, capsys):
     [
         (["verify", "corrupt"], 1),
         (["ls", "hostile"], 1),
+        (["diff", "lazy/1", "lazy/1"], 0),
+        (["diff", "lazy/1", "lazy/2", "--json"], 1),
+        (["diff", "lazy", "hostile/2"], 1),
         (["show", "hostile/2"], 1),
         (["ls", "nothing"], 2),
         (["ls"], 2),
