@@ -14,6 +14,8 @@ COMMANDS = {
     "show": "Show the leaves of a checkpoint.",
     "diff": "Compare two checkpoints.",
     "verify": "Compare checkpoints with their digests.",
+    "du": "Say what the steps of a run cost.",
+    "clean": "Find, or remove, what killed saves left.",
 }
 OK, FOUND, USAGE, STORAGE = 0, 1, 2, 3
 """The exit statuses. `examples/guides/cli.md` says what each means."""

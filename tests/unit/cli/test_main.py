@@ -16,7 +16,7 @@ from lazy_orbax.cli.main import COMMANDS, main
 
 ROOT = pathlib.Path(__file__).parents[3]
 # Those that need no more than a path, and change nothing.
-READING = ("ls", "show", "verify")
+READING = ("ls", "show", "verify", "du", "clean")
 
 
 @pytest.mark.parametrize("command", READING)
