@@ -11,6 +11,7 @@ from lazy_orbax._lazily import exports as _exports
 
 if TYPE_CHECKING:
     from lazy_orbax import args, errors, reports, transforms
+    from lazy_orbax.handlers.installed import install, status, uninstall
     from lazy_orbax.handlers.lazy import LazyCheckpointHandler
     from lazy_orbax.handlers.prewarm import prewarm
     from lazy_orbax.handlers.stock_shaped import pytree_handler, standard_handler
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from lazy_orbax.restore.replacing import FromStep, restore_replacing
     from lazy_orbax.save.durable_path import DurablePath
     from lazy_orbax.save.in_flight import wait_until_staged
+    from lazy_orbax.save.step_times import StepTimes
     from lazy_orbax.snapshot.snapshot_step import SnapshotStep
     from lazy_orbax.snapshot.split_step import split_step
     from lazy_orbax.timeline import RestoreTimeline, SaveTimeline
@@ -39,8 +41,10 @@ _HOMES = {
     "RestoreTimeline": "lazy_orbax.timeline",
     "SaveTimeline": "lazy_orbax.timeline",
     "SnapshotStep": "lazy_orbax.snapshot.snapshot_step",
+    "StepTimes": "lazy_orbax.save.step_times",
     "args": "lazy_orbax.args",
     "errors": "lazy_orbax.errors",
+    "install": "lazy_orbax.handlers.installed",
     "load": "lazy_orbax.restore.load",
     "log_failed_saves": "lazy_orbax.recovery.failed_saves",
     "node_local_options": "lazy_orbax.pods.node_local",
@@ -51,7 +55,9 @@ _HOMES = {
     "restore_replacing": "lazy_orbax.restore.replacing",
     "split_step": "lazy_orbax.snapshot.split_step",
     "standard_handler": "lazy_orbax.handlers.stock_shaped",
+    "status": "lazy_orbax.handlers.installed",
     "transforms": "lazy_orbax.transforms",
+    "uninstall": "lazy_orbax.handlers.installed",
     "verify": "lazy_orbax.integrity.verify",
     "wait_until_staged": "lazy_orbax.save.in_flight",
 }
@@ -65,8 +71,10 @@ __all__ = [
     "RestoreTimeline",
     "SaveTimeline",
     "SnapshotStep",
+    "StepTimes",
     "args",
     "errors",
+    "install",
     "load",
     "log_failed_saves",
     "node_local_options",
@@ -77,7 +85,9 @@ __all__ = [
     "restore_replacing",
     "split_step",
     "standard_handler",
+    "status",
     "transforms",
+    "uninstall",
     "verify",
     "wait_until_staged",
 ]

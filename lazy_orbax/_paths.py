@@ -16,6 +16,8 @@ COMMITTED = "commit_success.txt"
 """Says in an object store that a step is published: a directory cannot be renamed there."""
 STEP_METADATA = "_CHECKPOINT_METADATA"
 """JSON of a step: its items and their handlers, its times, its custom metadata."""
+STEP_OF_V1 = "orbax.checkpoint"
+"""An empty file in a step that v1 saved, there before the metadata where a function of v1 does."""
 ROOT_METADATA = "metadata/_ROOT_METADATA"
 """JSON of a run: the custom metadata that a manager was given for all its steps."""
 
@@ -155,9 +157,13 @@ def steps_in(run: Any) -> list[StepDirectory]:
 
 
 def _is_around(above: str, name: str) -> bool:
-    """Whether a directory is the temporary one of a step that has an item of this name."""
+    """Whether a directory is the temporary one of a step that has an item of this name.
+
+    A step may be called anything. Only a bare number below such a name is a step of its own.
+    """
     above = _last_name(above)
-    return is_temporary(above) and (is_temporary(name) or step_of(above) is not None)
+    may_be = is_temporary(name) or step_of(above) is not None or not name.isdecimal()
+    return is_temporary(above) and may_be
 
 
 def _last_name(path: str) -> str:

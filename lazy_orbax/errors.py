@@ -202,6 +202,10 @@ class StockFallbackWarning(UserWarning):
     """This version of Orbax is unknown to lazy_orbax, which therefore saves the stock way."""
 
 
+class StockSaveWarning(UserWarning):
+    """A tree was saved the stock way, where lazy_orbax was asked to save lazily."""
+
+
 def summarize(problems: Sequence[str]) -> str:
     """Returns all `problems` as one indented text, the first ten in full."""
     shown = [f"\n  {problem}" for problem in problems[:_MOST_SHOWN]]

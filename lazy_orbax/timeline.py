@@ -41,6 +41,7 @@ class SaveTimeline:
         reason: why `mode` was chosen, for each of its parts.
         bytes_written: how many bytes of arrays this process wrote, before compression.
         waited_s: how many seconds `save()` waited for host memory.
+        planned_s: it was known what is written where.
         enqueued_s: all bytes were out of reach of donation. `save()` returned soon after.
         staged_s: every byte was in host memory, and the device memory of the copy was free.
         durable_s: every byte was on storage and synced.
@@ -57,6 +58,7 @@ class SaveTimeline:
     reason: str = ""
     bytes_written: int = 0
     waited_s: float = 0.0
+    planned_s: float | None = None
     enqueued_s: float | None = None
     staged_s: float | None = None
     durable_s: float | None = None
@@ -165,15 +167,28 @@ class Recorder:
     the timeline does not change after that.
 
     Attributes:
+        path: the item's directory, as Orbax named it before it existed.
         item: what the directories of the saved item have in common over the steps of a run.
     """
 
-    def __init__(self, path: str, on_timeline: Callable[[SaveTimeline], None] | None):
+    def __init__(
+        self,
+        path: str,
+        on_timeline: Callable[[SaveTimeline], None] | None,
+        record: Callable[[SaveTimeline], None] = lambda timeline: None,
+    ):
+        """Starts the clock.
+
+        Args:
+            path: the item's directory, as Orbax named it.
+            on_timeline: the user's function, which is called once at the end.
+            record: called just before it.
+        """
         self._lock = threading.Lock()
         self._start_s = time.perf_counter()
-        directory, self.item = _paths.final(path), _paths.item_of(path)
+        directory, self.item, self.path = _paths.final(path), _paths.item_of(path), path
         self._timeline = SaveTimeline(directory=directory, step=_paths.step_of_item(path))
-        self._on_timeline = on_timeline
+        self._on_timeline, self._record = on_timeline, record
         self._reported = False
 
     @property
@@ -197,7 +212,7 @@ class Recorder:
                 self._timeline = dataclasses.replace(self._timeline, **facts)
 
     def mark(self, moment: str) -> None:
-        """Timestamps `moment`: enqueued, staged or durable."""
+        """Timestamps `moment`: planned, enqueued, staged or durable."""
         self.note(**{f"{moment}_s": self.since_start_s()})
 
     def end(self, *, committed: bool = False, error: BaseException | None = None) -> None:
@@ -210,6 +225,7 @@ class Recorder:
             self._timeline = dataclasses.replace(
                 self._timeline, committed_s=committed_s, error=error
             )
+        self._record(self._timeline)
         if self._on_timeline is not None:
             _report(self._on_timeline, self._timeline)
 
