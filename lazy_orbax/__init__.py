@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lazy_orbax.snapshot.snapshot_step import SnapshotStep
     from lazy_orbax.snapshot.split_step import split_step
     from lazy_orbax.timeline import RestoreTimeline, SaveTimeline
+    from lazy_orbax.timeline_lines import timeline_file
 
 # Where each name comes from, once somebody asks for it: `import lazy_orbax` imports no JAX.
 _HOMES = {
@@ -56,6 +57,7 @@ _HOMES = {
     "split_step": "lazy_orbax.snapshot.split_step",
     "standard_handler": "lazy_orbax.handlers.stock_shaped",
     "status": "lazy_orbax.handlers.installed",
+    "timeline_file": "lazy_orbax.timeline_lines",
     "transforms": "lazy_orbax.transforms",
     "uninstall": "lazy_orbax.handlers.installed",
     "verify": "lazy_orbax.integrity.verify",
@@ -86,6 +88,7 @@ __all__ = [
     "split_step",
     "standard_handler",
     "status",
+    "timeline_file",
     "transforms",
     "uninstall",
     "verify",

@@ -15,6 +15,9 @@ COMMANDS = {
     "diff": "Compare two checkpoints.",
     "verify": "Compare checkpoints with their digests.",
     "du": "Say what the steps of a run cost.",
+    "timeline": "Say where the time of saves went.",
+    "html": "Write a page about a run.",
+    "bench": "Measure what a storage can do.",
     "clean": "Find, or remove, what killed saves left.",
 }
 OK, FOUND, USAGE, STORAGE = 0, 1, 2, 3

@@ -39,6 +39,7 @@ class ItemEntry(Viewed):
         n_bytes: of all its arrays, decoded; of its files where it is no tree.
         leaves: those that were asked for.
         has_digests: whether lazy_orbax can compare it with digests.
+        shardings: those of its leaves, each once: JSON, as Orbax writes it.
         drawing: which devices had which part, if one leaf was asked for.
         problems: what is wrong with it.
     """
@@ -50,6 +51,7 @@ class ItemEntry(Viewed):
     n_bytes: int
     leaves: tuple[LeafEntry, ...] = ()
     has_digests: bool = False
+    shardings: tuple[str, ...] = ()
     drawing: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()
 
@@ -155,7 +157,7 @@ def item_entry(name: str, directory: str, pattern: str | None = None) -> ItemEnt
     has_digests = bool(item.digests or item.strings)
     return ItemEntry(
         *(directory, name, item.storage, len(leaves), n_bytes, wanted),
-        *(has_digests, drawing, problems),
+        *(has_digests, tuple(dict.fromkeys(item.shardings.values())), drawing, problems),
     )
 
 

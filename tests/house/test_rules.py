@@ -25,7 +25,7 @@ MOST_LINES, MOST_FUNCTION_LINES, MOST_ATTRIBUTES = 300, 60, 9
 GROUND = {"errors", "_paths", "_machine", "_jax_context", "_lazily", "view"}
 FLOORS = [
     {"plan", "timeline"},
-    {"options", "snapshot", "_orbax"},
+    {"options", "snapshot", "_orbax", "timeline_lines"},
     {"storage", "pods"},
     {"trust", "recovery"},
     {"integrity"},
@@ -43,6 +43,7 @@ LEAST_IMPORTS = {
     "_jax_context": {"jax"},
     "plan": {"jax", "numpy"},
     "timeline": set(),
+    "timeline_lines": set(),
     "options": set(),
     "snapshot": {"jax", "numpy"},
     "recovery": {"jax"},

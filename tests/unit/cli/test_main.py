@@ -60,6 +60,26 @@ def test_the_exit_status_says_what_was_found(runs, arguments, status, capsys, mo
     assert captured.out or captured.err
 
 
+@pytest.mark.parametrize("is_json", [False, True])
+def test_commands_that_write_files(runs, is_json, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    more = ["--json"] if is_json else []
+    assert main(["html", str(runs / "evil"), "-o", "page.html", *more]) == 0
+    assert (tmp_path / "page.html").read_text().endswith("</html>\n")
+    assert main(["html", str(runs / "evil"), *more]) == 0
+    assert main(["bench", ".", "--mebibytes", "16", *more]) == 0
+    assert main(["timeline", ".", *more]) == 2
+    assert "timeline_file" in capsys.readouterr().err
+    line = {"kind": "save", "at_s": 9.0, "directory": "run/1/x", "bytes_written": 7, "step": 1}
+    (tmp_path / "run.timeline.jsonl").write_text(json.dumps({**line, "durable_s": 2.0}) + "\n")
+    files = ["--trace", "trace.json", "--png", "picture.png"]
+    assert main(["timeline", "run", *files, *more]) == 0
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert (json.loads(out)["entries"][0]["step"] == 1) if is_json else ("step 1" in out)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_has_help(command, capsys):
     assert main([command, "--help"]) == 0
