@@ -81,10 +81,9 @@ class Difference(Viewed):
         """Returns what there is to see."""
         shown: list[Block] = [Lines((f"a: {self.a}", f"b: {self.b}"))]
         if self.leaves:
-            has_stats = any(leaf.norm is not None for leaf in self.leaves)
             several = len({leaf.item for leaf in self.leaves}) > 1
-            rows = tuple(_row(leaf, has_stats, several) for leaf in self.leaves)
-            shown.append(Table(_COLUMNS + (_STATS if has_stats else ()), rows))
+            rows = tuple(_row(leaf, several) for leaf in self.leaves)
+            shown.append(Table(_COLUMNS + _STATS, rows).without_empty_columns())
         unknown = sum(leaf.what == UNKNOWN for leaf in self.leaves)
         counts = f"{self.n_same} leaves are the same, {len(self.leaves) - unknown} differ"
         more = f", {unknown} were not compared: --stats reads them" if unknown else ""
@@ -94,11 +93,11 @@ class Difference(Viewed):
         return tuple(shown)
 
 
-def _row(leaf: LeafDifference, has_stats: bool, several: bool) -> tuple[str, ...]:
+def _row(leaf: LeafDifference, several: bool) -> tuple[str, ...]:
     name = f"{leaf.item}/{leaf.name}" if several else leaf.name
     numbers = (leaf.n_different, leaf.max_abs, leaf.norm, leaf.relative)
-    stats = tuple("" if n is None else f"{n:.4g}" if type(n) is float else str(n) for n in numbers)
-    return (name, leaf.what, leaf.a, leaf.b, *(stats if has_stats else ()))
+    stats = ("" if n is None else f"{n:.4g}" if type(n) is float else str(n) for n in numbers)
+    return (name, leaf.what, leaf.a, leaf.b, *stats)
 
 
 def diff(

@@ -61,7 +61,9 @@ class ItemEntry(Viewed):
         what = f"{self.n_leaves} leaves, {size_of(self.n_bytes)}, {self.storage}, {digests}"
         title = f"{self.path}: {what}"
         rows = tuple(map(_row, self.leaves))
-        parts: list[Block] = [Table(_COLUMNS, rows, title)] if rows else [Lines((title,))]
+        parts: list[Block] = (
+            [Table(_COLUMNS, rows, title).without_empty_columns()] if rows else [Lines((title,))]
+        )
         if self.drawing:
             parts.append(Drawing(self.drawing))
         if self.problems:

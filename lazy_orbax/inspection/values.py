@@ -89,10 +89,10 @@ def deviation(a: Any, b: Any, read: Callable[[int], None]) -> Deviation:
 
 def _wide(array: np.ndarray) -> np.ndarray:
     """Returns numbers in which differences are exact, or as good as they get."""
-    if array.dtype.kind == "c":
-        return array.astype(np.complex128)
     is_long = array.dtype.kind in "iu" and array.dtype.itemsize == 8
-    return array.astype(np.longdouble if is_long else np.float64)
+    wide = np.longdouble if is_long else np.complex128 if array.dtype.kind == "c" else np.float64
+    with np.errstate(invalid="ignore"):  # There are NaN that signal.
+        return array.astype(wide)
 
 
 def _squares(array: np.ndarray) -> float:
