@@ -134,8 +134,12 @@ def _is_link(path: Any) -> bool:
 def _state_of(directory: Any) -> tuple[int, float]:
     """Returns the bytes of all files in a directory, and when something was last written there."""
     if not place_of(str(directory)).has_special_files:  # There a directory has no time.
-        found = [child.stat() for child in directory.rglob("*") if not child.is_dir()]
-        return sum(f.length for f in found), max((f.mtime for f in found), default=0.0)
+        found, pending = [], [directory]
+        while pending:
+            for child in pending.pop().iterdir():
+                (pending if child.is_dir() else found).append(child)
+        told = [file.stat() for file in found]
+        return sum(file.length for file in told), max((file.mtime for file in told), default=0.0)
     n_bytes, written_s = 0, os.stat(directory).st_mtime
     for folder, folders, files in os.walk(directory):
         for name in (*folders, *files):
