@@ -7,13 +7,14 @@ import threading
 import types
 from typing import Any
 
-from lazy_orbax._orbax import entry_points
+from lazy_orbax._orbax import entry_points, v1
 from lazy_orbax._orbax.standard_handler import inside_standard_handler
 from lazy_orbax._orbax.symbols import MISSING
 from lazy_orbax.handlers.lazy import LazyCheckpointHandler
 from lazy_orbax.handlers.stock_fallback import checked_options
 from lazy_orbax.handlers.stock_saves import STOCK_SAVES
 from lazy_orbax.handlers.stock_shaped import dress, dress_standard, saves_lazily
+from lazy_orbax.handlers.v1 import lazy_v1
 from lazy_orbax.options import LazyOptions
 
 
@@ -36,15 +37,19 @@ class Status:
 
     def __str__(self) -> str:
         whose = "Orbax's own entry points save" if self.is_installed else "Handlers you give save"
-        lines = [f"{whose} lazily.", f"{self.n_stock_saves} saves went the stock way."]
-        return "\n".join([*lines, *(f"Not lazy: {reason}" for reason in self.not_lazy)])
+        lines = [f"{whose} lazily.", *(f"Not lazy: {reason}" for reason in self.not_lazy)]
+        if self.n_stock_saves:
+            lines.append(f"{self.n_stock_saves} saves went the stock way.")
+        return "\n".join(lines)
 
 
 class Installation:
     """What `install()` returned: a `with` block ends it."""
 
     def __init__(self, options: LazyOptions, *, use_compression: bool):
+        """Makes Orbax v1 save lazily; v0 follows the last installation."""
         self.options, self.use_compression = options, use_compression
+        self.undo_v1 = lazy_v1(options, use_compression=use_compression)
 
     def __enter__(self) -> Installation:
         """Returns itself: it holds already."""
@@ -73,6 +78,8 @@ def install(options: LazyOptions | None = None, *, use_compression: bool = False
     `ocp.PyTreeCheckpointer`, and every `ocp.StandardCheckpointHandler` and
     `ocp.PyTreeCheckpointHandler` that is made afterwards, by whomever: Flax, say. A save by a
     handler that was made before goes the stock way; the first such save warns.
+
+    In Orbax v1 these are `ocp.v1.save`, its relatives, and `training.Checkpointer`.
 
     Where this Orbax is not one that lazy_orbax knows, it warns, and saves stay stock saves.
 
@@ -104,6 +111,7 @@ def status() -> Status:
     with _LOCK:
         options = _INSTALLED[-1].options if _INSTALLED else None
     reasons = [f"this Orbax has no {name}, so every save is a stock save." for name in MISSING]
+    reasons += [f"Orbax v1 has no {name}, so its saves are stock saves." for name in v1.MISSING]
     if other := entry_points.array_handler_of_others():
         reasons.append(
             f"{other} is the type handler for jax.Array. Where it serializes in its own way it "
@@ -116,6 +124,8 @@ def status() -> Status:
 
 def _set(installed: list[Installation]) -> None:
     with _LOCK:
+        for ended in (one for one in _INSTALLED if one not in installed):
+            ended.undo_v1()
         _INSTALLED[:] = installed
         if installed and not _UNDO:
             _UNDO.append(entry_points.when_made(_inside, dress, _dress_standard))

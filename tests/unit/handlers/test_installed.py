@@ -9,6 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from equipment.trees import on_mesh
+from orbax.checkpoint.experimental import v1
 
 import lazy_orbax
 from lazy_orbax._orbax import entry_points
@@ -67,7 +68,18 @@ def by_legacy_flax(path, tree):
     checkpoints.save_checkpoint(str(path), tree, 0)
 
 
+def by_v1(path, tree):
+    v1.save(path / "0", tree)
+
+
+def by_v1_checkpointer(path, tree):
+    with v1.training.Checkpointer(path) as checkpointer:
+        checkpointer.save(0, tree)
+
+
 ENTRY_POINTS = [
+    by_v1,
+    by_v1_checkpointer,
     by_manager,
     by_standard_checkpointer,
     by_pytree_checkpointer,
