@@ -1,7 +1,7 @@
 """Lazy asynchronous checkpoints for JAX, in Orbax and in Orbax's own format.
 
-What this package exports is public, and what its modules `args`, `errors`, `reports` and
-`transforms` do.
+What this package exports is public, and what its modules `args`, `errors`, `inspect`, `reports`
+and `transforms` do.
 Everything else is private, whatever its name.
 """
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lazy_orbax._lazily import exports as _exports
 
 if TYPE_CHECKING:
-    from lazy_orbax import args, errors, reports, transforms
+    from lazy_orbax import args, errors, inspect, reports, transforms
     from lazy_orbax.handlers.installed import install, status, uninstall
     from lazy_orbax.handlers.lazy import LazyCheckpointHandler
     from lazy_orbax.handlers.prewarm import prewarm
@@ -45,6 +45,7 @@ _HOMES = {
     "StepTimes": "lazy_orbax.save.step_times",
     "args": "lazy_orbax.args",
     "errors": "lazy_orbax.errors",
+    "inspect": "lazy_orbax.inspect",
     "install": "lazy_orbax.handlers.installed",
     "load": "lazy_orbax.restore.load",
     "log_failed_saves": "lazy_orbax.recovery.failed_saves",
@@ -76,6 +77,7 @@ __all__ = [
     "StepTimes",
     "args",
     "errors",
+    "inspect",
     "install",
     "load",
     "log_failed_saves",

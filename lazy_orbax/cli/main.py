@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import io
+import os
 import sys
 from typing import Any
 
@@ -37,8 +39,15 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError:
         sys.stderr.write(f"{_INSTALL}\n")
         return USAGE
+    if arguments is None and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # Not every terminal has every character.
     try:
-        return int(_group().main(arguments, "lazy-orbax", standalone_mode=False) or OK)
+        status = int(_group().main(arguments, "lazy-orbax", standalone_mode=False) or OK)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # Whoever reads has seen enough, as `head` has.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
     except click.exceptions.Exit as done:
         return done.exit_code
     except click.ClickException as error:

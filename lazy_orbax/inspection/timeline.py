@@ -138,7 +138,7 @@ def _entries(file: str) -> Iterator[TimelineEntry | None]:
                 return
             try:
                 yield _entry(parse_json(line, file))
-            except (MalformedCheckpointError, KeyError, TypeError, ValueError):
+            except (MalformedCheckpointError, KeyError, TypeError, ValueError, OverflowError):
                 yield None
 
 

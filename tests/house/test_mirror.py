@@ -58,6 +58,7 @@ COVERED_BY = {
     "integrity.stored_item": "faults/test_integrity.py",
     "integrity.verify": "faults/test_integrity.py",
     "integrity.verify_report": "faults/test_integrity.py",
+    "inspect": "unit/cli/test_main.py",
     "inspection.leaves": "unit/inspection/test_show.py",
     "inspection.values": "unit/inspection/test_diff.py",
     "inspection.looking": "unit/inspection/test_ls.py",

@@ -53,6 +53,7 @@ def test_a_file_that_cannot_be_written_is_refused_at_once(tmp_path):
 def test_several_processes_and_lines_that_are_none_of_ours(tmp_path):
     (tmp_path / "run.1.timeline.jsonl").write_text(line(pid=2, at_s=900.0))
     others = ["{", "[]", "null", '{"kind": "lunch"}', line(at_s="noon"), line(staged_s=-1.0)]
+    others += [line(bytes_written=float("inf")), line(at_s=10**400)]
     others += [line(bytes_written="x"), "[" * 10**6, line(durable_s=float("nan")), line()[:50]]
     ours = line(step=2, directory=EVIL, error=EVIL)
     (tmp_path / "run.0.timeline.jsonl").write_text(
