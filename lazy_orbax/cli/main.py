@@ -45,7 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         status = int(_group().main(arguments, "lazy-orbax", standalone_mode=False) or OK)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # Whoever reads has seen enough, as `head` has.
+    except (BrokenPipeError, SystemExit):
+        # Whoever reads has seen enough, as `head` has: click exits with 1 then, and for that alone.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except click.exceptions.Exit as done:
