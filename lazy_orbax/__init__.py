@@ -1,7 +1,7 @@
 """Lazy asynchronous checkpoints for JAX, in Orbax and in Orbax's own format.
 
-What this package exports is public, and what its modules `args`, `errors`, `reports` and
-`transforms` do.
+What this package exports is public, and what its modules `args`, `errors`, `inspect`, `reports`
+and `transforms` do.
 Everything else is private, whatever its name.
 """
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lazy_orbax._lazily import exports as _exports
 
 if TYPE_CHECKING:
-    from lazy_orbax import args, errors, reports, transforms
+    from lazy_orbax import args, errors, inspect, reports, transforms
     from lazy_orbax.handlers.installed import install, status, uninstall
     from lazy_orbax.handlers.lazy import LazyCheckpointHandler
     from lazy_orbax.handlers.prewarm import prewarm
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lazy_orbax.snapshot.snapshot_step import SnapshotStep
     from lazy_orbax.snapshot.split_step import split_step
     from lazy_orbax.timeline import RestoreTimeline, SaveTimeline
+    from lazy_orbax.timeline_lines import timeline_file
 
 # Where each name comes from, once somebody asks for it: `import lazy_orbax` imports no JAX.
 _HOMES = {
@@ -44,6 +45,7 @@ _HOMES = {
     "StepTimes": "lazy_orbax.save.step_times",
     "args": "lazy_orbax.args",
     "errors": "lazy_orbax.errors",
+    "inspect": "lazy_orbax.inspect",
     "install": "lazy_orbax.handlers.installed",
     "load": "lazy_orbax.restore.load",
     "log_failed_saves": "lazy_orbax.recovery.failed_saves",
@@ -56,6 +58,7 @@ _HOMES = {
     "split_step": "lazy_orbax.snapshot.split_step",
     "standard_handler": "lazy_orbax.handlers.stock_shaped",
     "status": "lazy_orbax.handlers.installed",
+    "timeline_file": "lazy_orbax.timeline_lines",
     "transforms": "lazy_orbax.transforms",
     "uninstall": "lazy_orbax.handlers.installed",
     "verify": "lazy_orbax.integrity.verify",
@@ -74,6 +77,7 @@ __all__ = [
     "StepTimes",
     "args",
     "errors",
+    "inspect",
     "install",
     "load",
     "log_failed_saves",
@@ -86,6 +90,7 @@ __all__ = [
     "split_step",
     "standard_handler",
     "status",
+    "timeline_file",
     "transforms",
     "uninstall",
     "verify",

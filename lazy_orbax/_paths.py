@@ -80,7 +80,7 @@ def without_dots(path: str) -> str:
 
     It is the directory that the file system finds: a link before the dots is followed.
     """
-    return os.path.realpath(path) if "/../" in f"{path}/" and "://" not in path else path
+    return os.path.realpath(path) if "/../" in f"/{path}/" and "://" not in path else path
 
 
 def step_of(name: str) -> int | None:

@@ -13,6 +13,9 @@ from typing import Any
 
 from lazy_orbax import _paths
 from lazy_orbax.errors import OptionError
+from lazy_orbax.view import moments
+from lazy_orbax.view.blocks import Spans
+from lazy_orbax.view.viewed import Viewed
 
 # How long a save waits for `on_timeline` to return.
 _PATIENCE_S = 5.0
@@ -26,7 +29,7 @@ _log = logging.getLogger("lazy_orbax")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SaveTimeline:
+class SaveTimeline(Viewed):
     """What happened to one saved item.
 
     Each field that ends in `_s`, but for `waited_s`, is a moment: seconds from the call of the
@@ -66,9 +69,15 @@ class SaveTimeline:
     error: BaseException | None = None
     same_as: str | None = None
 
+    def blocks(self) -> tuple[Spans, ...]:
+        """Returns what there is to see."""
+        told = {part: getattr(self, field) for part, field in moments.SAVE.items()}
+        row = moments.row_of("saved", told, self.bytes_written, self.error)
+        return (moments.spans_of(self.directory, [row], moments.SAVE),)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RestoreTimeline:
+class RestoreTimeline(Viewed):
     """What happened to one restored item, on this process. Times are seconds since `restore()`.
 
     Attributes:
@@ -105,6 +114,12 @@ class RestoreTimeline:
     verified_s: float | None = None
     error: BaseException | None = None
 
+    def blocks(self) -> tuple[Spans, ...]:
+        """Returns what there is to see."""
+        told = {part: getattr(self, field) for part, field in moments.RESTORE.items()}
+        row = moments.row_of("restored", told, self.bytes_read, self.error)
+        return (moments.spans_of(self.directory, [row], moments.RESTORE),)
+
 
 class RestoreRecorder:
     """Fills in one `RestoreTimeline`, and tells how far the restore is.
@@ -130,11 +145,11 @@ class RestoreRecorder:
         """Replaces fields of the timeline."""
         self.timeline = dataclasses.replace(self.timeline, **facts)
 
-    def mark(self, *moments: str) -> None:
+    def mark(self, *names: str) -> None:
         """Timestamps moments that have none yet: planned, first_byte, read, on_device, verified."""
         now_s = time.perf_counter() - self._start_s
-        names = (f"{moment}_s" for moment in moments)
-        self.note(**{name: now_s for name in names if getattr(self.timeline, name) is None})
+        fields = [f"{name}_s" for name in names if getattr(self.timeline, f"{name}_s") is None]
+        self.note(**dict.fromkeys(fields, now_s))
 
     def arrived(self, done_bytes: int) -> None:
         """Tells how many of the wanted bytes have come. What that raises ends the restore."""

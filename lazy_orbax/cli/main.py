@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import io
+import os
 import sys
 from typing import Any
 
@@ -12,7 +14,13 @@ from lazy_orbax.view.text import visible
 COMMANDS = {
     "ls": "List the steps of a run.",
     "show": "Show the leaves of a checkpoint.",
+    "diff": "Compare two checkpoints.",
     "verify": "Compare checkpoints with their digests.",
+    "du": "Say what the steps of a run cost.",
+    "timeline": "Say where the time of saves went.",
+    "html": "Write a page about a run.",
+    "bench": "Measure what a storage can do.",
+    "clean": "Find, or remove, what killed saves left.",
 }
 OK, FOUND, USAGE, STORAGE = 0, 1, 2, 3
 """The exit statuses. `examples/guides/cli.md` says what each means."""
@@ -31,8 +39,16 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError:
         sys.stderr.write(f"{_INSTALL}\n")
         return USAGE
+    if arguments is None and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # Not every terminal has every character.
     try:
-        return int(_group().main(arguments, "lazy-orbax", standalone_mode=False) or OK)
+        status = int(_group().main(arguments, "lazy-orbax", standalone_mode=False) or OK)
+        sys.stdout.flush()
+        return status
+    except (BrokenPipeError, SystemExit):
+        # Whoever reads has seen enough, as `head` has: click exits with 1 then, and for that alone.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
     except click.exceptions.Exit as done:
         return done.exit_code
     except click.ClickException as error:

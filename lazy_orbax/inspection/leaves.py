@@ -70,7 +70,8 @@ class ItemLeaves:
             MalformedCheckpointError: it is not a checkpoint that Orbax wrote.
             OSError: the storage refused.
         """
-        contents = refuse_malformed(directory, None, _paths.DIGESTS)
+        with without_garbage_collection():
+            contents = refuse_malformed(directory, None, _paths.DIGESTS)
         if contents is None:
             raise FileNotFoundError(f"{directory} is not there.")
         self.directory, self.contents = directory, contents

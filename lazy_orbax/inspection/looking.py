@@ -47,6 +47,8 @@ def look(path: Any, wanted: Iterable[str]) -> Seen:
     if not isinstance(path, str | os.PathLike):
         raise OptionError(f"Give a path: found {path!r}.")
     place = place_of(os.fspath(path)).as_path()
+    if not place.name:  # TensorStore takes no dot for a directory.
+        place = place_of(place_of(str(place)).absolute).as_path()
     wanted = tuple(wanted)
     give = f"Give a {' or a '.join(wanted)}.".replace("a item", "an item")
     if not place.is_dir():

@@ -39,6 +39,7 @@ class ItemEntry(Viewed):
         n_bytes: of all its arrays, decoded; of its files where it is no tree.
         leaves: those that were asked for.
         has_digests: whether lazy_orbax can compare it with digests.
+        shardings: those of its leaves, each once: JSON, as Orbax writes it.
         drawing: which devices had which part, if one leaf was asked for.
         problems: what is wrong with it.
     """
@@ -50,6 +51,7 @@ class ItemEntry(Viewed):
     n_bytes: int
     leaves: tuple[LeafEntry, ...] = ()
     has_digests: bool = False
+    shardings: tuple[str, ...] = ()
     drawing: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()
 
@@ -59,7 +61,9 @@ class ItemEntry(Viewed):
         what = f"{self.n_leaves} leaves, {size_of(self.n_bytes)}, {self.storage}, {digests}"
         title = f"{self.path}: {what}"
         rows = tuple(map(_row, self.leaves))
-        parts: list[Block] = [Table(_COLUMNS, rows, title)] if rows else [Lines((title,))]
+        parts: list[Block] = (
+            [Table(_COLUMNS, rows, title).without_empty_columns()] if rows else [Lines((title,))]
+        )
         if self.drawing:
             parts.append(Drawing(self.drawing))
         if self.problems:
@@ -155,7 +159,7 @@ def item_entry(name: str, directory: str, pattern: str | None = None) -> ItemEnt
     has_digests = bool(item.digests or item.strings)
     return ItemEntry(
         *(directory, name, item.storage, len(leaves), n_bytes, wanted),
-        *(has_digests, drawing, problems),
+        *(has_digests, tuple(dict.fromkeys(item.shardings.values())), drawing, problems),
     )
 
 

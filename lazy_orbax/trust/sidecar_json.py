@@ -52,12 +52,11 @@ def check_array_metadatas(content: bytes, file: Any) -> dict[str, str]:
 
 def _nested(objects: list[Any], known: tuple[str, ...]) -> bool:
     """Whether there are objects or lists in fields that are not known."""
-    return any(
-        isinstance(value, dict | list) and name not in known
-        for one in objects
-        if isinstance(one, dict)
-        for name, value in one.items()
-    )
+    for one in objects:
+        for name, value in one.items() if isinstance(one, dict) else ():
+            if isinstance(value, dict | list) and name not in known:
+                return True
+    return False
 
 
 def check_shardings(content: bytes, file: Any) -> None:

@@ -96,7 +96,7 @@ def _check_keys(keys: Any, keypath: str, complain: Complain) -> list[tuple[int, 
         name, kind = (key.get("key"), key.get("key_type")) if isinstance(key, dict) else (key, None)
         if (
             not isinstance(name, str)
-            or re.search("[\ud800-\udfff]", name)
+            or (not name.isascii() and re.search("[\ud800-\udfff]", name))
             or type(kind) is not int
             or kind not in (SEQUENCE, DICT)
         ):

@@ -54,6 +54,13 @@ class Table:
     title: str = ""
     wrong: frozenset[int] = frozenset()
 
+    def without_empty_columns(self) -> Table:
+        """Returns the table without columns in which there is nothing."""
+        kept = [n for n, _ in enumerate(self.columns) if any(row[n] for row in self.rows)]
+        rows = tuple(tuple(row[n] for n in kept) for row in self.rows)
+        columns = tuple(self.columns[n] for n in kept)
+        return dataclasses.replace(self, columns=columns, rows=rows)
+
 
 @dataclasses.dataclass(frozen=True)
 class Node:

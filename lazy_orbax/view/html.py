@@ -10,17 +10,18 @@ from lazy_orbax.view.text import visible
 
 # An open tree of more rows is slow to scroll, and shows nothing at a glance.
 _MOST_OPEN = 200
-_COLORS = ("#4c78a8", "#72b7b2", "#f2cf5b", "#bab0ac")
+_COLORS = ("#9d755d", "#e45756", "#f2cf5b", "#72b7b2", "#4c78a8")
 _STYLE = """
 .lazy-orbax{font:14px/1.45 system-ui,sans-serif;color:#1b1f24;background:#fff;max-width:76rem}
 .lazy-orbax table{border-collapse:collapse;margin:.5rem 0}
 .lazy-orbax caption{text-align:left;font-weight:600;padding:.3rem 0}
 .lazy-orbax th,.lazy-orbax td{padding:.15rem .8rem .15rem 0;text-align:left;
 border-bottom:1px solid #e4e7eb;white-space:nowrap}
+.lazy-orbax td.d{white-space:normal;border:0}
 .lazy-orbax .n{text-align:right;font-variant-numeric:tabular-nums}
 .lazy-orbax .wrong,.lazy-orbax .problem{color:#b3261e}
 .lazy-orbax pre{line-height:1.1;font-size:12px}
-.lazy-orbax details,.lazy-orbax .leaf{margin-left:1.1rem}
+.lazy-orbax details{margin-left:1.1rem}
 .lazy-orbax .leaf{padding-left:.95rem}
 .lazy-orbax summary{cursor:pointer;margin-left:-1.1rem}
 .lazy-orbax .d{color:#57606a;margin-left:.6rem}
@@ -125,14 +126,14 @@ def _count(root: Node) -> int:
 def _spans(spans: Spans) -> str:
     longest = max((row.ends[-1] for row in spans.rows if row.ends), default=0) or 1
     key = "".join(
-        f'<i style="background:{_COLORS[n % 4]}"></i>{_safe(part)}'
+        f'<i style="background:{_COLORS[n % len(_COLORS)]}"></i>{_safe(part)}'
         for n, part in enumerate(spans.parts)
     )
     rows = []
     for row in spans.rows:
         bars = "".join(
             f'<i style="width:{100 * max(end - begin, 0) / longest:.2f}%;'
-            f'background:{_COLORS[n % 4]}"></i>'
+            f'background:{_COLORS[n % len(_COLORS)]}"></i>'
             for n, (begin, end) in enumerate(zip((0.0, *row.ends), row.ends))
         )
         rows.append(

@@ -10,6 +10,7 @@ from lazy_orbax.view.blocks import Block, Drawing, Lines, Node, Spans, Table, Tr
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB", "EB")
 _WIDEST = 60
 _BAR = 24
+_SPANS = "█▓▒░·"
 
 
 def visible(text: str) -> str:
@@ -92,7 +93,7 @@ def _span_lines(spans: Spans) -> list[str]:
         bar, drawn = "", 0
         for n, end in enumerate(row.ends):
             upto = round(end / longest * _BAR)
-            bar += "▓▒░·"[n % 4] * (upto - drawn)
+            bar += _SPANS[n % len(_SPANS)] * (upto - drawn)
             drawn = max(drawn, upto)
         lines.append(f"{visible(row.name)}  {bar.ljust(_BAR)}  {visible(row.detail)}".rstrip())
     return lines

@@ -29,11 +29,13 @@ def state(step: int) -> dict[str, Any]:
     return {"layer": {"bias": jnp.full(4, step), "kernel": kernel}, "fixed": fixed, "n": [step]}
 
 
-def _save(run: pathlib.Path, handler: Any, make: Any = state) -> None:
+def _save(
+    run: pathlib.Path, handler: Any, make: Any = state, args: Any = ocp.args.StandardSave
+) -> None:
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     with ocp.CheckpointManager(run, item_handlers=handler, options=options) as manager:
         for step in STEPS:
-            manager.save(step, args=ocp.args.StandardSave(make(step)))
+            manager.save(step, args=args(make(step)))
 
 
 def make(root: pathlib.Path) -> None:
@@ -46,12 +48,12 @@ def make(root: pathlib.Path) -> None:
             checkpointer.save(step, state(step))
     torn = shutil.copytree(root / "lazy", root / "torn")
     shutil.move(torn / "12", torn / "12.orbax-checkpoint-tmp")
-    corrupt = shutil.copytree(root / "lazy", root / "corrupt")
-    data = max((corrupt / "12" / "default" / "d").iterdir(), key=lambda file: file.stat().st_size)
-    content = bytearray(data.read_bytes())
-    at = content.find(state(12)["layer"]["kernel"][0].tobytes()[:16])
-    content[at] ^= 1
-    data.write_bytes(content)
+    handler = lazy_orbax.pytree_handler(use_ocdbt=False)
+    _save(root / "corrupt", handler, args=ocp.args.PyTreeSave)
+    chunk = root / "corrupt" / "12" / "default" / "layer.kernel" / "0.0"
+    content = bytearray(chunk.read_bytes())
+    content[0] ^= 1
+    chunk.write_bytes(content)
     hostile = shutil.copytree(root / "stock", root / "hostile")
     (hostile / "2" / "default" / "_METADATA").write_text('{"tree_metadata": {"w": ' + "[" * 10**5)
     os.mkfifo(hostile / "12" / "default" / "pipe")

@@ -104,3 +104,9 @@ def test_the_tree_has_the_sizes_of_what_is_in_it(runs):
     layer = next(node for node in root.inner if node.name == "layer")
     assert (root.n_bytes, layer.n_bytes) == (item.n_bytes, 144)
     assert {node.name for node in layer.inner} == {"bias", "kernel"}
+
+
+def test_the_working_directory_is_a_path_like_others(runs, monkeypatch):
+    monkeypatch.chdir(runs / "lazy" / "2" / "default")
+    assert len(leaves_of(".")) == 4
+    assert show("..").items[0].leaves == leaves_of(".")
