@@ -13,6 +13,7 @@ from lazy_orbax.handlers.stock_fallback import GB, checked_options
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.save.begin import Saver
 from lazy_orbax.save.finish import end_function
+from lazy_orbax.save.process_end import finish_at_the_end
 
 
 def lazy_v1(options: LazyOptions | None = None) -> Callable[[], None]:
@@ -72,7 +73,9 @@ def _maker(options: LazyOptions) -> v1.Make:
     def make(context: Any, type_handlers: Any, validator: Any) -> v1.Inside:
         def handler(transfer_bytes: int | None) -> LazyCheckpointHandler:
             made = _handler(options, context, type_handlers, validator, transfer_bytes)
-            kept[:] = kept[:1] or [made.saver]
+            if not kept:
+                kept.append(made.saver)
+                finish_at_the_end(made.saver)
             made.go_on_for(kept[0], made.settings)
             return made
 
