@@ -100,7 +100,7 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
             self.options.write_bytes_per_s or self.options.slab_bytes,
         )
         given = {**keywords, "use_compression": use_compression}
-        self._restore_bytes = (restore_concurrent_gb or STOCK_CONCURRENT_GB) * GB
+        self._restore_bytes = int((restore_concurrent_gb or STOCK_CONCURRENT_GB) * GB)
         super().__init__(**given, restore_concurrent_bytes=self._restore_bytes)
         tell_threads_apart()
         self._saver = Saver(

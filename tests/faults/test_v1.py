@@ -94,7 +94,8 @@ def test_where_another_item_fails_nothing_is_left(tmp_path, mesh, timelines, at_
 def test_what_is_refused_is_refused_at_once(tmp_path, mesh):
     state = make_state(mesh)
     jax.tree.leaves(state)[0].delete()
-    within(pytest.raises(DeletedArrayError, v1.save, tmp_path / "5", state).match, "columns")
+    with pytest.raises(DeletedArrayError, match="columns"):
+        within(v1.save, tmp_path / "5", state)
     v1.save(tmp_path / "5", make_state(mesh))
     assert os.listdir(tmp_path) == ["5"]
 
