@@ -9,6 +9,7 @@ from lazy_orbax import args, errors, reports, transforms
 from lazy_orbax.handlers.lazy import LazyCheckpointHandler
 from lazy_orbax.handlers.prewarm import prewarm
 from lazy_orbax.handlers.stock_shaped import pytree_handler, standard_handler
+from lazy_orbax.handlers.v1 import v1_registry
 from lazy_orbax.integrity.verify import verify
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.pods.node_local import node_local_options
@@ -45,6 +46,7 @@ __all__ = [
     "split_step",
     "standard_handler",
     "transforms",
+    "v1_registry",
     "verify",
     "wait_until_staged",
 ]

@@ -131,7 +131,8 @@ def hook() -> None:
 
     This changes three functions of Orbax, which go on as before for all other handlers.
     """
-    handlers = importlib.import_module(V1["pytree"].__module__)
+    handlers: Any = importlib.import_module(V1["pytree"].__module__)
+    compatibility: Any = importlib.import_module(V1["for_manager"].__module__)
     if handlers._create_v0_handler is not V1["create_v0_handler"]:
         return
 
@@ -158,7 +159,7 @@ def hook() -> None:
     def finalize_save(response: Any) -> Any:
         return functions.watched(response._operation_id, stock_end(response))
 
-    importlib.import_module(V1["for_manager"].__module__).get_compatibility_handler = for_manager
+    compatibility.get_compatibility_handler = for_manager
     V1["response"]._finalize_save = finalize_save
     handlers._create_v0_handler = create
 

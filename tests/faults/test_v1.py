@@ -242,3 +242,24 @@ def test_a_numpy_array_is_the_callers_again(tmp_path):
     array[:] = 0
     response.result()
     np.testing.assert_array_equal(v1.load(tmp_path / "5")["a"], np.arange(1000))
+
+
+@pytest.mark.parametrize("asked", [1, 2])
+def test_the_last_save_before_the_end(tmp_path, mesh, timelines, asked):
+    state = make_state(mesh)
+    with (
+        lazy_orbax.Preemption(grace_s=60) as notice,
+        v1.training.Checkpointer(tmp_path) as run,
+    ):
+        assert not notice.reached(run, 0)
+        with held_at("hand over") as gate:
+            assert run.save_async(1, state) is not None
+            gate.await_call()
+            notice.notice()
+            assert notice.reached(run, asked)
+            gate.opened.set()
+            outcome = within(notice.last_save, run, asked, args={"state": state}, timeout_s=50)
+        assert outcome.committed
+        assert (outcome.in_flight, outcome.newest_step, outcome.error) == (1, asked, None)
+        assert_same(run.load(asked, abstract(state)), state)
+    assert [line.step for line in timelines] == list(range(1, asked + 1))

@@ -27,6 +27,7 @@ COVERED_BY = {
     "_orbax.records": "unit/save/test_plan_cache.py",
     "_orbax.restored_kinds": "unit/restore/test_wanted.py",
     "_orbax.standard_handler": "unit/_orbax/test_symbols.py",
+    "_orbax.v1_checkpointer": "faults/test_v1.py",
     "_orbax.waiting": "unit/_orbax/test_lifecycle.py",
     "args": "interop/test_args.py",
     "cli.main": "faults/test_integrity.py",
