@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as v0
 import pytest
-from equipment.gates import failing_at, held_at, within
+from equipment.gates import failing_at, held_at, join_threads, within
 from equipment.training import SLAB_BYTES, Steps, make_state
 from equipment.trees import abstract, assert_same
 from faults import disks
@@ -127,6 +127,7 @@ def test_a_save_is_cancelled_and_the_next_one_works(tmp_path, mesh, timelines):
             run.cancel()
             gate.opened.set()
             within(run.wait)
+        join_threads("lazy_orbax-write")  # What it writes is removed when it writes no more.
         run.reload()
         assert [found.step for found in run.checkpoints] == [1]
         run.save(3, state, force=True)
@@ -201,6 +202,10 @@ def test_a_killed_process_leaves_the_step_before(tmp_path, mesh, place, call, wa
     assert_same(v1.load(root / "2", abstract(state)), state)
 
 
+@pytest.mark.skipif(
+    sys.version_info >= (3, 12),
+    reason="from 3.12 on Python starts no thread once the main thread has ended, and v0 needs them",
+)
 @pytest.mark.parametrize("way", ["save_async", "Checkpointer"])
 def test_a_process_that_ends_without_waiting_finishes_its_save(tmp_path, mesh, way):
     root = tmp_path / "run"
