@@ -183,12 +183,13 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         )
         return prepared.plan
 
-    def restore(self, directory: Any, args: Any = None) -> Any:
+    def restore(self, directory: Any, args: Any = None, *, of_orbax: Any = None) -> Any:
         """Restores a tree, and verifies it (`LazyOptions.verify_restore`).
 
         Args:
             directory: the item's directory.
             args: `LazyRestore`, Orbax's own arguments of the same fields, or `None`.
+            of_orbax: the same, for what Orbax restores, if it takes them in another form.
 
         Returns:
             A tree with the structure of `args.item`, or of nested dictionaries and lists.
@@ -205,7 +206,10 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         question = Question(
             directory,
             args,
-            by_orbax=lambda args: stock(directory, args=args),
+            by_orbax=lambda args: stock(
+                directory,
+                args=args if of_orbax is None else dataclasses.replace(of_orbax, item=args.item),
+            ),
             metadata=self.metadata,
             registry=self.settings.type_handlers,
             limit_bytes=self._restore_bytes,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from lazy_orbax._orbax import symbols, v1
 from lazy_orbax._orbax.symbols import ocp
-from lazy_orbax._orbax.v1_leaves import TypeHandlers
+from lazy_orbax._orbax.v1_leaves import TypeHandlers, restore_args_in_v0
 from lazy_orbax.handlers.lazy import LazyCheckpointHandler
 from lazy_orbax.handlers.stock_fallback import GB, checked_options
 from lazy_orbax.options import LazyOptions
@@ -83,7 +84,8 @@ def _maker(options: LazyOptions) -> v1.Make:
             for saver in kept:
                 end_function(saver, operation, error)
 
-        return v1.Inside(handler, end)
+        strict = not context.array.loading.enable_padding_and_truncation
+        return v1.Inside(handler, end, functools.partial(restore_args_in_v0, strict=strict))
 
     return make
 

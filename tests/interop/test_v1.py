@@ -330,6 +330,108 @@ def test_another_mesh_and_another_dtype(tmp_path, mesh, timelines):
     assert v1.metadata(tmp_path / "1").metadata["w"].shape == (8, 8)
 
 
+ONE = jax.sharding.SingleDeviceSharding(jax.devices()[1])
+PLAIN = {"w": np.arange(8.0, dtype=np.float32), "n": np.arange(5), "i": 3, "f": 2.5, "s": "ä"}
+TARGETS = {
+    "another dtype of NumPy": {"w": np.zeros(8), "n": np.zeros(5, np.int8)},
+    "an array of NumPy on a device": {"n": jax.ShapeDtypeStruct((5,), jnp.int32, sharding=ONE)},
+    "another dtype on a device": {"w": jax.ShapeDtypeStruct((8,), jnp.bfloat16, sharding=ONE)},
+    "without a sharding": {"w": jax.ShapeDtypeStruct((8,), jnp.float32)},
+    "types": {"w": jax.Array, "n": np.ndarray, "i": int, "f": float, "s": str},
+    "None": dict.fromkeys("wnifs"),
+    "another type of number": {"i": 0.5, "f": 1},
+    "arrays": {"w": jnp.zeros(8)},
+    "placeholders": {"w": ..., "s": ...},
+}
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_a_target_means_what_it_means_to_stock(tmp_path, timelines, target):
+    v1.save(tmp_path / "1", {**PLAIN, "w": jnp.asarray(PLAIN["w"])})
+    wanted = {**PLAIN, "w": jnp.zeros(8), **target}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lazy_orbax._orbax.v1._of_process", [])
+        by_stock = v1.load(tmp_path / "1", wanted)
+    found = v1.load(tmp_path / "1", wanted)
+    assert_same(found, by_stock)
+    assert jax.tree.map(kind_of, found) == jax.tree.map(kind_of, by_stock)
+
+
+def kind_of(leaf):
+    return type(leaf), getattr(leaf, "sharding", None)
+
+
+def test_what_is_loaded_is_read_by_plan(tmp_path, mesh):
+    state, restores = make_state(mesh), []
+    undo = lazy_v1(lazy_orbax.LazyOptions(on_restore=restores.append))
+    v1.save(tmp_path / "1", state)
+    assert_same(v1.load(tmp_path / "1", abstract(state)), state)
+    undo()
+    assert restores[0].all_by_orbax is None
+    assert set(restores[0].by_orbax) == {"keys"}  # Orbax puts those together again.
+
+
+class Word:
+    """A leaf of a type that Orbax does not know."""
+
+    def __init__(self, text):
+        self.text = text
+
+
+class WordHandler:
+    """Writes words to a file of its own."""
+
+    made = 0
+
+    def __init__(self, context=None):
+        del context
+        WordHandler.made += 1
+
+    async def serialize(self, params, context):
+        texts = {param.name: param.value.text for param in params}
+
+        async def write():
+            place = await context.parent_dir.await_creation()
+            (place / "words.json").write_text(json.dumps(texts))
+
+        return write()
+
+    async def deserialize(self, params, context):
+        async def read():
+            texts = json.loads((context.parent_dir / "words.json").read_text())
+            return [Word(texts[param.name]) for param in params]
+
+        return read()
+
+    async def metadata(self, params, context):
+        return [Word("") for _ in params]
+
+
+class WithWords(v1.handlers.PyTreeHandler):
+    """A handler of trees with words in them."""
+
+    def __init__(self):
+        leaves = type(v1.handlers.PyTreeHandler()._leaf_handler_registry)()
+        leaves.add(Word, Word, WordHandler)
+        super().__init__(leaf_handler_registry=leaves)
+
+
+def test_leaves_of_a_users_type_are_written_by_their_handler(tmp_path, mesh, timelines):
+    context = v1.Context()
+    registry = v1.handlers.local_registry()
+    registry.add(WithWords, checkpointable_name="words")
+    context.checkpointables.registry = registry
+    state = {**make_state(mesh), "first": Word("ä"), "second": [Word("b")]}
+    with context:
+        for n in range(3):
+            v1.save_checkpointables(tmp_path / f"{n}", {"words": state})
+        found = v1.load_checkpointables(tmp_path / "2", {"words": abstract(state)})["words"]
+    assert (found["first"].text, found["second"][0].text) == ("ä", "b")
+    assert_same({name: found[name] for name in make_state(mesh)}, make_state(mesh))
+    assert [line.same_as is None for line in timelines] == [True, False, False]
+    assert len(plan_cache.PLAN_CACHE._entries) == 1
+
+
 def test_a_context_of_its_own_saves_lazily_and_no_other_does(tmp_path, mesh):
     state, timelines = make_state(mesh), []
     options = lazy_orbax.LazyOptions(on_timeline=timelines.append)
