@@ -16,6 +16,8 @@ COMMITTED = "commit_success.txt"
 """Says in an object store that a step is published: a directory cannot be renamed there."""
 STEP_METADATA = "_CHECKPOINT_METADATA"
 """JSON of a step: its items and their handlers, its times, its custom metadata."""
+STEP_OF_V1 = "orbax.checkpoint"
+"""An empty file in a step that v1 saved, there before the metadata where a function of v1 does."""
 ROOT_METADATA = "metadata/_ROOT_METADATA"
 """JSON of a run: the custom metadata that a manager was given for all its steps."""
 
@@ -25,6 +27,8 @@ SHARDINGS = "_sharding"
 """JSON of an item: the sharding that each array had when it was saved."""
 STRINGS = "_strings.json"
 """JSON of an item: the leaves that are strings."""
+DIGESTS = "lazy_orbax_digests"
+"""A directory of an item with what lazy_orbax adds to it: digests of everything else."""
 ARRAY_METADATAS = "array_metadatas"
 """A directory of an item with JSON of each process: shapes of shards and chunks, kinds of keys."""
 MANIFEST = "manifest.ocdbt"
@@ -76,7 +80,7 @@ def without_dots(path: str) -> str:
 
     It is the directory that the file system finds: a link before the dots is followed.
     """
-    return os.path.realpath(path) if "/../" in f"{path}/" and "://" not in path else path
+    return os.path.realpath(path) if "/../" in f"/{path}/" and "://" not in path else path
 
 
 def step_of(name: str) -> int | None:
@@ -104,6 +108,11 @@ def step_directory(item_directory: str) -> str:
     numbers = [place for place in (item, above) if _last_name(place).isdecimal()]
     names = [place for place in (above, item) if step_of(_last_name(place)) is not None]
     return next(iter(numbers + names), "")
+
+
+def names_of(item_directory: str) -> tuple[str, ...]:
+    """Returns the last names of an item's path once it is published: its step's and its own."""
+    return tuple(name for name in final(item_directory).split("/") if name)[-2:]
 
 
 def item_of(directory: str) -> str:
@@ -148,9 +157,13 @@ def steps_in(run: Any) -> list[StepDirectory]:
 
 
 def _is_around(above: str, name: str) -> bool:
-    """Whether a directory is the temporary one of a step that has an item of this name."""
+    """Whether a directory is the temporary one of a step that has an item of this name.
+
+    A step may be called anything. Only a bare number below such a name is a step of its own.
+    """
     above = _last_name(above)
-    return is_temporary(above) and (is_temporary(name) or step_of(above) is not None)
+    may_be = is_temporary(name) or step_of(above) is not None or not name.isdecimal()
+    return is_temporary(above) and may_be
 
 
 def _last_name(path: str) -> str:

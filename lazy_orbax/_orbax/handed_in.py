@@ -9,7 +9,7 @@ import jax
 from etils import epath
 
 from lazy_orbax import _paths
-from lazy_orbax._orbax.records import LeafInfo
+from lazy_orbax._orbax.records import LeafInfo, Settings
 from lazy_orbax._orbax.symbols import ocp
 
 
@@ -54,29 +54,34 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 async def serialize_others(
-    others: Sequence[tuple[int, LeafInfo]], values: Sequence[Any], directory: Any
+    settings: Settings,
+    others: Sequence[tuple[int, LeafInfo]],
+    values: Sequence[Any],
+    directory: Any,
 ) -> list[Any]:
     """Lets type handlers write the leaves that are theirs alone. Returns their futures.
 
     Args:
+        settings: how the handler saves that saves now: the plan may be another's.
         others: positions and descriptions of those leaves.
         values: all leaves of the tree.
         directory: the item's directory, or Orbax's promise of it.
     """
-    by_handler: dict[int, list[tuple[int, LeafInfo]]] = {}
-    for position, leaf in others:
-        by_handler.setdefault(id(leaf.type_handler), []).append((position, leaf))
     if not others:
         return []
+    by_handler: dict[Any, list[tuple[int, LeafInfo]]] = {}
+    for position, leaf in others:
+        type_handler = settings.type_handler_for(type(values[position]))
+        by_handler.setdefault(type_handler, []).append((position, leaf))
     use_ocdbt = others[0][1].info.is_ocdbt_checkpoint
     context = ocp.type_handlers.get_ts_context(use_ocdbt=use_ocdbt)
     futures = []
-    for members in by_handler.values():
+    for type_handler, members in by_handler.items():
         infos = [
             leaf.info.replace(parent_dir=directory, path=directory / leaf.name, ts_context=context)
             for _, leaf in members
         ]
         mine = [values[position] for position, _ in members]
         arguments = [leaf.save_args for _, leaf in members]
-        futures += await members[0][1].type_handler.serialize(mine, infos, arguments)
+        futures += await type_handler.serialize(mine, infos, arguments)
     return futures

@@ -9,10 +9,17 @@ from typing import Any
 from lazy_orbax._orbax.symbols import SRC, ocp
 
 # Orbax reports these durations through JAX's public monitoring, in the thread that published the
-# step, directly after it did: the only sign of that moment that reaches a handler.
+# step, directly after it did: the only sign of that moment that reaches a handler. The last is the
+# only one that comes from v1's functions before other processes hear of the step.
 PUBLISHED_EVENTS = frozenset(
-    {"/jax/orbax/write/background_finalize_secs", "/jax/orbax/write/finalize_duration_secs"}
+    {
+        "/jax/orbax/write/background_finalize_secs",
+        "/jax/orbax/write/finalize_duration_secs",
+        "/jax/checkpoint/write/duration_since_last_checkpoint_secs",
+    }
 )
+# Of the threads in which v1 waits for an item, by Python's own naming. They publish nothing.
+_WAITING_ONLY = "asyncio_"
 # In which Orbax waits for the items of a step and publishes it; in which a manager waits for that.
 COMMIT_THREAD, MANAGER_THREAD = "async_save", "save_finalize"
 
@@ -25,6 +32,12 @@ def operation_id() -> str:
 def may_be_publishing() -> bool:
     """Whether a thread is there in which Orbax waits for items and publishes steps, of any save."""
     return any(thread.name == COMMIT_THREAD for thread in threading.enumerate())
+
+
+def publisher() -> threading.Thread | None:
+    """Returns this thread, if the one that waits for an item publishes the step afterwards."""
+    thread = threading.current_thread()
+    return None if thread.name.startswith(_WAITING_ONLY) else thread
 
 
 def is_publishing_thread(thread: threading.Thread) -> bool:

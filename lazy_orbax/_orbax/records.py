@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 
@@ -40,6 +40,16 @@ class Settings:
     def type_handler_for(self, type_: type) -> Any | None:
         """Returns Orbax's type handler for values of `type_`, or `None`."""
         return self.type_handlers.get(type_) if self.type_handlers.has(type_) else None
+
+    def for_leaves(self, type_handlers: Any, keywords: Mapping[str, Any]) -> Settings:
+        """Returns settings with other type handlers.
+
+        Args:
+            type_handlers: the registry. That its handlers are the same ones is seen at the leaves.
+            keywords: what else tells whether settings save alike.
+        """
+        told = tuple(sorted((name, repr(value)) for name, value in keywords.items()))
+        return dataclasses.replace(self, keywords=told, type_handlers=type_handlers)
 
 
 class Destination(NamedTuple):

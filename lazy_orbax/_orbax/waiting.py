@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from lazy_orbax._orbax import functions
 from lazy_orbax._orbax.lifecycle import operation_id
 from lazy_orbax._orbax.multihost import key_value_store
 from lazy_orbax._orbax.symbols import MISSING
@@ -73,7 +74,9 @@ def leaving_nobody_waiting(async_save: Callable[..., Any]) -> Callable[..., Any]
 
 
 def _await_directories(operation: str) -> None:
-    deadline_s = time.monotonic() + _DIRECTORIES_S
+    # v1's functions create directories only after all items were taken.
+    within_s = 0 if functions.is_going_on(operation) else _DIRECTORIES_S
+    deadline_s = time.monotonic() + within_s
     while promised_directories(operation) and time.monotonic() < deadline_s:
         time.sleep(0.01)
     release_waiting(operation)

@@ -8,6 +8,8 @@ temporary directories, barriers, publishing, retention; and reading.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ from lazy_orbax.handlers.stock_fallback import (
     checked_options,
     limit_bytes,
 )
+from lazy_orbax.handlers.stock_saves import STOCK_SAVES
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.plan.slabs import Plan
 from lazy_orbax.plan.transforms.transform_map import TransformMap
@@ -37,6 +40,8 @@ from lazy_orbax.save.finish import end_all, finish
 from lazy_orbax.save.merge import merge
 from lazy_orbax.save.plan_cache import prepare
 from lazy_orbax.save.process_end import finish_at_the_end
+from lazy_orbax.save.publication import Publications
+from lazy_orbax.save.unchanged_state import Fingerprints
 from lazy_orbax.storage.pace import Pace
 from lazy_orbax.timeline import RestoreRecorder
 from lazy_orbax.trust.malformed import checked
@@ -99,9 +104,10 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
             self.options.write_bytes_per_s or self.options.slab_bytes,
         )
         given = {**keywords, "use_compression": use_compression}
-        self._restore_bytes = (restore_concurrent_gb or STOCK_CONCURRENT_GB) * GB
+        self._restore_bytes = int((restore_concurrent_gb or STOCK_CONCURRENT_GB) * GB)
         super().__init__(**given, restore_concurrent_bytes=self._restore_bytes)
         tell_threads_apart()
+        STOCK_SAVES.watch()
         self._saver = Saver(
             settings=describe.settings_of(self, given),
             options=self.options,
@@ -115,6 +121,22 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         # What is written into the checkpoint: the stock name, so that stock Orbax reads it without
         # being told how. On the class it would clash with the stock handler's registration.
         self.typestr = ocp.PyTreeCheckpointHandler.typestr
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LazyCheckpointHandler:
+        """Returns a handler that saves as this one does; what this one is saving stays here."""
+        copied = memo[id(self)] = object.__new__(type(self))
+        own = {name: value for name, value in vars(self).items() if name != "_saver"}
+        copied.__dict__.update(copy.deepcopy(own, memo))
+        copied._saver = dataclasses.replace(
+            self._saver,
+            merge=copied._merge,
+            pace=Pace(self.options.write_bytes_per_s),
+            fingerprints=Fingerprints(),
+            publications=Publications(),
+            commits=[],
+        )
+        finish_at_the_end(copied._saver)
+        return copied
 
     @leaving_nobody_waiting
     async def async_save(self, directory: Any, args: Any) -> list[Any] | None:
@@ -136,7 +158,24 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         """
         if getattr(args, "partial_save_mode", False):
             return await super().async_save(directory, args=args)
+        STOCK_SAVES.note_lazy()
         return await begin(self._saver, directory, args)  # type: ignore[return-value]
+
+    def go_on_for(self, saver: Saver, settings: Settings) -> None:
+        """Goes on with what another handler kept from save to save.
+
+        Args:
+            saver: of the other handler, which ends what both save.
+            settings: how this one saves.
+        """
+        own = ("options", "limit_bytes", "slab_bytes", "processes", "merge")
+        changed = {name: getattr(self._saver, name) for name in own}
+        self._saver = dataclasses.replace(saver, settings=settings, **changed)
+
+    @property
+    def saver(self) -> Saver:
+        """How it saves, and what it keeps from save to save."""
+        return self._saver
 
     @property
     def settings(self) -> Settings:
@@ -166,12 +205,13 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         )
         return prepared.plan
 
-    def restore(self, directory: Any, args: Any = None) -> Any:
+    def restore(self, directory: Any, args: Any = None, *, of_orbax: Any = None) -> Any:
         """Restores a tree, and verifies it (`LazyOptions.verify_restore`).
 
         Args:
             directory: the item's directory.
             args: `LazyRestore`, Orbax's own arguments of the same fields, or `None`.
+            of_orbax: the same, for what Orbax restores, if it takes them in another form.
 
         Returns:
             A tree with the structure of `args.item`, or of nested dictionaries and lists.
@@ -188,7 +228,10 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         question = Question(
             directory,
             args,
-            by_orbax=lambda args: stock(directory, args=args),
+            by_orbax=lambda args: stock(
+                directory,
+                args=args if of_orbax is None else dataclasses.replace(of_orbax, item=args.item),
+            ),
             metadata=self.metadata,
             registry=self.settings.type_handlers,
             limit_bytes=self._restore_bytes,

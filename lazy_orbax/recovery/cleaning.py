@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterable
 
 from lazy_orbax import _paths
-from lazy_orbax._orbax import lifecycle, waiting
+from lazy_orbax._orbax import functions, lifecycle, waiting
 from lazy_orbax.errors import SaveError
 from lazy_orbax.recovery.attempt import Attempt, Fate, Part, attempts_below
 from lazy_orbax.storage import deadline
@@ -40,9 +40,11 @@ def end_earlier(parts: Iterable[Part], place: str) -> None:
         place: where the next save goes.
     """
     for part in parts:
-        here = part.recorder.timeline.directory
+        here, operation = part.recorder.timeline.directory, part.attempt.operation
         same_run = _paths.places_of_run(here) & _paths.places_of_run(place)
-        if not same_run or part.attempt.operation == lifecycle.operation_id():
+        if not same_run or operation == lifecycle.operation_id():
+            continue
+        if functions.is_going_on(operation):  # Several of these may run beside each other.
             continue
         forgo(part)
         if is_given_up(part, threading.current_thread()):
@@ -74,6 +76,8 @@ def is_given_up(part: Part, this_thread: threading.Thread | None) -> bool:
         part: of the step.
         this_thread: which Orbax has left where it is the one that waited for the item.
     """
+    if functions.is_going_on(part.attempt.operation):
+        return False
     waited = {other.waiter for other in part.attempt.parts} - {None, this_thread}
     if waited or this_thread is None:
         return bool(waited) and not any(thread.is_alive() for thread in waited if thread)

@@ -26,8 +26,8 @@ _log = logging.getLogger("lazy_orbax")
 def holds_a_step(root: str) -> bool:
     """Whether Orbax made the directory for a step. It may take it a moment to say so."""
     deadline_s = time.monotonic() + _STEP_METADATA_S
-    file = os.path.join(root, _paths.STEP_METADATA)
-    while os.path.isdir(root) and not os.path.lexists(file):
+    files = [os.path.join(root, name) for name in (_paths.STEP_METADATA, _paths.STEP_OF_V1)]
+    while os.path.isdir(root) and not any(map(os.path.lexists, files)):
         if time.monotonic() > deadline_s:
             return False
         time.sleep(0.01)

@@ -14,6 +14,7 @@ import numpy as np
 
 from lazy_orbax._orbax import restored_kinds
 from lazy_orbax._orbax.restored_kinds import ARRAY, OTHER, SCALAR
+from lazy_orbax._orbax.stored_kinds import EMPTY
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.plan.boxes import Box, Shape
 from lazy_orbax.restore.array_format import ArrayFormat, native
@@ -115,7 +116,7 @@ def _is_nothing(name: str, leaf: Any, tree: Tree) -> bool:
     if leaf is _PLACEHOLDER:
         return True
     is_empty = restored_kinds.is_empty(leaf)
-    if is_empty != (tree.leaves[name] in restored_kinds.EMPTY):
+    if is_empty != (tree.leaves[name] in EMPTY):
         raise OrbaxOnlyError(f"leaf {name} is empty in the target or the checkpoint alone")
     return is_empty
 

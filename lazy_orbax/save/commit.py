@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lazy_orbax._orbax import handed_in
+from lazy_orbax._orbax import handed_in, lifecycle
 from lazy_orbax._orbax.symbols import future
 from lazy_orbax.errors import SaveError
 from lazy_orbax.pods.agreement import Agreement
@@ -98,7 +98,7 @@ class Commit:
             TimeoutError: it takes longer than `timeout` seconds, or the directory never came.
         """
         deadline_s = time.monotonic() + (_TIMEOUT_S if timeout is None else timeout)
-        self.part.waiter = threading.current_thread()
+        self.part.waiter = lifecycle.publisher()
         try:
             self._future.result(timeout=timeout)
             for other in self.others:

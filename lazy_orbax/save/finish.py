@@ -8,6 +8,7 @@ from lazy_orbax import _paths
 from lazy_orbax._orbax.interrupted import await_interrupted
 from lazy_orbax.integrity import step_metadata
 from lazy_orbax.integrity.proof import stop_preparing
+from lazy_orbax.recovery import cleaning
 from lazy_orbax.recovery.attempt import Fate
 from lazy_orbax.save.begin import Saver
 from lazy_orbax.save.publication import await_publication, publication_failed
@@ -15,6 +16,7 @@ from lazy_orbax.save.step_sync import before_publication
 from lazy_orbax.snapshot.host_budget import HOST_BUDGET
 from lazy_orbax.storage import threads
 from lazy_orbax.storage.fsync import Inode
+from lazy_orbax.storage.save_error import save_error
 
 
 def finish(saver: Saver, directory: Any) -> None:
@@ -43,6 +45,34 @@ def finish(saver: Saver, directory: Any) -> None:
     except BaseException as error:
         publication_failed(error)
         raise
+
+
+def end_function(saver: Saver, operation: str, error: BaseException | None) -> None:
+    """Ends what a function of v1 saved, which has published the step, or given it up.
+
+    In the thread that did, before anybody who waits for it hears of that.
+
+    Args:
+        saver: how the handler saves.
+        operation: Orbax's name of the attempt.
+        error: what the function fails with, if it does.
+
+    Raises:
+        NotDurableError: the step was published unheard, and cannot be synced.
+    """
+    parts = [c.part for c in saver.commits if c.part.attempt.operation == operation]
+    if error is not None:
+        publication_failed(error)
+        for attempt in {part.attempt for part in parts}:
+            cleaning.refuse(attempt, save_error(parts[0].directory, error))
+    try:
+        saver.publications.catch_up(raises=True)
+    finally:
+        for part in parts:
+            cleaning.forgo(part)
+            cleaning.remove_leftovers(part)
+            part.recorder.end(error=error)
+        saver.forget_what_is_over()
 
 
 def end_all(saver: Saver) -> None:

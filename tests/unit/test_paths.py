@@ -56,7 +56,9 @@ def test_the_final_directory_and_the_step_in_it(path, directory, step):
         (f"/x{MARK}/12{MARK}/state{MARK}", f"/x{MARK}/12/state", 12),
         (f"/x{MARK}/y/12{MARK}/", f"/x{MARK}/y/12/", 12),
         (f"/x{MARK}/12", f"/x{MARK}/12", 12),
-        (f"/x{MARK}/state", f"/x{MARK}/state", None),
+        (f"/x{MARK}/state", "/x/state", None),
+        (f"/x{MARK}/params_2", "/x/params_2", None),
+        (f"/run/x{MARK}/state", "/run/x/state", None),
     ],
 )
 def test_only_the_names_of_the_step_and_of_the_item_count(path, directory, step):
@@ -75,7 +77,9 @@ def test_an_item_with_a_number_in_its_name_does_not_hide_the_step():
         (f"/run/5{MARK}/state", f"/run/5{MARK}"),
         (f"/run/5{MARK}", f"/run/5{MARK}"),
         (f"/run{MARK}/5/state", ""),
-        (f"/run{MARK}/state", ""),
+        (f"/run{MARK}/5", ""),
+        (f"/run{MARK}/state", f"/run{MARK}"),
+        (f"/run{MARK}/params_2", f"/run{MARK}"),
         (f"/run{MARK}/run/5{MARK}", f"/run{MARK}/run/5{MARK}"),
         ("/run/5/state", ""),
         (f"gs://bucket/5{MARK}/state{MARK}", ""),
@@ -124,6 +128,7 @@ def test_what_the_name_of_a_directory_says(name, step, is_temporary):
         (f"/run/step_12{MARK}/params_2{MARK}", "/run/*/params_2"),
         (f"/run_3/step_12{MARK}", "/run_3/*"),
         (f"/run_3/final{MARK}", "/run_3/final"),
+        (f"/run_3/final{MARK}/state", "/run_3/final/state"),
         (f"/x{MARK}/12{MARK}/state{MARK}", f"/x{MARK}/*/state"),
     ],
 )

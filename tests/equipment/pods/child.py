@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from equipment.gates import Gate, failing_at, held_at
-from equipment.pods import states, worker
+from equipment.pods import states, v1, worker
 from equipment.pods.jobs import HEARTBEAT_TIMEOUT_S
 from equipment.pods.kill_points import killing
 
@@ -411,6 +411,11 @@ def modes(root: str) -> Report:
     return worker.main(pathlib.Path(root))
 
 
+def saved_by_v1(root: str) -> Report:
+    """Saves with the functions of Orbax v1, and with its `Checkpointer`."""
+    return v1.main(pathlib.Path(root), _mesh())
+
+
 SCENARIOS = {
     function.__name__: function
     for function in (
@@ -427,6 +432,7 @@ SCENARIOS = {
         node_local,
         preempted,
         modes,
+        saved_by_v1,
     )
 }
 
