@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lazy_orbax.handlers.lazy import LazyCheckpointHandler
     from lazy_orbax.handlers.prewarm import prewarm
     from lazy_orbax.handlers.stock_shaped import pytree_handler, standard_handler
+    from lazy_orbax.handlers.v1 import v1_registry
     from lazy_orbax.integrity.verify import verify
     from lazy_orbax.options import LazyOptions
     from lazy_orbax.pods.node_local import node_local_options
@@ -61,6 +62,7 @@ _HOMES = {
     "timeline_file": "lazy_orbax.timeline_lines",
     "transforms": "lazy_orbax.transforms",
     "uninstall": "lazy_orbax.handlers.installed",
+    "v1_registry": "lazy_orbax.handlers.v1",
     "verify": "lazy_orbax.integrity.verify",
     "wait_until_staged": "lazy_orbax.save.in_flight",
 }
@@ -93,6 +95,7 @@ __all__ = [
     "timeline_file",
     "transforms",
     "uninstall",
+    "v1_registry",
     "verify",
     "wait_until_staged",
 ]

@@ -65,6 +65,7 @@ class Functions:
         with self._changed:
             self._changed.wait_for(lambda: not self._running)
 
+    @property
     def has_running(self) -> bool:
         """Whether an operation runs."""
         return bool(self._running)

@@ -89,14 +89,20 @@ class Inside:
             `training.Checkpointer`. Else a function of v1 does, such as `save`.
     """
 
-    def __init__(self, make: Callable[[int | None], Any], end: Callable[..., None]):
+    def __init__(
+        self,
+        make: Callable[[int | None], Any],
+        end: Callable[..., None],
+        in_v0: Callable[[Any], Any],
+    ):
         """Makes no handler yet, for most are never asked.
 
         Args:
             make: makes the handler, given the most bytes that Orbax wants in host memory.
             end: is told the operation, and its error if it failed, when a function has ended.
+            in_v0: returns the arguments of a restore in the form of v0.
         """
-        self._make, self._end = make, end
+        self._make, self._end, self._in_v0 = make, end, in_v0
         self.is_managed = False
         # Orbax sets it before it saves.
         self._save_device_host_concurrent_bytes: int | None = None
@@ -115,6 +121,10 @@ class Inside:
             operation = operation_id()
             functions.begin(operation, functools.partial(self._end, operation))
         return await self.handler.async_save(directory, args=args)
+
+    def restore(self, directory: Any, args: Any) -> Any:
+        """Restores, and verifies."""
+        return self.handler.restore(directory, self._in_v0(args), of_orbax=args)
 
     async def _finalize_async(self, directory: Any) -> None:
         """A function of v1 publishes the step next, in this thread."""

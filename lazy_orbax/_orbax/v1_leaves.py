@@ -6,8 +6,12 @@ the plan of the save before serves again.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
+
+import jax
+import numpy as np
 
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax._orbax.v1 import V1
@@ -92,3 +96,33 @@ def _value_of(thing: Any) -> Any:
     if not type(thing).__module__.startswith("orbax.") or not hasattr(thing, "__dict__"):
         return (type(thing), () if thing == {} else id(thing))
     return type(thing), tuple((name, _value_of(value)) for name, value in vars(thing).items())
+
+
+def restore_args_in_v0(args: Any, *, strict: bool) -> Any:
+    """Returns the arguments of a restore with what v1 wants of arrays said as in v0.
+
+    Args:
+        args: of v1, whose `RestoreArgs` have the leaves of the target beside them.
+        strict: whether shapes must be those that are stored.
+    """
+    if args.restore_args is None:
+        return args
+    in_v0 = functools.partial(_restore_arg_in_v0, strict=strict)
+    return dataclasses.replace(args, restore_args=jax.tree.map(in_v0, args.restore_args))
+
+
+def _restore_arg_in_v0(argument: Any, *, strict: bool) -> Any:
+    leaf = getattr(argument, "abstract_leaf", None)
+    if leaf is None or isinstance(leaf, type):  # As it is stored.
+        return argument
+    if argument.restore_type is np.ndarray:
+        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+    if argument.restore_type is jax.Array and isinstance(leaf.sharding, jax.sharding.Sharding):
+        return ocp.ArrayRestoreArgs(
+            restore_type=jax.Array,
+            dtype=leaf.dtype,
+            sharding=leaf.sharding,
+            global_shape=leaf.shape,
+            strict=strict,
+        )
+    return argument

@@ -104,7 +104,7 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
             self.options.write_bytes_per_s or self.options.slab_bytes,
         )
         given = {**keywords, "use_compression": use_compression}
-        self._restore_bytes = (restore_concurrent_gb or STOCK_CONCURRENT_GB) * GB
+        self._restore_bytes = int((restore_concurrent_gb or STOCK_CONCURRENT_GB) * GB)
         super().__init__(**given, restore_concurrent_bytes=self._restore_bytes)
         tell_threads_apart()
         STOCK_SAVES.watch()
@@ -205,12 +205,13 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         )
         return prepared.plan
 
-    def restore(self, directory: Any, args: Any = None) -> Any:
+    def restore(self, directory: Any, args: Any = None, *, of_orbax: Any = None) -> Any:
         """Restores a tree, and verifies it (`LazyOptions.verify_restore`).
 
         Args:
             directory: the item's directory.
             args: `LazyRestore`, Orbax's own arguments of the same fields, or `None`.
+            of_orbax: the same, for what Orbax restores, if it takes them in another form.
 
         Returns:
             A tree with the structure of `args.item`, or of nested dictionaries and lists.
@@ -227,7 +228,10 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         question = Question(
             directory,
             args,
-            by_orbax=lambda args: stock(directory, args=args),
+            by_orbax=lambda args: stock(
+                directory,
+                args=args if of_orbax is None else dataclasses.replace(of_orbax, item=args.item),
+            ),
             metadata=self.metadata,
             registry=self.settings.type_handlers,
             limit_bytes=self._restore_bytes,

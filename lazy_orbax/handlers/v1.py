@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from lazy_orbax._orbax import symbols, v1
 from lazy_orbax._orbax.symbols import ocp
-from lazy_orbax._orbax.v1_leaves import TypeHandlers
+from lazy_orbax._orbax.v1_leaves import TypeHandlers, restore_args_in_v0
 from lazy_orbax.handlers.lazy import LazyCheckpointHandler
 from lazy_orbax.handlers.stock_fallback import GB, checked_options
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.save.begin import Saver
 from lazy_orbax.save.finish import end_function
+from lazy_orbax.save.process_end import finish_at_the_end
 
 
 def lazy_v1(
@@ -81,7 +83,9 @@ def _maker(options: LazyOptions, *, use_compression: bool) -> v1.Make:
             made = _handler(
                 options, context, type_handlers, validator, transfer_bytes, compresses=compresses
             )
-            kept[:] = kept[:1] or [made.saver]
+            if not kept:
+                kept.append(made.saver)
+                finish_at_the_end(made.saver)
             made.go_on_for(kept[0], made.settings)
             return made
 
@@ -89,7 +93,8 @@ def _maker(options: LazyOptions, *, use_compression: bool) -> v1.Make:
             for saver in kept:
                 end_function(saver, operation, error)
 
-        return v1.Inside(handler, end)
+        strict = not context.array.loading.enable_padding_and_truncation
+        return v1.Inside(handler, end, functools.partial(restore_args_in_v0, strict=strict))
 
     return make
 

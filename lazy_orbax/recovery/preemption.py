@@ -21,6 +21,7 @@ import jax
 
 from lazy_orbax import _machine
 from lazy_orbax._jax_context import of_this_thread
+from lazy_orbax._orbax.v1_checkpointer import as_manager, manager_in
 from lazy_orbax.errors import OptionError
 from lazy_orbax.storage import threads
 
@@ -112,9 +113,10 @@ class Preemption:
         ascending order only, and makes saves urgent once it is true.
 
         Args:
-            manager: an `ocp.CheckpointManager`.
+            manager: an `ocp.CheckpointManager`, or a `training.Checkpointer` of v1.
             step: the step that was just done.
         """
+        manager = manager_in(manager)
         if jax.process_count() == 1:
             return manager.reached_preemption(step) or self.noticed
         if not isinstance(manager.reached_preemption, _Forwards):
@@ -130,15 +132,16 @@ class Preemption:
         flight is finished first.
 
         Args:
-            manager: an `ocp.CheckpointManager`.
+            manager: an `ocp.CheckpointManager`, or a `training.Checkpointer` of v1.
             step: the step that was just done.
-            args: of `manager.save`.
+            args: of `manager.save`; of v1 the checkpointables, such as `{"state": state}`.
 
         Returns:
             What became of it. Nothing is raised. Where it is not committed because the deadline
             came first, it may be yet, while the process lives.
         """
         self.notice()
+        manager = as_manager(manager)
         _machine.raise_priority()
         start_s = time.monotonic()
         assert self._noticed_at_s is not None

@@ -185,15 +185,15 @@ def is_in_default_memory(sharding: jax.sharding.Sharding) -> bool:
 
 
 class Shards(NamedTuple):
-    """The boxes that this process needs of an array, and which of them a start belongs to.
+    """The boxes that this process needs of an array.
 
     Attributes:
         boxes: each distinct one.
-        by_start: its position there.
+        of_devices: for each addressable device, which of them it has; 0 if there are none.
     """
 
     boxes: tuple[Box, ...]
-    by_start: dict[Shape, int]
+    of_devices: tuple[int, ...]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -211,8 +211,8 @@ def shards_of(sharding: jax.sharding.Sharding | None, shape: Shape) -> Shards:
         where = sharding.addressable_devices_indices_map(shape)
         starts = [tuple(s.start or 0 for s in index or ()) for index in where.values()]
         part = tuple(sharding.shard_shape(shape))
-    distinct = dict.fromkeys(starts)
-    boxes = tuple(Box(start, part) for start in distinct)
     if math.prod(part) == 0:
-        boxes = ()
-    return Shards(boxes, {start: i for i, start in enumerate(distinct)})
+        return Shards((), (0,) * len(starts))
+    distinct = {start: i for i, start in enumerate(dict.fromkeys(starts))}
+    boxes = tuple(Box(start, part) for start in distinct)
+    return Shards(boxes, tuple(distinct[start] for start in starts))

@@ -14,6 +14,7 @@ import weakref
 import jax
 
 from lazy_orbax._orbax import process_end
+from lazy_orbax._orbax.functions import FUNCTIONS
 from lazy_orbax.save.begin import Saver
 from lazy_orbax.save.finish import end_all
 
@@ -38,13 +39,15 @@ def _finish() -> None:
     parts = [commit.part for saver in savers for commit in saver.commits]
     unknown = [part for part in parts if part.failure is None]
     running = process_end.running_saves() if savers else []
-    if running:
+    if running or (savers and FUNCTIONS.has_running):
         _log.warning(
             "The main thread has ended while a save was in flight; it is finished first. Call "
             "wait_until_finished(), or close the manager, to be told of its failure."
         )
     for thread in running:
         threading.Thread.join(thread)  # Orbax's own raises what it failed with.
+    if savers:
+        FUNCTIONS.await_all()
     failures = [part.failure for part in unknown if part.failure is not None]
     for saver in savers:
         try:

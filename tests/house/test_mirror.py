@@ -28,6 +28,7 @@ COVERED_BY = {
     "_orbax.restored_kinds": "unit/restore/test_wanted.py",
     "_orbax.standard_handler": "unit/_orbax/test_symbols.py",
     "_orbax.stored_kinds": "unit/restore/test_wanted.py",
+    "_orbax.v1_checkpointer": "faults/test_v1.py",
     "_orbax.waiting": "unit/_orbax/test_lifecycle.py",
     "args": "interop/test_args.py",
     "cli.bench": "unit/cli/test_main.py",

@@ -12,9 +12,11 @@ import pytest
 from equipment.gates import join_threads, within
 from equipment.trees import assert_same, on_mesh
 from jax._src import monitoring
+from orbax.checkpoint import v1
 
 import lazy_orbax
 from lazy_orbax.errors import NotDurableError, OptionError, SaveError
+from lazy_orbax.handlers.v1 import lazy_v1
 from lazy_orbax.save import process_end
 from lazy_orbax.storage import fsync
 
@@ -93,6 +95,30 @@ def by_checkpointer(root, state):
         yield checkpointer
 
 
+def by_function_of_v1(root, state):
+    undo = lazy_v1()
+    v1.save_checkpointables(root / "x" / "1", {"state": state, "data": {"at": 7}})
+    undo()
+    yield
+
+
+def by_checkpointer_of_v1(root, state):
+    undo = lazy_v1()
+    with v1.training.Checkpointer(root) as checkpointer:
+        checkpointer.save_checkpointables(1, {"state": state, "data": {"at": 7}})
+        undo()
+        yield
+
+
+def test_v1_tells_of_a_step_that_is_listed_and_not_durable(tmp_path, state, synced):
+    undo = lazy_v1()
+    synced.refused = lambda path: path == str(tmp_path)
+    with pytest.raises(NotDurableError, match="the disk is gone"):
+        v1.save(tmp_path / "1", state)
+    undo()
+    assert os.listdir(tmp_path) == ["1"]
+
+
 @pytest.mark.parametrize(
     "save",
     [
@@ -101,6 +127,8 @@ def by_checkpointer(root, state):
         by_manager_at_once,
         by_async_checkpointer,
         by_checkpointer,
+        by_function_of_v1,
+        by_checkpointer_of_v1,
     ],
 )
 def test_what_is_finished_is_synced_from_the_chunks_to_the_root(tmp_path, state, synced, save):
