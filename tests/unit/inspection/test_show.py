@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pathlib
 
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from lazy_orbax.errors import OptionError
@@ -129,3 +131,17 @@ def test_steps_of_every_format_and_age_are_shown_alike(form):
     assert leaves["weights"].sharding == "(x) over x=2"
     assert leaves["weights"].stored_bytes >= 96
     assert diff(STEPS / form, STEPS / "plain_zarr3").ok
+
+
+def test_an_item_that_is_no_tree_is_files(tmp_path):
+    items = {
+        "state": ocp.args.StandardSave({"w": np.ones(2)}),
+        "config": ocp.args.JsonSave({"a": 1}),
+    }
+    with ocp.CheckpointManager(tmp_path / "run") as manager:
+        manager.save(0, args=ocp.args.Composite(**items))
+    config, state = sorted(show(tmp_path / "run").items, key=lambda item: item.name)
+    assert (config.storage, config.leaves, config.problems) == ("files", (), ())
+    assert len(state.leaves) == 1
+    assert f"config: {config.n_leaves} files, " in str(config)
+    assert "no digest" in show(tmp_path / "run")._repr_html_()
