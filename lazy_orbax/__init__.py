@@ -1,28 +1,71 @@
 """Lazy asynchronous checkpoints for JAX, in Orbax and in Orbax's own format.
 
-What this package exports is public, and what its modules `args`, `errors`, `reports` and
-`transforms` do.
+What this package exports is public, and what its modules `args`, `errors`, `inspect`, `reports`
+and `transforms` do.
 Everything else is private, whatever its name.
 """
 
-from lazy_orbax import args, errors, reports, transforms
-from lazy_orbax.handlers.lazy import LazyCheckpointHandler
-from lazy_orbax.handlers.prewarm import prewarm
-from lazy_orbax.handlers.stock_shaped import pytree_handler, standard_handler
-from lazy_orbax.handlers.v1 import v1_registry
-from lazy_orbax.integrity.verify import verify
-from lazy_orbax.options import LazyOptions
-from lazy_orbax.pods.node_local import node_local_options
-from lazy_orbax.recovery.failed_saves import log_failed_saves
-from lazy_orbax.recovery.preemption import Preemption
-from lazy_orbax.restore.latest_good import restore_latest_good
-from lazy_orbax.restore.load import load
-from lazy_orbax.restore.replacing import FromStep, restore_replacing
-from lazy_orbax.save.durable_path import DurablePath
-from lazy_orbax.save.in_flight import wait_until_staged
-from lazy_orbax.snapshot.snapshot_step import SnapshotStep
-from lazy_orbax.snapshot.split_step import split_step
-from lazy_orbax.timeline import RestoreTimeline, SaveTimeline
+from typing import TYPE_CHECKING
+
+from lazy_orbax._lazily import exports as _exports
+
+if TYPE_CHECKING:
+    from lazy_orbax import args, errors, inspect, reports, transforms
+    from lazy_orbax.handlers.installed import install, status, uninstall
+    from lazy_orbax.handlers.lazy import LazyCheckpointHandler
+    from lazy_orbax.handlers.prewarm import prewarm
+    from lazy_orbax.handlers.stock_shaped import pytree_handler, standard_handler
+    from lazy_orbax.handlers.v1 import v1_registry
+    from lazy_orbax.integrity.verify import verify
+    from lazy_orbax.options import LazyOptions
+    from lazy_orbax.pods.node_local import node_local_options
+    from lazy_orbax.recovery.failed_saves import log_failed_saves
+    from lazy_orbax.recovery.preemption import Preemption
+    from lazy_orbax.restore.latest_good import restore_latest_good
+    from lazy_orbax.restore.load import load
+    from lazy_orbax.restore.replacing import FromStep, restore_replacing
+    from lazy_orbax.save.durable_path import DurablePath
+    from lazy_orbax.save.in_flight import wait_until_staged
+    from lazy_orbax.save.step_times import StepTimes
+    from lazy_orbax.snapshot.snapshot_step import SnapshotStep
+    from lazy_orbax.snapshot.split_step import split_step
+    from lazy_orbax.timeline import RestoreTimeline, SaveTimeline
+    from lazy_orbax.timeline_lines import timeline_file
+
+# Where each name comes from, once somebody asks for it: `import lazy_orbax` imports no JAX.
+_HOMES = {
+    "DurablePath": "lazy_orbax.save.durable_path",
+    "FromStep": "lazy_orbax.restore.replacing",
+    # By way of its args, which Orbax must know of as soon as there is such a handler.
+    "LazyCheckpointHandler": "lazy_orbax.args",
+    "LazyOptions": "lazy_orbax.options",
+    "Preemption": "lazy_orbax.recovery.preemption",
+    "RestoreTimeline": "lazy_orbax.timeline",
+    "SaveTimeline": "lazy_orbax.timeline",
+    "SnapshotStep": "lazy_orbax.snapshot.snapshot_step",
+    "StepTimes": "lazy_orbax.save.step_times",
+    "args": "lazy_orbax.args",
+    "errors": "lazy_orbax.errors",
+    "inspect": "lazy_orbax.inspect",
+    "install": "lazy_orbax.handlers.installed",
+    "load": "lazy_orbax.restore.load",
+    "log_failed_saves": "lazy_orbax.recovery.failed_saves",
+    "node_local_options": "lazy_orbax.pods.node_local",
+    "prewarm": "lazy_orbax.handlers.prewarm",
+    "pytree_handler": "lazy_orbax.handlers.stock_shaped",
+    "reports": "lazy_orbax.reports",
+    "restore_latest_good": "lazy_orbax.restore.latest_good",
+    "restore_replacing": "lazy_orbax.restore.replacing",
+    "split_step": "lazy_orbax.snapshot.split_step",
+    "standard_handler": "lazy_orbax.handlers.stock_shaped",
+    "status": "lazy_orbax.handlers.installed",
+    "timeline_file": "lazy_orbax.timeline_lines",
+    "transforms": "lazy_orbax.transforms",
+    "uninstall": "lazy_orbax.handlers.installed",
+    "v1_registry": "lazy_orbax.handlers.v1",
+    "verify": "lazy_orbax.integrity.verify",
+    "wait_until_staged": "lazy_orbax.save.in_flight",
+}
 
 __all__ = [
     "DurablePath",
@@ -33,8 +76,11 @@ __all__ = [
     "RestoreTimeline",
     "SaveTimeline",
     "SnapshotStep",
+    "StepTimes",
     "args",
     "errors",
+    "inspect",
+    "install",
     "load",
     "log_failed_saves",
     "node_local_options",
@@ -45,9 +91,13 @@ __all__ = [
     "restore_replacing",
     "split_step",
     "standard_handler",
+    "status",
+    "timeline_file",
     "transforms",
+    "uninstall",
     "v1_registry",
     "verify",
     "wait_until_staged",
 ]
 __version__ = "0.1.0"
+__getattr__, __dir__ = _exports(globals(), _HOMES)

@@ -27,6 +27,8 @@ SHARDINGS = "_sharding"
 """JSON of an item: the sharding that each array had when it was saved."""
 STRINGS = "_strings.json"
 """JSON of an item: the leaves that are strings."""
+DIGESTS = "lazy_orbax_digests"
+"""A directory of an item with what lazy_orbax adds to it: digests of everything else."""
 ARRAY_METADATAS = "array_metadatas"
 """A directory of an item with JSON of each process: shapes of shards and chunks, kinds of keys."""
 MANIFEST = "manifest.ocdbt"
@@ -78,7 +80,7 @@ def without_dots(path: str) -> str:
 
     It is the directory that the file system finds: a link before the dots is followed.
     """
-    return os.path.realpath(path) if "/../" in f"{path}/" and "://" not in path else path
+    return os.path.realpath(path) if "/../" in f"/{path}/" and "://" not in path else path
 
 
 def step_of(name: str) -> int | None:
@@ -106,6 +108,11 @@ def step_directory(item_directory: str) -> str:
     numbers = [place for place in (item, above) if _last_name(place).isdecimal()]
     names = [place for place in (above, item) if step_of(_last_name(place)) is not None]
     return next(iter(numbers + names), "")
+
+
+def names_of(item_directory: str) -> tuple[str, ...]:
+    """Returns the last names of an item's path once it is published: its step's and its own."""
+    return tuple(name for name in final(item_directory).split("/") if name)[-2:]
 
 
 def item_of(directory: str) -> str:

@@ -163,7 +163,7 @@ class CorruptCheckpointError(LazyOrbaxError, ValueError):
             advice = "No other step here is known to be whole."
         else:
             advice = (
-                "Restore another step. Not all were looked at: `python -m lazy_orbax verify` tells "
+                "Restore another step. Not all were looked at: `lazy-orbax verify` tells "
                 "which are whole."
             )
         listed = summarize(list(map(str, problems)))
@@ -200,6 +200,10 @@ class MalformedCheckpointError(LazyOrbaxError, ValueError):
 
 class StockFallbackWarning(UserWarning):
     """This version of Orbax is unknown to lazy_orbax, which therefore saves the stock way."""
+
+
+class StockSaveWarning(UserWarning):
+    """A tree was saved the stock way, where lazy_orbax was asked to save lazily."""
 
 
 def summarize(problems: Sequence[str]) -> str:

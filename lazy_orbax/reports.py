@@ -8,23 +8,92 @@
 | `log_failed_saves` | `FailedSaves` |
 | `Preemption.last_save` | `LastSave` |
 | `node_local_options` | `NodeLocalOptions` |
+| `install` | `Installation`, a context manager |
+| `status` | `Status` |
+| `StepTimes.report` | `StallReport` |
+
+The functions of `lazy_orbax.inspect` say there which record they return.
 """
 
-from lazy_orbax.integrity.verify import ItemReport, VerifyReport
-from lazy_orbax.pods.node_local import NodeLocalOptions
-from lazy_orbax.recovery.failed_saves import FailedSaves
-from lazy_orbax.recovery.preemption import LastSave
-from lazy_orbax.restore.latest_good import LatestGood, Skipped
-from lazy_orbax.restore.replacing import Replaced, RestoredWithReplacements
+from typing import TYPE_CHECKING
+
+from lazy_orbax._lazily import exports as _exports
+
+if TYPE_CHECKING:
+    from lazy_orbax.handlers.installed import Installation, Status
+    from lazy_orbax.inspection.bench import StorageSpeed
+    from lazy_orbax.inspection.clean import Abandoned, CleanReport
+    from lazy_orbax.inspection.diff import Difference, LeafDifference
+    from lazy_orbax.inspection.du import DiskUse, FixedLeaf, StepCost
+    from lazy_orbax.inspection.leaves import LeafEntry
+    from lazy_orbax.inspection.ls import RunListing, StepEntry
+    from lazy_orbax.inspection.show import CheckpointListing, ItemEntry
+    from lazy_orbax.inspection.timeline import RunTimeline, TimelineEntry
+    from lazy_orbax.integrity.verify_report import ItemReport, VerifyReport
+    from lazy_orbax.pods.node_local import NodeLocalOptions
+    from lazy_orbax.recovery.failed_saves import FailedSaves
+    from lazy_orbax.recovery.preemption import LastSave
+    from lazy_orbax.restore.latest_good import LatestGood, Skipped
+    from lazy_orbax.restore.replacing import Replaced, RestoredWithReplacements
+    from lazy_orbax.save.step_times import StallReport
+
+_HOMES = {
+    "Abandoned": "lazy_orbax.inspection.clean",
+    "CheckpointListing": "lazy_orbax.inspection.show",
+    "CleanReport": "lazy_orbax.inspection.clean",
+    "Difference": "lazy_orbax.inspection.diff",
+    "DiskUse": "lazy_orbax.inspection.du",
+    "FailedSaves": "lazy_orbax.recovery.failed_saves",
+    "FixedLeaf": "lazy_orbax.inspection.du",
+    "Installation": "lazy_orbax.handlers.installed",
+    "ItemEntry": "lazy_orbax.inspection.show",
+    "ItemReport": "lazy_orbax.integrity.verify_report",
+    "LastSave": "lazy_orbax.recovery.preemption",
+    "LatestGood": "lazy_orbax.restore.latest_good",
+    "LeafDifference": "lazy_orbax.inspection.diff",
+    "LeafEntry": "lazy_orbax.inspection.leaves",
+    "NodeLocalOptions": "lazy_orbax.pods.node_local",
+    "Replaced": "lazy_orbax.restore.replacing",
+    "RestoredWithReplacements": "lazy_orbax.restore.replacing",
+    "RunListing": "lazy_orbax.inspection.ls",
+    "RunTimeline": "lazy_orbax.inspection.timeline",
+    "Skipped": "lazy_orbax.restore.latest_good",
+    "StallReport": "lazy_orbax.save.step_times",
+    "Status": "lazy_orbax.handlers.installed",
+    "StepCost": "lazy_orbax.inspection.du",
+    "StepEntry": "lazy_orbax.inspection.ls",
+    "StorageSpeed": "lazy_orbax.inspection.bench",
+    "TimelineEntry": "lazy_orbax.inspection.timeline",
+    "VerifyReport": "lazy_orbax.integrity.verify_report",
+}
 
 __all__ = [
+    "Abandoned",
+    "CheckpointListing",
+    "CleanReport",
+    "Difference",
+    "DiskUse",
     "FailedSaves",
+    "FixedLeaf",
+    "Installation",
+    "ItemEntry",
     "ItemReport",
     "LastSave",
     "LatestGood",
+    "LeafDifference",
+    "LeafEntry",
     "NodeLocalOptions",
     "Replaced",
     "RestoredWithReplacements",
+    "RunListing",
+    "RunTimeline",
     "Skipped",
+    "StallReport",
+    "Status",
+    "StepCost",
+    "StepEntry",
+    "StorageSpeed",
+    "TimelineEntry",
     "VerifyReport",
 ]
+__getattr__, __dir__ = _exports(globals(), _HOMES)

@@ -13,6 +13,9 @@ from typing import Any
 
 from lazy_orbax import _paths
 from lazy_orbax.errors import OptionError
+from lazy_orbax.view import moments
+from lazy_orbax.view.blocks import Spans
+from lazy_orbax.view.viewed import Viewed
 
 # How long a save waits for `on_timeline` to return.
 _PATIENCE_S = 5.0
@@ -26,7 +29,7 @@ _log = logging.getLogger("lazy_orbax")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SaveTimeline:
+class SaveTimeline(Viewed):
     """What happened to one saved item.
 
     Each field that ends in `_s`, but for `waited_s`, is a moment: seconds from the call of the
@@ -41,6 +44,7 @@ class SaveTimeline:
         reason: why `mode` was chosen, for each of its parts.
         bytes_written: how many bytes of arrays this process wrote, before compression.
         waited_s: how many seconds `save()` waited for host memory.
+        planned_s: it was known what is written where.
         enqueued_s: all bytes were out of reach of donation. `save()` returned soon after.
         staged_s: every byte was in host memory, and the device memory of the copy was free.
         durable_s: every byte was on storage and synced.
@@ -57,6 +61,7 @@ class SaveTimeline:
     reason: str = ""
     bytes_written: int = 0
     waited_s: float = 0.0
+    planned_s: float | None = None
     enqueued_s: float | None = None
     staged_s: float | None = None
     durable_s: float | None = None
@@ -64,9 +69,15 @@ class SaveTimeline:
     error: BaseException | None = None
     same_as: str | None = None
 
+    def blocks(self) -> tuple[Spans, ...]:
+        """Returns what there is to see."""
+        told = {part: getattr(self, field) for part, field in moments.SAVE.items()}
+        row = moments.row_of("saved", told, self.bytes_written, self.error)
+        return (moments.spans_of(self.directory, [row], moments.SAVE),)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RestoreTimeline:
+class RestoreTimeline(Viewed):
     """What happened to one restored item, on this process. Times are seconds since `restore()`.
 
     Attributes:
@@ -103,6 +114,12 @@ class RestoreTimeline:
     verified_s: float | None = None
     error: BaseException | None = None
 
+    def blocks(self) -> tuple[Spans, ...]:
+        """Returns what there is to see."""
+        told = {part: getattr(self, field) for part, field in moments.RESTORE.items()}
+        row = moments.row_of("restored", told, self.bytes_read, self.error)
+        return (moments.spans_of(self.directory, [row], moments.RESTORE),)
+
 
 class RestoreRecorder:
     """Fills in one `RestoreTimeline`, and tells how far the restore is.
@@ -128,11 +145,11 @@ class RestoreRecorder:
         """Replaces fields of the timeline."""
         self.timeline = dataclasses.replace(self.timeline, **facts)
 
-    def mark(self, *moments: str) -> None:
+    def mark(self, *names: str) -> None:
         """Timestamps moments that have none yet: planned, first_byte, read, on_device, verified."""
         now_s = time.perf_counter() - self._start_s
-        names = (f"{moment}_s" for moment in moments)
-        self.note(**{name: now_s for name in names if getattr(self.timeline, name) is None})
+        fields = [f"{name}_s" for name in names if getattr(self.timeline, f"{name}_s") is None]
+        self.note(**dict.fromkeys(fields, now_s))
 
     def arrived(self, done_bytes: int) -> None:
         """Tells how many of the wanted bytes have come. What that raises ends the restore."""
@@ -165,15 +182,28 @@ class Recorder:
     the timeline does not change after that.
 
     Attributes:
+        path: the item's directory, as Orbax named it before it existed.
         item: what the directories of the saved item have in common over the steps of a run.
     """
 
-    def __init__(self, path: str, on_timeline: Callable[[SaveTimeline], None] | None):
+    def __init__(
+        self,
+        path: str,
+        on_timeline: Callable[[SaveTimeline], None] | None,
+        record: Callable[[SaveTimeline], None] = lambda timeline: None,
+    ):
+        """Starts the clock.
+
+        Args:
+            path: the item's directory, as Orbax named it.
+            on_timeline: the user's function, which is called once at the end.
+            record: called just before it.
+        """
         self._lock = threading.Lock()
         self._start_s = time.perf_counter()
-        directory, self.item = _paths.final(path), _paths.item_of(path)
+        directory, self.item, self.path = _paths.final(path), _paths.item_of(path), path
         self._timeline = SaveTimeline(directory=directory, step=_paths.step_of_item(path))
-        self._on_timeline = on_timeline
+        self._on_timeline, self._record = on_timeline, record
         self._reported = False
 
     @property
@@ -197,7 +227,7 @@ class Recorder:
                 self._timeline = dataclasses.replace(self._timeline, **facts)
 
     def mark(self, moment: str) -> None:
-        """Timestamps `moment`: enqueued, staged or durable."""
+        """Timestamps `moment`: planned, enqueued, staged or durable."""
         self.note(**{f"{moment}_s": self.since_start_s()})
 
     def end(self, *, committed: bool = False, error: BaseException | None = None) -> None:
@@ -210,6 +240,7 @@ class Recorder:
             self._timeline = dataclasses.replace(
                 self._timeline, committed_s=committed_s, error=error
             )
+        self._record(self._timeline)
         if self._on_timeline is not None:
             _report(self._on_timeline, self._timeline)
 

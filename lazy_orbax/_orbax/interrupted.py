@@ -35,4 +35,16 @@ def await_interrupted() -> bool:
 
 
 def _interrupted() -> list[threading.Thread]:
-    return [thread for thread in running_saves() if not thread.is_alive()]
+    ended = [thread for thread in running_saves() if _is_said_to_have_ended(thread)]
+    # One that did end just now is not listed any more.
+    return [thread for thread in ended if thread in running_saves()]
+
+
+def _is_said_to_have_ended(thread: threading.Thread) -> bool:
+    if thread.is_alive():
+        return False
+    try:
+        thread.join(0)
+    except RuntimeError:  # It is only about to start, in a thread beside this one.
+        return False
+    return True

@@ -6,13 +6,10 @@ from typing import Any
 
 import jax
 
+from lazy_orbax._orbax.stored_kinds import DICT, SEQUENCE
 from lazy_orbax._orbax.symbols import SRC, ocp
 
 ARRAY, NUMPY, SCALAR, OTHER = "array", "numpy", "scalar", "other"
-SEQUENCE, DICT = 1, 2
-"""How Orbax numbers the kinds of keys."""
-# What Orbax writes as the type of what has no content.
-EMPTY = frozenset({"None", "Dict", "List", "Tuple", "NamedTuple"})
 
 
 def kind_of(registry: Any, restore_type: Any) -> str:

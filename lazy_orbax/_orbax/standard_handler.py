@@ -10,6 +10,11 @@ import numpy as np
 from lazy_orbax._orbax.symbols import MISSING, ocp, warn_if_stock
 
 
+def inside_standard_handler(standard: Any) -> Any:
+    """Returns the handler through which `standard` saves, or `None` where that is not known."""
+    return getattr(standard, "_impl", None)
+
+
 def put_inside_standard_handler(
     standard: ocp.StandardCheckpointHandler, pytree: ocp.PyTreeCheckpointHandler
 ) -> bool:
@@ -18,7 +23,7 @@ def put_inside_standard_handler(
     Returns:
         Whether `standard` saves lazily now.
     """
-    if not isinstance(getattr(standard, "_impl", None), ocp.PyTreeCheckpointHandler):
+    if not isinstance(inside_standard_handler(standard), ocp.PyTreeCheckpointHandler):
         warn_if_stock(["StandardCheckpointHandler._impl"])
         return False
     standard._impl = pytree

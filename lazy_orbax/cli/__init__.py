@@ -1,5 +1,5 @@
 """Which commands are there? `main` has the table of them.
 
-Each is a module with `add_arguments`, which says what the command takes, and `run`, which returns
-the exit status.
+Each is a module of its name with a `command`, which returns the exit status. What it does is a
+function of the same name, in `lazy_orbax.inspect`.
 """

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
+import click
 
-from lazy_orbax.errors import OptionError
-from lazy_orbax.integrity.verify import verify
-
-HELP = "compare a checkpoint with its digests"
+from lazy_orbax.cli.main import FOUND, OK
+from lazy_orbax.cli.output import as_json, progress, write, write_json
+from lazy_orbax.view.text import visible
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Says what the command takes."""
-    parser.add_argument("path", nargs="+", help="an item, a step or a run; a directory or gs://")
+@click.command()
+@click.argument("path", nargs=-1, required=True)
+@as_json
+def command(path: tuple[str, ...], as_json: bool) -> int:
+    """Read each PATH and compare its bytes with the digests that were saved with it.
 
+    A path is an item, a step or a run.
+    """
+    from lazy_orbax.integrity.verify import verify
 
-def run(options: argparse.Namespace) -> int:
-    """Writes a report for each path. Returns 0 if all of them are whole, else 1."""
-    status = 0
-    for path in options.path:
-        try:
-            report = verify(path)
-        except OptionError as error:
-            sys.stderr.write(f"{error}\n")
-            status = 1
-            continue
-        sys.stdout.write(f"{report}\n")
-        status = status if report.ok else 1
-    return status
+    reports = []
+    for one in path:
+        with progress(f"verify {visible(one)}") as tell:
+            reports.append(verify(one, on_progress=tell))
+        if not as_json:  # One may take long: the first is told of at once.
+            write(reports[-1].blocks())
+    if as_json:
+        write_json(reports)
+    return OK if all(report.ok for report in reports) else FOUND

@@ -8,6 +8,7 @@ temporary directories, barriers, publishing, retention; and reading.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from lazy_orbax.handlers.stock_fallback import (
     checked_options,
     limit_bytes,
 )
+from lazy_orbax.handlers.stock_saves import STOCK_SAVES
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.plan.slabs import Plan
 from lazy_orbax.plan.transforms.transform_map import TransformMap
@@ -38,6 +40,8 @@ from lazy_orbax.save.finish import end_all, finish
 from lazy_orbax.save.merge import merge
 from lazy_orbax.save.plan_cache import prepare
 from lazy_orbax.save.process_end import finish_at_the_end
+from lazy_orbax.save.publication import Publications
+from lazy_orbax.save.unchanged_state import Fingerprints
 from lazy_orbax.storage.pace import Pace
 from lazy_orbax.timeline import RestoreRecorder
 from lazy_orbax.trust.malformed import checked
@@ -103,6 +107,7 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         self._restore_bytes = int((restore_concurrent_gb or STOCK_CONCURRENT_GB) * GB)
         super().__init__(**given, restore_concurrent_bytes=self._restore_bytes)
         tell_threads_apart()
+        STOCK_SAVES.watch()
         self._saver = Saver(
             settings=describe.settings_of(self, given),
             options=self.options,
@@ -116,6 +121,22 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         # What is written into the checkpoint: the stock name, so that stock Orbax reads it without
         # being told how. On the class it would clash with the stock handler's registration.
         self.typestr = ocp.PyTreeCheckpointHandler.typestr
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LazyCheckpointHandler:
+        """Returns a handler that saves as this one does; what this one is saving stays here."""
+        copied = memo[id(self)] = object.__new__(type(self))
+        own = {name: value for name, value in vars(self).items() if name != "_saver"}
+        copied.__dict__.update(copy.deepcopy(own, memo))
+        copied._saver = dataclasses.replace(
+            self._saver,
+            merge=copied._merge,
+            pace=Pace(self.options.write_bytes_per_s),
+            fingerprints=Fingerprints(),
+            publications=Publications(),
+            commits=[],
+        )
+        finish_at_the_end(copied._saver)
+        return copied
 
     @leaving_nobody_waiting
     async def async_save(self, directory: Any, args: Any) -> list[Any] | None:
@@ -137,6 +158,7 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         """
         if getattr(args, "partial_save_mode", False):
             return await super().async_save(directory, args=args)
+        STOCK_SAVES.note_lazy()
         return await begin(self._saver, directory, args)  # type: ignore[return-value]
 
     def go_on_for(self, saver: Saver, settings: Settings) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import types
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from lazy_orbax._orbax import symbols
@@ -21,6 +23,8 @@ from lazy_orbax.trust.malformed import checked
 
 # What is inside the handlers that `pytree_handler` and `standard_handler` returned.
 _INSIDE: weakref.WeakKeyDictionary[Any, LazyCheckpointHandler] = weakref.WeakKeyDictionary()
+# What belongs to one handler, not to its copy.
+_PUT_ON = {"async_save", "restore", "metadata", "_validate_save_state", "__deepcopy__"}
 
 
 def pytree_handler(
@@ -44,10 +48,33 @@ def pytree_handler(
     if not isinstance(lazy, StockFallback):
         shared["handler_impl"] = lazy
     handler = ocp.PyTreeCheckpointHandler(aggregate_filename, **shared)
+    dress(handler, lazy, aggregate_filename)
+    return handler
+
+
+def dress(handler: Any, lazy: Any, aggregate_filename: str | None) -> None:
+    """Gives a stock handler that saves through a lazy one what it needs beside that.
+
+    Args:
+        handler: an `ocp.PyTreeCheckpointHandler`.
+        lazy: what it saves and restores through.
+        aggregate_filename: what it was made with.
+    """
     _examine_before_reading(handler, aggregate_filename, verifies=lazy.options.verify_restore)
     _INSIDE[handler] = lazy
     handler.async_save = leaving_nobody_waiting(handler.async_save)
-    return handler
+    handler.__deepcopy__ = lambda memo: _copied(
+        handler, memo, lambda copied: dress(copied, copy.deepcopy(lazy, memo), aggregate_filename)
+    )
+
+
+def _copied(handler: Any, memo: dict[int, Any], dress_again: Callable[[Any], None]) -> Any:
+    """What `copy.deepcopy` returns: as of a stock handler, without what we put on it, and that."""
+    copied = memo[id(handler)] = object.__new__(type(handler))
+    own = {name: value for name, value in vars(handler).items() if name not in _PUT_ON}
+    copied.__dict__.update(copy.deepcopy(own, memo))
+    dress_again(copied)
+    return copied
 
 
 def _examine_before_reading(
@@ -91,10 +118,29 @@ def standard_handler(
     accepted = inspect.signature(ocp.StandardCheckpointHandler).parameters
     shared = {name: value for name, value in kwargs.items() if name in accepted}
     standard = ocp.StandardCheckpointHandler(**shared)
-    if put_inside_standard_handler(standard, pytree):
-        _INSIDE[standard] = _INSIDE[pytree]
-        standard.async_save = leaving_nobody_waiting(standard.async_save)
+    dress_standard(standard, pytree)
     return standard
+
+
+def dress_standard(standard: Any, pytree: Any) -> None:
+    """Lets a stock `ocp.StandardCheckpointHandler` save lazily.
+
+    Args:
+        standard: the handler.
+        pytree: an `ocp.PyTreeCheckpointHandler` that saves lazily.
+    """
+    if not put_inside_standard_handler(standard, pytree):
+        return
+    _INSIDE[standard] = _INSIDE[pytree]
+    standard.async_save = leaving_nobody_waiting(standard.async_save)
+    standard.__deepcopy__ = lambda memo: _copied(
+        standard, memo, lambda copied: dress_standard(copied, copy.deepcopy(pytree, memo))
+    )
+
+
+def saves_lazily(handler: Any) -> bool:
+    """Whether a stock handler saves through a lazy one."""
+    return handler in _INSIDE
 
 
 def lazy_part_of(handler: Any) -> LazyCheckpointHandler | None:

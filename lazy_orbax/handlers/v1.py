@@ -17,7 +17,9 @@ from lazy_orbax.save.finish import end_function
 from lazy_orbax.save.process_end import finish_at_the_end
 
 
-def lazy_v1(options: LazyOptions | None = None) -> Callable[[], None]:
+def lazy_v1(
+    options: LazyOptions | None = None, *, use_compression: bool = False
+) -> Callable[[], None]:
     """Makes Orbax v1 save lazily, in this whole process.
 
     That is `ocp.v1.save`, `save_async`, `save_checkpointables`, their asynchronous forms and
@@ -26,6 +28,8 @@ def lazy_v1(options: LazyOptions | None = None) -> Callable[[], None]:
 
     Args:
         options: how to take a snapshot; `None` is `LazyOptions()`.
+        use_compression: leave it to the context whether arrays are compressed, as they are by
+            default there. By default none is: `examples/guides/differences.md` says why.
 
     Returns:
         What undoes it. Saves in flight are finished as they began.
@@ -33,13 +37,13 @@ def lazy_v1(options: LazyOptions | None = None) -> Callable[[], None]:
     Raises:
         OptionError: the options are something else.
     """
-    make = _maker(checked_options(options))
+    make = _maker(checked_options(options), use_compression=use_compression)
     if symbols.warn_if_stock([*symbols.MISSING, *v1.MISSING]):
         return lambda: None
     return v1.make_all_with(make)
 
 
-def v1_registry(options: LazyOptions | None = None) -> Any:
+def v1_registry(options: LazyOptions | None = None, *, use_compression: bool = False) -> Any:
     """Returns a registry for a `Context` of Orbax v1, with which it saves PyTrees lazily.
 
     It has what the global registry has now, and takes more with `add`. Give it to a context with
@@ -47,11 +51,13 @@ def v1_registry(options: LazyOptions | None = None) -> Any:
 
     Args:
         options: how to take a snapshot; `None` is `LazyOptions()`.
+        use_compression: leave it to the context whether arrays are compressed, as they are by
+            default there. By default none is: `examples/guides/differences.md` says why.
 
     Raises:
         OptionError: the options are something else.
     """
-    make = _maker(checked_options(options))
+    make = _maker(checked_options(options), use_compression=use_compression)
     if symbols.warn_if_stock([*symbols.MISSING, *v1.MISSING]):
         return v1.ocp1.handlers.local_registry()
     stock, lazy = v1.ocp1.handlers.PyTreeHandler, v1.pytree_handler_with(make)
@@ -66,14 +72,17 @@ def v1_registry(options: LazyOptions | None = None) -> Any:
     return registry
 
 
-def _maker(options: LazyOptions) -> v1.Make:
+def _maker(options: LazyOptions, *, use_compression: bool) -> v1.Make:
     """Returns what makes the inside of a handler, for each save another."""
     # What the first handler has is kept for all: which saves are under way, and what they held.
     kept: list[Saver] = []
 
     def make(context: Any, type_handlers: Any, validator: Any) -> v1.Inside:
         def handler(transfer_bytes: int | None) -> LazyCheckpointHandler:
-            made = _handler(options, context, type_handlers, validator, transfer_bytes)
+            compresses = use_compression and context.array.saving.use_compression
+            made = _handler(
+                options, context, type_handlers, validator, transfer_bytes, compresses=compresses
+            )
             if not kept:
                 kept.append(made.saver)
                 finish_at_the_end(made.saver)
@@ -91,14 +100,20 @@ def _maker(options: LazyOptions) -> v1.Make:
 
 
 def _handler(
-    options: LazyOptions, context: Any, type_handlers: Any, validator: Any, transfer: int | None
+    options: LazyOptions,
+    context: Any,
+    type_handlers: Any,
+    validator: Any,
+    transfer: int | None,
+    *,
+    compresses: bool,
 ) -> LazyCheckpointHandler:
     """Returns a handler that does as a context says, in the terms of v0."""
     saving, memory, processes = context.array.saving, context.memory, context.multiprocessing
     alike = {
         "use_ocdbt": saving.use_ocdbt,
         "use_zarr3": saving.use_zarr3,
-        "use_compression": saving.use_compression,
+        "use_compression": compresses,
         "multiprocessing_options": ocp.options.MultiprocessingOptions(
             primary_host=processes.primary_host,
             active_processes=processes.active_processes,

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
-import tensorstore as ts
 import xxhash
 
 from lazy_orbax.plan.boxes import parts
 
 # A piece that is not contiguous is made so in parts of this size.
 _PART_BYTES = 2**24
-# They have less than a byte each, of which only the low bits are stored.
-_CARRIERS = {ts.dtype(name).numpy_dtype: np.int8 for name in ("int2", "int4") if hasattr(ts, name)}
+
+
+@functools.cache
+def _carriers() -> dict[Any, Any]:
+    """Returns what carries dtypes with less than a byte each: only the low bits are stored."""
+    import tensorstore as ts  # It takes a moment to import, and digests of bytes need none.
+
+    return {ts.dtype(name).numpy_dtype: np.int8 for name in ("int2", "int4") if hasattr(ts, name)}
 
 
 def digest_of(array: np.ndarray) -> int:
@@ -22,8 +28,8 @@ def digest_of(array: np.ndarray) -> int:
     Args:
         array: of any shape and any dtype that is stored. Contiguous memory is not copied.
     """
-    if array.dtype in _CARRIERS:
-        array = array.astype(_CARRIERS[array.dtype])
+    if (carrier := _carriers().get(array.dtype)) is not None:
+        array = array.astype(carrier)
     if array.flags.c_contiguous:
         return digest_of_bytes(array.reshape(-1).view(np.uint8))
     hasher = xxhash.xxh3_64()
@@ -54,8 +60,8 @@ def hasher() -> Any:
 
 def bytes_of(array: np.ndarray) -> np.ndarray:
     """Returns the bytes of which `digest_of` is the digest."""
-    if array.dtype in _CARRIERS:
-        array = array.astype(_CARRIERS[array.dtype])
+    if (carrier := _carriers().get(array.dtype)) is not None:
+        array = array.astype(carrier)
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
@@ -63,4 +69,6 @@ def cast(array: np.ndarray, dtype: str) -> np.ndarray:
     """Returns an array as TensorStore casts it where it writes or reads."""
     if array.dtype.name == dtype:
         return array
+    import tensorstore as ts
+
     return ts.cast(ts.array(array), ts.dtype(dtype)).read().result()

@@ -10,16 +10,18 @@ import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lazy_orbax import _paths
 from lazy_orbax.integrity.digest import digest_of_bytes, digest_of_text
 from lazy_orbax.plan.boxes import Box, Shape
-from lazy_orbax.plan.slabs import Piece, Plan
 
-DIRECTORY = "lazy_orbax_digests"
+if TYPE_CHECKING:
+    from lazy_orbax.plan.slabs import Piece, Plan
+
+DIRECTORY = _paths.DIGESTS
 _FORMAT = 1
 _HEAD = b'{"digest":"%016x",'
 _HEAD_BYTES = len(_HEAD % 0)
@@ -109,7 +111,7 @@ class DigestTemplate:
         fingerprint = f"{digest_of_bytes(json.dumps(strings).encode(), seed=so_far):016x}"
         changing = {
             "step": _paths.step_of_item(directory),
-            "place": names_of(directory),
+            "place": _paths.names_of(directory),
             "fingerprint": fingerprint,
             "files": {
                 name: [len(content), f"{digest_of_bytes(content):016x}"]
@@ -181,7 +183,7 @@ class LeafDigests:
 class ProcessDigests:
     """A file of digests as it was read. The attributes are those of `DigestTemplate.fill`.
 
-    `place` is `names_of` the item's directory; an older lazy_orbax did not note it.
+    `place` is `_paths.names_of` the item's directory; an older lazy_orbax did not note it.
     """
 
     process: int
@@ -195,11 +197,6 @@ class ProcessDigests:
     files: dict[str, tuple[int, int]]
     strings: dict[str, int]
     leaves: tuple[LeafDigests, ...]
-
-
-def names_of(directory: str) -> tuple[str, ...]:
-    """Returns the last names of an item's path once it is published: its step's and its own."""
-    return tuple(name for name in _paths.final(directory).split("/") if name)[-2:]
 
 
 def seal(fields: bytes) -> bytes:

@@ -10,17 +10,17 @@ directory that has no metadata of a step.
 from __future__ import annotations
 
 import re
-
-from etils import epath
+from typing import TYPE_CHECKING, Any
 
 from lazy_orbax import _paths
-from lazy_orbax._paths import MANIFEST, STEP_METADATA, TREE
+from lazy_orbax._paths import DIGESTS, MANIFEST, STEP_METADATA, TREE
 from lazy_orbax.errors import Problem
-from lazy_orbax.integrity import digest_file
-from lazy_orbax.integrity.digest_file import ProcessDigests
 from lazy_orbax.storage.places import place_of
 
-_ITEM_FILES = (TREE, MANIFEST, digest_file.DIRECTORY)
+if TYPE_CHECKING:
+    from lazy_orbax.integrity.digest_file import ProcessDigests
+
+_ITEM_FILES = (TREE, MANIFEST, DIGESTS)
 _STEP = re.compile(r"(?:(.*)[_-])?(\d+)")
 
 
@@ -35,12 +35,12 @@ def is_item(children: list[str]) -> bool:
     return any(name in children for name in _ITEM_FILES)
 
 
-def is_step(place: epath.Path, children: list[str]) -> bool:
+def is_step(place: Any, children: list[str]) -> bool:
     """Whether a directory in which these lie is a step's, perhaps of one item that is the step."""
     return is_item(children) or STEP_METADATA in children or _has_items(place, children)
 
 
-def is_run(place: epath.Path, children: list[str]) -> bool:
+def is_run(place: Any, children: list[str]) -> bool:
     """Whether steps lie in a directory that is none itself."""
     if is_step(place, children):
         return False
@@ -51,7 +51,7 @@ def is_run(place: epath.Path, children: list[str]) -> bool:
     return False
 
 
-def _has_items(place: epath.Path, children: list[str]) -> bool:
+def _has_items(place: Any, children: list[str]) -> bool:
     found = [place / name for name in children if _paths.step_of(name) is None]
     return any(
         child.is_dir() and is_item([part.name for part in child.iterdir()]) for child in found
@@ -66,7 +66,7 @@ def wrong_step(saved: ProcessDigests, item_directory: str) -> Problem | None:
         item_directory: where they lie.
     """
     directory = place_of(item_directory).absolute
-    names = digest_file.names_of(directory)
+    names = _paths.names_of(directory)
     for level in range(-1, -1 - len(names), -1):
         found = _differing(saved, names, level)
         if found is not None and _is_named(directory, names, level):
@@ -75,7 +75,7 @@ def wrong_step(saved: ProcessDigests, item_directory: str) -> Problem | None:
                 f"{found[1]}: the files of another step are in place of its own. If they were "
                 "copied on purpose, restore with LazyOptions(verify_restore=False)"
             )
-            return Problem(what, f"{digest_file.DIRECTORY}/process_{saved.process}")
+            return Problem(what, f"{DIGESTS}/process_{saved.process}")
     return None
 
 

@@ -17,7 +17,7 @@ from lazy_orbax.integrity.digest_in_parts import PART_BYTES, digest_in_parts
 from lazy_orbax.integrity.step_place import wrong_step
 from lazy_orbax.integrity.stored_arrays import StoredArrays
 from lazy_orbax.plan.boxes import Box
-from lazy_orbax.plan.slabs import runs
+from lazy_orbax.plan.runs import runs
 from lazy_orbax.storage.place import MOST_BYTES
 from lazy_orbax.storage.places import place_of
 from lazy_orbax.trust.files import ItemFiles
@@ -91,7 +91,7 @@ class StoredItem:
     @property
     def n_bytes(self) -> int:
         """Size of all pieces, in bytes."""
-        return sum(map(self._bytes_of, self.pieces))
+        return sum(map(self.bytes_of, self.pieces))
 
     def _read_digests(self) -> list[ProcessDigests]:
         names = self.files.names(digest_file.DIRECTORY)
@@ -171,12 +171,12 @@ class StoredItem:
             whole: whether the data of large ones is wanted, too. Else they are read in parts, and
                 `None` stands for the data.
         """
-        for batch in runs(pieces, self._bytes_of, _BATCH_BYTES, _BATCH_PIECES):
+        for batch in runs(pieces, self.bytes_of, _BATCH_BYTES, _BATCH_PIECES):
             stores = {piece.leaf: self._arrays.open(piece.leaf) for piece in batch}
             misfits = {name: self._misfit(name, store) for name, store in stores.items()}
             reading = [
                 stores[piece.leaf].result()[piece.box.index].read()
-                if misfits[piece.leaf] is None and (whole or self._bytes_of(piece) <= _BATCH_BYTES)
+                if misfits[piece.leaf] is None and (whole or self.bytes_of(piece) <= _BATCH_BYTES)
                 else None
                 for piece in batch
             ]
@@ -203,7 +203,8 @@ class StoredItem:
         what = f"its digest is {found:016x}, but {piece.digest:016x} was saved"
         return Problem(what, self.file_of(piece), piece.leaf, str(piece.box))
 
-    def _bytes_of(self, piece: Piece) -> int:
+    def bytes_of(self, piece: Piece) -> int:
+        """Returns the size of a piece, in bytes."""
         dtype = ts.dtype(self.leaves[piece.leaf].dtype).numpy_dtype
         return math.prod(piece.box.shape) * dtype.itemsize
 

@@ -7,10 +7,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
-
-from etils import epath
 
 from lazy_orbax import _paths
 from lazy_orbax._paths import COMMITTED, STEP_METADATA
@@ -24,6 +22,7 @@ from lazy_orbax.errors import (
 from lazy_orbax.integrity import digest_file, step_metadata
 from lazy_orbax.integrity.step_place import is_item, is_run, is_step, metadata_beside
 from lazy_orbax.integrity.stored_item import Piece, StoredItem
+from lazy_orbax.integrity.verify_report import ItemReport, VerifyReport
 from lazy_orbax.storage.places import place_of
 from lazy_orbax.trust.malformed import refuse_malformed
 
@@ -36,70 +35,35 @@ _NO_DIGESTS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class ItemReport:
-    """What was found of one item.
+class _Watch:
+    """Watches over the reading of pieces: how far it is, and whether there is time left.
 
     Attributes:
-        directory: the item's directory.
-        n_leaves: leaves that were read and compared with their digests.
-        n_bytes: their size, in bytes.
-        not_covered: what has no digest, and was therefore not looked at.
-        problems: what is not as it was saved.
+        until_s: when there is none.
+        tell: what is called with the bytes that were read, and those that are known of.
     """
 
-    directory: str
-    n_leaves: int
-    n_bytes: int
-    not_covered: tuple[str, ...]
-    problems: tuple[Problem, ...]
+    def __init__(self, until_s: float = math.inf, tell: Callable[[int, int], None] | None = None):
+        self.until_s, self.tell = until_s, tell
+        self._done_bytes = self._all_bytes = 0
 
-    @property
-    def is_covered(self) -> bool:
-        """Whether there are digests."""
-        return self.n_leaves > 0 or bool(self.problems)
+    def over(self, stored: StoredItem) -> Iterator[Piece]:
+        """Yields the pieces of an item.
 
-
-@dataclasses.dataclass(frozen=True)
-class VerifyReport:
-    """What `verify` found.
-
-    Attributes:
-        path: what was verified.
-        items: the items, one after the other.
-        problems: what is wrong beside them: not committed, no item, broken metadata of a step.
-    """
-
-    path: str
-    items: tuple[ItemReport, ...]
-    problems: tuple[Problem, ...]
-
-    @property
-    def all_problems(self) -> tuple[Problem, ...]:
-        """Everything that is wrong."""
-        return self.problems + tuple(p for item in self.items for p in item.problems)
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing is wrong with what is covered. See `ItemReport.not_covered`."""
-        return not self.all_problems
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether nothing is wrong, and something is covered."""
-        return self.ok and any(item.is_covered for item in self.items)
-
-    def __str__(self) -> str:
-        lines = [f"{self.path}: {problem}" for problem in self.problems]
-        for item in self.items:
-            state = "CORRUPT" if item.problems else "ok" if item.is_covered else "not covered"
-            lines.append(f"{item.directory}: {state}, {item.n_leaves} leaves, {item.n_bytes} bytes")
-            lines += [f"  {problem}" for problem in item.problems]
-            lines += [f"  not covered: {name}" for name in item.not_covered]
-        return "\n".join(lines)
+        Raises:
+            TimeoutError: there is no time left.
+        """
+        self._all_bytes += stored.n_bytes if self.tell else 0
+        for piece in stored.pieces:
+            if time.monotonic() >= self.until_s:
+                raise TimeoutError("There was no time to read all of it.")
+            yield piece
+            if self.tell:
+                self._done_bytes += stored.bytes_of(piece)
+                self.tell(self._done_bytes, self._all_bytes)
 
 
-def verify(path: Any) -> VerifyReport:
+def verify(path: Any, *, on_progress: Callable[[int, int], None] | None = None) -> VerifyReport:
     """Reads a checkpoint and compares its bytes with the digests that were saved with it.
 
     It changes nothing, and needs neither the model nor a device. It reads 64 MiB at a time. Where
@@ -108,6 +72,8 @@ def verify(path: Any) -> VerifyReport:
     Args:
         path: the directory or `gs://` address of an item, of a step, or of a run with many steps:
             a `str` or `os.PathLike`.
+        on_progress: is called with the bytes that were read, and with those that are known of: of
+            a run, the steps that were begun.
 
     Returns:
         What it found: the items with what they hold, and every problem with the leaf, the file and
@@ -119,17 +85,17 @@ def verify(path: Any) -> VerifyReport:
     """
     if not isinstance(path, str | os.PathLike):
         raise OptionError(f"verify takes a path, and found {path!r}. {_GIVE}")
-    place = epath.Path(path)
+    place = place_of(os.fspath(path)).as_path()
     if not place.is_dir():
         raise OptionError(f"{place} is not a directory. {_GIVE}")
-    children = sorted(child.name for child in place.iterdir())
+    children, watch = sorted(child.name for child in place.iterdir()), _Watch(tell=on_progress)
     if is_item(children):
         step = _step_problems(place, children, is_item=True) if STEP_METADATA in children else []
-        return VerifyReport(str(place), (_verify_item(place),), tuple(step))
+        return VerifyReport(str(place), (_verify_item(place, watch),), tuple(step))
     if is_step(place, children):
-        items, problems = _verify_step(place, children)
+        items, problems = _verify_step(place, children, watch)
         return VerifyReport(str(place), tuple(items), tuple(problems))
-    items, problems = _verify_run(place, children)
+    items, problems = _verify_run(place, children, watch)
     if not problems and all(item.not_covered == (_OWN_RUN,) for item in items):
         runs = summarize(_runs_in(place, children))
         found = f"is not a run, but holds runs. Give one:{runs}" if runs else "holds no checkpoint."
@@ -137,7 +103,7 @@ def verify(path: Any) -> VerifyReport:
     return VerifyReport(str(place), tuple(items), tuple(problems))
 
 
-def _runs_in(place: epath.Path, children: list[str]) -> list[str]:
+def _runs_in(place: Any, children: list[str]) -> list[str]:
     inside = [place / name for name in children if (place / name).is_dir()]
     return [str(d) for d in inside if is_run(d, [part.name for part in d.iterdir()])]
 
@@ -152,8 +118,8 @@ def newest_whole_step(directory: str) -> int | None:
         TimeoutError: for so long none was found. A step is read as a whole to know.
     """
     until_s = time.monotonic() + _SEARCH_S
-    place = epath.Path(directory)
-    step = epath.Path(metadata_beside(directory) or _paths.step_directory(directory))
+    place = place_of(directory).as_path()
+    step = place_of(metadata_beside(directory) or _paths.step_directory(directory)).as_path()
     inner = "" if step == place else place.name
     if _paths.step_of(step.name) is None:
         return None
@@ -162,7 +128,7 @@ def newest_whole_step(directory: str) -> int | None:
             continue
         candidate = path / inner if inner else path
         if candidate.is_dir():
-            found = _verify_item(candidate, until_s)
+            found = _verify_item(candidate, _Watch(until_s))
             if found.is_covered and not found.problems:
                 return number
     return None
@@ -193,12 +159,14 @@ def raise_corrupt(
         ) from cause
 
 
-def _verify_step(place: epath.Path, children: list[str]) -> tuple[list[ItemReport], list[Problem]]:
+def _verify_step(
+    place: Any, children: list[str], watch: _Watch
+) -> tuple[list[ItemReport], list[Problem]]:
     if is_item(children):
-        return [_verify_item(place)], _step_problems(place, children, is_item=True)
+        return [_verify_item(place, watch)], _step_problems(place, children, is_item=True)
     problems = _step_problems(place, children, is_item=False)
     items = [
-        _verify_item(place / name)
+        _verify_item(place / name, watch)
         for name in children
         if not name.startswith(".") and (place / name).is_dir()
     ]
@@ -207,7 +175,9 @@ def _verify_step(place: epath.Path, children: list[str]) -> tuple[list[ItemRepor
     return items, problems
 
 
-def _verify_run(place: epath.Path, children: list[str]) -> tuple[list[ItemReport], list[Problem]]:
+def _verify_run(
+    place: Any, children: list[str], watch: _Watch
+) -> tuple[list[ItemReport], list[Problem]]:
     items, problems = [], []
     for name in sorted(children, key=lambda name: (_paths.step_of(name) or 0, name)):
         child = place / name
@@ -220,7 +190,7 @@ def _verify_run(place: epath.Path, children: list[str]) -> tuple[list[ItemReport
         if is_run(child, parts):
             items.append(ItemReport(str(child), 0, 0, (_OWN_RUN,), ()))
             continue
-        found, wrong = _verify_step(child, parts)
+        found, wrong = _verify_step(child, parts, watch)
         items += found
         problems += [
             dataclasses.replace(p, file="/".join(filter(None, (str(child), p.file)))) for p in wrong
@@ -228,7 +198,7 @@ def _verify_run(place: epath.Path, children: list[str]) -> tuple[list[ItemReport
     return items, problems
 
 
-def _step_problems(place: epath.Path, children: list[str], *, is_item: bool) -> list[Problem]:
+def _step_problems(place: Any, children: list[str], *, is_item: bool) -> list[Problem]:
     """Returns what is wrong with what Orbax keeps of a step beside its items."""
     problems = []
     if _paths.is_temporary(str(place)):
@@ -242,7 +212,7 @@ def _step_problems(place: epath.Path, children: list[str], *, is_item: bool) -> 
     return problems + [p for p in dict.fromkeys(told) if not problems or p.file != STEP_METADATA]
 
 
-def _broken(place: epath.Path, children: list[str], *, is_item: bool) -> list[Problem]:
+def _broken(place: Any, children: list[str], *, is_item: bool) -> list[Problem]:
     """Returns what is wrong with a step's metadata, without any digest."""
     try:
         found = json.loads(place_of(str(place)).read(STEP_METADATA))
@@ -257,7 +227,7 @@ def _broken(place: epath.Path, children: list[str], *, is_item: bool) -> list[Pr
     return [Problem("is missing; it was saved as an item of this step", n) for n in missing]
 
 
-def _verify_item(place: epath.Path, until_s: float = math.inf) -> ItemReport:
+def _verify_item(place: Any, watch: _Watch) -> ItemReport:
     directory = str(place)
     try:
         contents = refuse_malformed(place, None, digest_file.DIRECTORY)
@@ -266,15 +236,8 @@ def _verify_item(place: epath.Path, until_s: float = math.inf) -> ItemReport:
     stored = StoredItem(directory, contents.files if contents else None)
     if not stored.is_covered:
         return ItemReport(directory, 0, 0, (_NO_DIGESTS,), ())
-    pieces = _in_time(stored.pieces, until_s)
-    problems = [*stored.problems, *stored.check_files(), *stored.check_pieces(pieces)]
+    found = stored.check_pieces(watch.over(stored))
+    problems = [*stored.problems, *stored.check_files(), *found]
     others = tuple(f"leaf {name}: its own type handler wrote it" for name in stored.others)
     n_leaves = len(stored.leaves) + len(stored.strings)
     return ItemReport(directory, n_leaves, stored.n_bytes, others, tuple(problems))
-
-
-def _in_time(pieces: Iterator[Piece], until_s: float) -> Iterator[Piece]:
-    for piece in pieces:
-        if time.monotonic() >= until_s:
-            raise TimeoutError("There was no time to read all of it.")
-        yield piece

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lazy_orbax.plan.boxes import Shape, index_of
+from lazy_orbax.plan.runs import runs
 from lazy_orbax.plan.shards import Device, Layout, Leaf, ReplicaPolicy, layout_of
 
 Kind = Literal["mesh", "shards", "host", "given"]
@@ -216,30 +217,6 @@ def _carried_bytes(leaf: Leaf, layout: Layout, kind: Kind, n_local: int) -> int:
 
 def _aligned(n_bytes: int) -> int:
     return -(-n_bytes // 64) * 64
-
-
-def runs(
-    members: Iterable[_T], bytes_of: Callable[[_T], int], most_bytes: int, most: int
-) -> Iterator[list[_T]]:
-    """Cuts `members` into runs, in order.
-
-    Args:
-        members: what to cut.
-        bytes_of: the bytes of a member.
-        most_bytes: most bytes of a run, unless one member has more.
-        most: most members of a run.
-    """
-    run: list[_T] = []
-    run_bytes = 0
-    for member in members:
-        n_bytes = bytes_of(member)
-        if run and (run_bytes + n_bytes > most_bytes or len(run) == most):
-            yield run
-            run, run_bytes = [], 0
-        run.append(member)
-        run_bytes += n_bytes
-    if run:
-        yield run
 
 
 def _make_slab(

@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from lazy_orbax._orbax.parts_in_memory import array_of
 from lazy_orbax._orbax.restored_kinds import ARRAY, NUMPY
 from lazy_orbax.integrity.proof_subjects import is_in_host_memory
 from lazy_orbax.integrity.stored_item import Piece
+from lazy_orbax.restore.chunk import Target
 from lazy_orbax.restore.groups import LARGE_BYTES, Group
-from lazy_orbax.restore.reader import Target
 from lazy_orbax.restore.wanted import Wanted, shards_of
 
 
@@ -84,15 +85,12 @@ class Staging:
 def _made(leaf: Wanted, targets: tuple[Target, ...]) -> Any:
     """Returns a leaf, of the memory in which its boxes are."""
     if leaf.kind == ARRAY:
-        by_start = shards_of(leaf.sharding, leaf.shape).by_start
-
-        def part(index: Any) -> np.ndarray:
-            if not targets:
-                return np.empty(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
-            start = tuple([s.start or 0 for s in index]) if index else ()
-            return targets[by_start[start]].array
-
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, part, dtype=leaf.dtype)
+        boxes = [target.array for target in targets]
+        if not boxes:
+            boxes = [np.empty(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)]
+        of_devices = shards_of(leaf.sharding, leaf.shape).of_devices
+        parts = [boxes[i] for i in of_devices]
+        return array_of(leaf.shape, leaf.dtype, leaf.sharding, parts)
     if leaf.kind == NUMPY:
         array = targets[0].array if targets else np.empty(leaf.shape, leaf.dtype)
         return array if array.nbytes >= LARGE_BYTES else array.copy()  # It lets go of the slab.

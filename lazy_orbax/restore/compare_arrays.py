@@ -20,8 +20,8 @@ from lazy_orbax.integrity import digest, proof_restored
 from lazy_orbax.integrity.proof_subjects import is_in_host_memory
 from lazy_orbax.integrity.stored_item import Piece, StoredItem
 from lazy_orbax.plan.boxes import Box
+from lazy_orbax.plan.runs import runs
 from lazy_orbax.plan.shards import is_key
-from lazy_orbax.plan.slabs import runs
 from lazy_orbax.snapshot import host_copies
 
 # What is brought to the host at once.

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
 
 from lazy_orbax.plan.boxes import Box
-from lazy_orbax.restore.reader import Target, aligned, rounded_up
+from lazy_orbax.restore.chunk import Target
+from lazy_orbax.restore.memory import aligned, rounded_up
 from lazy_orbax.restore.wanted import Wanted, shards_of
+from lazy_orbax.trust.ocdbt_nodes import Extent
 
 _SLAB_BYTES = 2**25
 LARGE_BYTES = 2**22
@@ -71,7 +75,7 @@ def grouped(families: Iterable[Sequence[Wanted]], limit_bytes: int) -> Iterator[
     done, subtree = 0, None
     for family in families:
         mine, end = _placed(family, done)
-        top, n_bytes = family[0].name.partition(".")[0], end - done
+        top, n_bytes = _subtree_of(family[0]), end - done
         apart = (top != subtree and done >= LARGE_BYTES) or n_bytes >= LARGE_BYTES
         if members and (apart or end > most_bytes):
             yield Group(tuple(members), done)
@@ -81,6 +85,30 @@ def grouped(families: Iterable[Sequence[Wanted]], limit_bytes: int) -> Iterator[
         done, subtree = end, top
     if members:
         yield Group(tuple(members), done)
+
+
+def in_order(leaves: Iterable[Wanted], values: Mapping[str, Extent | bytes]) -> list[Wanted]:
+    """Returns leaves as they lie in the files: no gap in what a group reads is another group's.
+
+    Args:
+        leaves: the leaves, each stored as one array.
+        values: where chunks lie, see `Contents`.
+    """
+    subtrees: dict[str, int] = {}
+
+    def place(leaf: Wanted) -> tuple[int, str, int]:
+        assert leaf.form is not None
+        value = values.get(f"{leaf.name}/{leaf.form.key((0,) * len(leaf.shape))}")
+        file, offset = value[:2] if isinstance(value, Extent) else ("", 0)
+        return subtrees.setdefault(_subtree_of(leaf), len(subtrees)), file, offset
+
+    return sorted(leaves, key=place)
+
+
+def _subtree_of(leaf: Wanted) -> str:
+    """Returns the name of the subtree at the top that has a leaf; of one at the top, nothing."""
+    top, dot, _ = leaf.name.partition(".")
+    return top if dot else ""
 
 
 def _placed(family: Sequence[Wanted], first: int) -> tuple[list[Member], int]:
@@ -97,15 +125,17 @@ def _placed(family: Sequence[Wanted], first: int) -> tuple[list[Member], int]:
 def targets_of(group: Group) -> list[tuple[Target, ...]]:
     """Returns memory for each box of each leaf of a group."""
     slab = aligned(group.n_bytes)
-    memory = slab.data
-    found = []
-    for member in group.members:
-        leaf, targets, start = member.wanted, [], member.first
-        is_same = leaf.form is not None and leaf.dtype == leaf.form.dtype
-        for box in member.boxes:
-            stop = start + math.prod(box.shape) * leaf.dtype.itemsize
-            array = slab[start:stop].view(leaf.dtype).reshape(box.shape)
-            targets.append(Target(array, memory[start:stop] if is_same else None))
-            start += member.step
-        found.append(tuple(targets))
-    return found
+    return [_targets(slab, member) for member in group.members]
+
+
+def _targets(slab: np.ndarray, member: Member) -> tuple[Target, ...]:
+    leaf, boxes, first, step = member.wanted, member.boxes, member.first, member.step
+    if not boxes:
+        return ()
+    n_bytes = math.prod(boxes[0].shape) * leaf.dtype.itemsize
+    memory = slab[first : first + step * len(boxes)].reshape(-1, step)[:, :n_bytes]
+    arrays = memory.view(leaf.dtype).reshape(-1, *boxes[0].shape)
+    is_same = leaf.form is not None and leaf.dtype == leaf.form.dtype
+    return tuple(
+        Target(arrays[i, ...], memory[i].data if is_same else None) for i in range(len(boxes))
+    )

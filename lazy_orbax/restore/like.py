@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from lazy_orbax._orbax import restored_kinds
-from lazy_orbax._orbax.restored_kinds import ARRAY, NUMPY, SCALAR, SEQUENCE
+from lazy_orbax._orbax.restored_kinds import ARRAY, NUMPY, SCALAR
+from lazy_orbax._orbax.stored_kinds import SEQUENCE
 from lazy_orbax.errors import RestoreError, summarize
 from lazy_orbax.plan.boxes import Shape
 from lazy_orbax.plan.shards import is_key

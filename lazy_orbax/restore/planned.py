@@ -18,9 +18,10 @@ from lazy_orbax.plan.boxes import Box
 from lazy_orbax.plan.reads import ChunkRead, chunk_reads
 from lazy_orbax.restore import arrays
 from lazy_orbax.restore.array_format import ArrayFormat
+from lazy_orbax.restore.chunk import Chunk, Target, arrived
 from lazy_orbax.restore.decoder import Decoder, decode
-from lazy_orbax.restore.groups import Group, grouped, targets_of
-from lazy_orbax.restore.reader import Chunk, Reader, Target, arrived
+from lazy_orbax.restore.groups import Group, grouped, in_order, targets_of
+from lazy_orbax.restore.reader import Reader
 from lazy_orbax.restore.source import source_of
 from lazy_orbax.restore.wanted import Wanted
 from lazy_orbax.storage.places import Done, place_of
@@ -107,7 +108,8 @@ def read_planned(
         return job.start(_requests(group, targets))
 
     with contextlib.closing(job):
-        groups = list(grouped(((leaf,) for leaf in wanted), limit_bytes))
+        leaves = in_order(wanted, contents.values or {})
+        groups = list(grouped(((leaf,) for leaf in leaves), limit_bytes))
         staging = read_groups(groups, start, limit_bytes=limit_bytes, recorder=recorder)
     recorder.note(bytes_read=job.n_bytes, requests=job.requests)
     return Read(staging.values, frozenset(job.unchecked), staging.wrong)
@@ -182,7 +184,8 @@ class Job:
                     wrong.append(_inline(chunk, value))
                 else:
                     short.append((chunk, value))
-        futures = self._reader.start(plain) + self._reader.start_encoded(encoded, decode)
+        futures = self._reader.start(plain)
+        futures += self._reader.start_encoded(encoded, decode, self._decoder.read)
         wrong += [*(decode(short) if short else ()), *self._decoder.read(somewhere)]
         found = [one for one in wrong if one is not None]
         return [*futures, Done(found)] if found else futures

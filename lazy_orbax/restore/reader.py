@@ -9,70 +9,20 @@ from __future__ import annotations
 import collections
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
-
-import numpy as np
-import tensorstore as ts
+from typing import Any
 
 from lazy_orbax.errors import MalformedCheckpointError
 from lazy_orbax.integrity import digest
 from lazy_orbax.integrity.stored_item import Piece
-from lazy_orbax.plan.reads import ChunkRead, Run, coalesced, rows_of
-from lazy_orbax.restore.array_format import ArrayFormat
+from lazy_orbax.plan.reads import Run, coalesced, rows_of
+from lazy_orbax.restore.chunk import Chunk, arrived, check_tail, put
+from lazy_orbax.restore.memory import aligned, rounded_up
 from lazy_orbax.restore.source import Source
 from lazy_orbax.storage.threads import Crew
 from lazy_orbax.trust.ocdbt_nodes import Extent
 
-ALIGNMENT = 64
-_HUGE_PAGE = 2**21
-
-
-class Target(NamedTuple):
-    """Where a wanted box goes.
-
-    Attributes:
-        array: of the box's shape, in the dtype that is wanted.
-        memory: the same as bytes, where it is one piece of memory in the dtype that is stored.
-    """
-
-    array: np.ndarray
-    memory: memoryview | None
-
-
-class Chunk(NamedTuple):
-    """A chunk that is to be read.
-
-    Attributes:
-        leaf: the leaf it is of.
-        format: how that is stored.
-        read: which chunk, and what of it goes where.
-        targets: the wanted boxes.
-        digest: what it should be; `None` where nobody knows, or it is looked at later.
-    """
-
-    leaf: str
-    format: ArrayFormat
-    read: ChunkRead
-    targets: Sequence[Target]
-    digest: int | None
-
-    @property
-    def piece(self) -> Piece:
-        """What was saved there, where there is a digest of it."""
-        assert self.digest is not None
-        return Piece(self.leaf, self.read.box, self.digest)
-
-    @property
-    def place(self) -> memoryview | None:
-        """The memory to which it goes as it is; `None` if it does not."""
-        offset = self.read.offset
-        if offset is None:
-            return None
-        memory = self.targets[self.read.placed[0].wanted].memory
-        return None if memory is None else memory[offset : offset + self.format.chunk_bytes]
-
-
 Decode = Callable[[Sequence[tuple[Chunk, memoryview]]], list[Piece]]
+ReadAndDecode = Callable[[Sequence[Chunk]], list[Piece]]
 
 
 class Reader:
@@ -104,18 +54,20 @@ class Reader:
                 raise MalformedCheckpointError(where, found, f"{length}: they are not encoded")
         futures = []
         for file, run, mine in self._runs(members):
-            large = len(run.members) == 1 and run.stop - run.start > self._source.large_bytes
-            work = self._read_large if large else self._read_run
+            work = self._read_large if self._is_large(run) else self._read_run
             futures.append(self._crew.submit(work, file, run, mine))
         return futures
 
-    def start_encoded(self, chunks: Iterable[tuple[Chunk, Extent]], decode: Decode) -> list[Any]:
+    def start_encoded(
+        self, chunks: Iterable[tuple[Chunk, Extent]], decode: Decode, large: ReadAndDecode
+    ) -> list[Any]:
         """Starts to read chunks that are encoded in some way.
 
         Args:
             chunks: each with where it lies.
             decode: is given some of them with what is stored, in one of the threads, and returns
                 the pieces that are not what was saved.
+            large: does all of it for a large one, which then is copied less often.
 
         Returns:
             Futures of these lists.
@@ -133,7 +85,16 @@ class Reader:
                 found.append((chunk, memory[start : start + extent.length]))
             return decode(found)
 
-        return [self._crew.submit(read, *one) for one in self._runs(chunks)]
+        futures = []
+        for file, run, members in self._runs(chunks):
+            if self._is_large(run):
+                futures.append(self._crew.submit(large, [members[run.members[0]][0]]))
+            else:
+                futures.append(self._crew.submit(read, file, run, members))
+        return futures
+
+    def _is_large(self, run: Run) -> bool:
+        return len(run.members) == 1 and run.stop - run.start > self._source.large_bytes
 
     def _runs(
         self, chunks: Iterable[tuple[Chunk, Extent]]
@@ -227,74 +188,3 @@ def _apart(file: str, runs: Iterator[Run]) -> list[Run]:
         return list(runs)
     except ValueError as error:
         raise MalformedCheckpointError(file, str(error), "values beside each other") from error
-
-
-def arrived(chunk: Chunk, memory: Any, *, in_place: bool) -> Piece | None:
-    """Looks at the bytes of a chunk, and puts them in their places if they are not there.
-
-    Args:
-        chunk: what they are of.
-        memory: the bytes.
-        in_place: whether they are where they go.
-    """
-    form, read = chunk.format, chunk.read
-    is_whole = read.box.shape == form.chunk
-    if is_whole and chunk.digest is not None and digest.digest_of_bytes(memory) != chunk.digest:
-        return chunk.piece
-    if in_place:
-        return None
-    data = np.frombuffer(memory, np.uint8).view(form.dtype).reshape(form.chunk)
-    if not is_whole:
-        data = data[tuple(slice(n) for n in read.box.shape)]
-    return scatter(chunk, data, is_checked=is_whole)
-
-
-def scatter(chunk: Chunk, data: np.ndarray, *, is_checked: bool) -> Piece | None:
-    """Puts what is wanted of a chunk in its places, if it is what was saved.
-
-    Args:
-        chunk: the chunk.
-        data: what of the array is in it, in the dtype that is stored.
-        is_checked: whether its digest is known to be right.
-    """
-    wrong = not is_checked and chunk.digest is not None and digest.digest_of(data) != chunk.digest
-    if wrong:
-        return chunk.piece
-    for one in chunk.read.placed:
-        put(chunk.targets[one.wanted].array[(*one.target, ...)], data[(*one.source, ...)])
-    return None
-
-
-def put(target: np.ndarray, data: np.ndarray) -> None:
-    """Copies an array into another one, and casts it as TensorStore does where it reads."""
-    if target.dtype == data.dtype:
-        np.copyto(target, data)
-    else:
-        ts.array(target).write(ts.cast(ts.array(data), ts.dtype(target.dtype))).result()
-
-
-def check_tail(chunk: Chunk, tail: bytearray) -> None:
-    """Checks what follows the elements of a chunk.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    if tail != chunk.format.tail:
-        raise ValueError(
-            f"leaf {chunk.leaf}, chunk {list(chunk.read.position)}: found an index "
-            f"{bytes(tail)!r}, wanted {chunk.format.tail!r}"
-        )
-
-
-def aligned(n_bytes: int) -> np.ndarray:
-    """Returns uninitialised memory that starts where any dtype, and XLA, may have its elements."""
-    # Linux gives large arrays of NumPy huge pages, where a whole one fits in.
-    alignment = _HUGE_PAGE if n_bytes >= _HUGE_PAGE else ALIGNMENT
-    whole = np.empty(n_bytes + alignment, np.uint8)
-    first = -whole.ctypes.data % alignment
-    return whole[first : first + n_bytes]
-
-
-def rounded_up(n_bytes: int) -> int:
-    """Returns where the next thing may start behind so many bytes."""
-    return -(-n_bytes // ALIGNMENT) * ALIGNMENT

@@ -15,9 +15,9 @@ from lazy_orbax.plan.boxes import Box
 from lazy_orbax.plan.transforms.takes import Fill, Take
 from lazy_orbax.plan.transforms.transform_plan import TransformPlan
 from lazy_orbax.restore.array_format import ArrayFormat
+from lazy_orbax.restore.chunk import Target
 from lazy_orbax.restore.groups import Group, grouped
 from lazy_orbax.restore.planned import Job, Request, read_groups
-from lazy_orbax.restore.reader import Target
 from lazy_orbax.restore.wanted import Wanted
 from lazy_orbax.timeline import RestoreRecorder
 from lazy_orbax.trust.contents import Contents

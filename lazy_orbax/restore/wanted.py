@@ -14,6 +14,7 @@ import numpy as np
 
 from lazy_orbax._orbax import restored_kinds
 from lazy_orbax._orbax.restored_kinds import ARRAY, OTHER, SCALAR
+from lazy_orbax._orbax.stored_kinds import EMPTY
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.plan.boxes import Box, Shape
 from lazy_orbax.restore.array_format import ArrayFormat, native
@@ -115,7 +116,7 @@ def _is_nothing(name: str, leaf: Any, tree: Tree) -> bool:
     if leaf is _PLACEHOLDER:
         return True
     is_empty = restored_kinds.is_empty(leaf)
-    if is_empty != (tree.leaves[name] in restored_kinds.EMPTY):
+    if is_empty != (tree.leaves[name] in EMPTY):
         raise OrbaxOnlyError(f"leaf {name} is empty in the target or the checkpoint alone")
     return is_empty
 
@@ -184,15 +185,15 @@ def is_in_default_memory(sharding: jax.sharding.Sharding) -> bool:
 
 
 class Shards(NamedTuple):
-    """The boxes that this process needs of an array, and which of them a start belongs to.
+    """The boxes that this process needs of an array.
 
     Attributes:
         boxes: each distinct one.
-        by_start: its position there.
+        of_devices: for each addressable device, which of them it has; 0 if there are none.
     """
 
     boxes: tuple[Box, ...]
-    by_start: dict[Shape, int]
+    of_devices: tuple[int, ...]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -210,8 +211,8 @@ def shards_of(sharding: jax.sharding.Sharding | None, shape: Shape) -> Shards:
         where = sharding.addressable_devices_indices_map(shape)
         starts = [tuple(s.start or 0 for s in index or ()) for index in where.values()]
         part = tuple(sharding.shard_shape(shape))
-    distinct = dict.fromkeys(starts)
-    boxes = tuple(Box(start, part) for start in distinct)
     if math.prod(part) == 0:
-        boxes = ()
-    return Shards(boxes, {start: i for i, start in enumerate(distinct)})
+        return Shards((), (0,) * len(starts))
+    distinct = {start: i for i, start in enumerate(dict.fromkeys(starts))}
+    boxes = tuple(Box(start, part) for start in distinct)
+    return Shards(boxes, tuple(distinct[start] for start in starts))

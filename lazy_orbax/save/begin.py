@@ -15,11 +15,11 @@ from typing import Any
 import jax
 
 from lazy_orbax import _paths
-from lazy_orbax._orbax import handed_in, lifecycle, multihost
+from lazy_orbax._orbax import handed_in, lifecycle, metrics, multihost
 from lazy_orbax._orbax.interrupted import await_interrupted
 from lazy_orbax._orbax.records import Destination, Settings
 from lazy_orbax.errors import OptionError, SaveError
-from lazy_orbax.integrity.proof_turns import Turns
+from lazy_orbax.integrity.proof_turns import TURNS
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.pods.agreement import agreement_on
 from lazy_orbax.recovery.attempt import attempt_at
@@ -30,9 +30,12 @@ from lazy_orbax.save.pipeline import Job, Save
 from lazy_orbax.save.plan_cache import Prepared, prepare
 from lazy_orbax.save.publication import Publications
 from lazy_orbax.save.refused_trees import refuse_relative
+from lazy_orbax.save.step_times import note_begun
 from lazy_orbax.save.unchanged_state import Fingerprints
+from lazy_orbax.snapshot.host_budget import HOST_BUDGET
 from lazy_orbax.storage.pace import Pace
 from lazy_orbax.storage.places import place_of
+from lazy_orbax.timeline import Recorder, SaveTimeline
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -48,7 +51,6 @@ class Saver:
         merge: merges in a directory what several processes wrote.
         pace: how fast it may write.
         fingerprints: what its last saves held.
-        turns: which of its saves are verified.
         publications: what it has finalized and Orbax has not published yet.
         commits: its saves of which more may come.
     """
@@ -61,7 +63,6 @@ class Saver:
     merge: Callable[[Any], None]
     pace: Pace
     fingerprints: Fingerprints = dataclasses.field(default_factory=Fingerprints)
-    turns: Turns = dataclasses.field(default_factory=Turns)
     publications: Publications = dataclasses.field(default_factory=Publications)
     commits: list[Commit] = dataclasses.field(default_factory=list)
 
@@ -96,6 +97,7 @@ async def begin(saver: Saver, directory: Any, args: Any) -> list[Commit]:
     """
     custom_metadata = own_json(args.custom_metadata)
     path, operation = handed_in.path_of(directory), lifecycle.operation_id()
+    recorder = Recorder(path, saver.options.on_timeline, _record)
     _refuse_after_interruption(path)
     # Before what is left of earlier saves is looked at: this one may have the same directory.
     removes_all = multihost.is_primary_host(saver.settings.primary_host)
@@ -112,7 +114,7 @@ async def begin(saver: Saver, directory: Any, args: Any) -> list[Commit]:
     refuse_relative(path, uses_ocdbt=bool(prepared.format.own_directories))
     if failures:
         remember(failures, prepared.plan.n_bytes, item_directory=path)
-    save = Save(_job(saver, prepared, leaves, path))
+    save = Save(_job(saver, prepared, leaves, recorder))
     others = await handed_in.serialize_others(saver.settings, prepared.others, leaves, directory)
     item = _paths.final(path).rpartition("/")[2]
     writers = prepared.plan.processes
@@ -129,7 +131,9 @@ async def begin(saver: Saver, directory: Any, args: Any) -> list[Commit]:
     commit.others = others
     # From here on the next save, or `close`, ends this one where Orbax does not.
     saver.commits.append(commit)
+    note_begun(recorder)
     _put_out_of_reach(commit, prepared.arrays(leaves))
+    metrics.record_blocking(recorder.timeline)
     return [commit]
 
 
@@ -143,6 +147,10 @@ def own_json(custom_metadata: Any) -> Any:
         return json.loads(json.dumps(custom_metadata))
     except (TypeError, ValueError) as error:
         raise OptionError(f"custom_metadata cannot be written as JSON: {error}.") from error
+
+
+def _record(timeline: SaveTimeline) -> None:
+    metrics.record_save(timeline, host_peak_bytes=HOST_BUDGET.peak_bytes)
 
 
 def _refuse_after_interruption(path: str) -> None:
@@ -168,17 +176,18 @@ def _end_earlier_saves(saver: Saver, path: str) -> list[BaseException]:
     return [error for commit in earlier if (error := commit.part.failure)]
 
 
-def _job(saver: Saver, prepared: Prepared, leaves: Sequence[Any], path: str) -> Job:
-    item, every = _paths.item_of(path), saver.options.verify_snapshot
+def _job(saver: Saver, prepared: Prepared, leaves: Sequence[Any], recorder: Recorder) -> Job:
+    every = saver.options.verify_snapshot
+    recorder.mark("planned")
     return Job(
         prepared=prepared,
         texts=prepared.texts(leaves),
         options=saver.options,
         limit_bytes=saver.limit_bytes,
         pace=saver.pace,
-        path=path,
         fingerprints=saver.fingerprints,
-        evidence=saver.turns.next(prepared.plan, item, every),
+        recorder=recorder,
+        evidence=TURNS.next(prepared.plan, recorder.item, every),
     )
 
 

@@ -58,8 +58,8 @@ class Job:
         options: how to take the snapshot.
         limit_bytes: most bytes of snapshot in host memory.
         pace: how fast it may be written.
-        path: the item's directory, which need not exist yet.
         fingerprints: what the saves before held.
+        recorder: its timeline, whose clock runs.
         evidence: for a save that is verified, of what the caller's arrays held.
     """
 
@@ -68,8 +68,8 @@ class Job:
     options: LazyOptions
     limit_bytes: int
     pace: Pace
-    path: str
     fingerprints: Fingerprints
+    recorder: Recorder
     evidence: Evidence | None
 
 
@@ -85,12 +85,11 @@ class Save:
     """
 
     def __init__(self, job: Job):
-        """Starts the clock; `snapshot` starts the work."""
-        self.recorder = Recorder(job.path, job.options.on_timeline)
+        """Begins nothing yet: `snapshot` starts the work."""
+        self.recorder = job.recorder
         self.synced_directories: set[Inode] = set()
         self._job, self._holding = job, Holding()
-        self._lock = threading.Lock()
-        self._state = State.SNAPSHOT
+        self._lock, self._state = threading.Lock(), State.SNAPSHOT
         self._past_staging, self._ended = threading.Event(), threading.Event()
         self._stager = threading.Thread(
             target=self._bring_to_host, name="lazy_orbax-stage", daemon=True
@@ -99,7 +98,7 @@ class Save:
     @property
     def path(self) -> str:
         """The item's directory, as Orbax named it before it existed."""
-        return self._job.path
+        return self.recorder.path
 
     @property
     def is_over(self) -> bool:
@@ -288,9 +287,10 @@ class Save:
         self.recorder.mark("durable")
 
     def _write(self, directory: str, custom_metadata: Any) -> None:
-        job = self._job
-        plan, timeout_s = job.prepared.plan, job.options.storage_timeout_s
-        writer = Writer(plan, job.prepared.format, directory, timeout_s=timeout_s)
+        job, plan = self._job, self._job.prepared.plan
+        writer = Writer(
+            plan, job.prepared.format, directory, timeout_s=job.options.storage_timeout_s
+        )
         writer.evidence = job.evidence
         with contextlib.closing(writer):
             drain(self._holding.on_host, writer, plan, pace=job.pace, ended=self._ended)

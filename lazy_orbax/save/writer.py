@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import tensorstore as ts
 
@@ -78,6 +80,7 @@ class Writer:
             requests.append(Request(store.delete_range(keys), _paths.MANIFEST))
         self.wait(requests)
 
+    @functools.partial(jax.profiler.annotate_function, name="lazy_orbax write")
     def write(self, pieces: Iterable[tuple[Piece, np.ndarray]]) -> list[Request]:
         """Starts writing pieces and returns what to `wait` for."""
         requests, casts = self._new_requests(), self._format.digests.casts
@@ -162,6 +165,7 @@ class Writer:
         self._item.deadline.end([future for future in futures if not future.done()])
         self._syncer.close()
 
+    @functools.partial(jax.profiler.annotate_function, name="lazy_orbax wait for storage")
     def wait(self, requests: Sequence[Request], slab: Slab | None = None) -> None:
         """Waits until the storage has acknowledged what `write` began.
 

@@ -48,6 +48,7 @@ class Held:
     buffer: jax.Array | None = None
 
 
+@functools.partial(jax.profiler.annotate_function, name="lazy_orbax snapshot")
 def take(
     plan: Plan, slab: Slab, leaves: Sequence[Any], mode: str, buffer: jax.Array | None = None
 ) -> Held:
@@ -192,6 +193,7 @@ def _host_view(plan: Plan, piece: Piece, buffer: np.ndarray) -> np.ndarray:
 
 
 @neutral()
+@functools.partial(jax.profiler.annotate_function, name="lazy_orbax to the host")
 def to_host(held: Held) -> Held:
     """Brings a slab to host memory and waits for it. Its device memory is free after that."""
     arrays = held.arrays

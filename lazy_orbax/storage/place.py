@@ -7,13 +7,15 @@ import contextlib
 import dataclasses
 import functools
 import json
+import pathlib
 from collections.abc import Collection
-from typing import Any, ClassVar
-
-import tensorstore as ts
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lazy_orbax.errors import OptionError
 from lazy_orbax.storage.fsync import Inode, NothingToSync, Syncer
+
+if TYPE_CHECKING:
+    import tensorstore as ts
 
 # A small file that is larger is not read. Of a file of digests: about 60 bytes for each piece.
 MOST_BYTES = 2**28
@@ -58,6 +60,10 @@ class Place(abc.ABC):
     def appears_within_s(self) -> float:
         """Seconds in which a small file that Orbax is writing is there."""
 
+    def as_path(self) -> Any:
+        """Returns the directory as a path object, of `pathlib` or like those."""
+        return pathlib.Path(self.directory)
+
     # For TensorStore.
 
     @abc.abstractmethod
@@ -99,6 +105,8 @@ class Place(abc.ABC):
     @functools.cached_property
     def kvstore(self) -> ts.KvStore:
         """The directory as a plain key-value store."""
+        import tensorstore as ts  # It takes a moment to import, and names and sizes need none.
+
         context = ts.Context(self.context_spec())
         return ts.KvStore.open(self.kvstore_spec(), context=context).result()
 

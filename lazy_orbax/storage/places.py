@@ -16,11 +16,7 @@ import shutil
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from etils import epath
-
 from lazy_orbax import _paths
-from lazy_orbax._orbax import on_disk
-from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.errors import OptionError
 from lazy_orbax.storage import bucket_listing
 from lazy_orbax.storage.fsync import Inode, NothingToSync, Syncer, inode_of
@@ -186,11 +182,18 @@ class BucketPlace(Place):
     def appears_within_s(self) -> float:
         return min(5.0, self.timeout_s / 2)
 
+    def as_path(self) -> Any:
+        from etils import epath  # Whoever reads a local directory need not wait for it.
+
+        return epath.Path(self.directory)
+
     def stand_in(self) -> str:
+        from lazy_orbax._orbax import on_disk, symbols
+
         address = f"{self._scheme}://{_BUCKET}/{_DIRECTORY}"
         if on_disk.directory_kvstore_spec(address).get("bucket") != _BUCKET:
             raise OptionError(
-                f"{self.directory}: orbax-checkpoint {ocp.__version__} does not write to "
+                f"{self.directory}: orbax-checkpoint {symbols.ocp.__version__} does not write to "
                 f"{self._scheme}:// (it would take the address for a local path). Use gs:// or a "
                 "local directory, which may be a mounted bucket."
             )
@@ -237,7 +240,7 @@ class BucketPlace(Place):
 
     def size(self, name: str) -> int | None:
         try:
-            found = (epath.Path(self.directory) / name).stat()
+            found = (self.as_path() / name).stat()
         except FileNotFoundError:
             return None
         return None if found.is_directory else found.length

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-import jax
-
 from lazy_orbax import _paths
 from lazy_orbax.errors import MAIN_THREAD_ENDED, SaveError
 
@@ -21,6 +19,8 @@ def save_error(
         leaf: the leaves that were being written.
         file: what was being written, where `error` does not name a file.
     """
+    import jax  # Whoever only reads need not wait for it.
+
     text = str(error)
     if "cannot schedule new futures after" in text:
         text = f"{text}: {MAIN_THREAD_ENDED}"

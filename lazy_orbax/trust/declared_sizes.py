@@ -6,8 +6,6 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
-
 from lazy_orbax._machine import memory_bytes
 from lazy_orbax.errors import MalformedCheckpointError
 from lazy_orbax.trust.files import brief
@@ -53,6 +51,8 @@ def _wanted(names: set[str], args: Any) -> tuple[set[str], dict[str, int]]:
 
 
 def _with_path(tree: Any) -> list[tuple[Any, Any]]:
+    import jax  # Only who has a target has JAX: whoever looks at a checkpoint need not wait for it.
+
     return jax.tree_util.tree_leaves_with_path(
         tree, is_leaf=lambda leaf: hasattr(leaf, "restore_type")
     )
@@ -85,6 +85,8 @@ def refuse_oversize(directory: Any, arrays: Arrays, names: set[str], args: Any) 
 
 def _refuse_oversize(directory: Any, arrays: Arrays, names: set[str]) -> None:
     """Checks that arrays of which only the checkpoint says how large they are fit this machine."""
+    import jax
+
     available_bytes = (memory_bytes() + _device_bytes()) * jax.process_count()
     sizes = {name: arrays.declared[name].total_bytes for name in names}
     if sum(sizes.values()) > available_bytes:
@@ -131,5 +133,7 @@ def _refuse_odd_chunks(
 
 def _device_bytes() -> int:
     """Returns the memory of this process's devices, where it is not the host's."""
+    import jax
+
     stats = [d.memory_stats() for d in jax.local_devices() if d.platform != "cpu"]
     return sum((one or {}).get("bytes_limit", 0) for one in stats)

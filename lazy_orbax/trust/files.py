@@ -44,7 +44,9 @@ def survey(directory: str) -> dict[str, int]:
     pending = [""]
     while pending:
         folder = pending.pop()
-        for entry in os.scandir(os.path.join(directory, folder)):
+        with os.scandir(os.path.join(directory, folder)) as scanned:
+            entries = list(scanned)
+        for entry in entries:
             name = os.path.join(folder, entry.name)
             status = _status(entry, os.path.join(directory, name))
             if stat.S_ISDIR(status.st_mode):

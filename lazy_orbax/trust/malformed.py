@@ -11,11 +11,8 @@ import contextvars
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-
 from lazy_orbax import _paths
 from lazy_orbax._machine import memory_bytes
-from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.errors import MalformedCheckpointError
 from lazy_orbax.storage.place import MOST_BYTES
 from lazy_orbax.storage.places import place_of
@@ -134,6 +131,10 @@ def _check_aggregate(files: ItemFiles, name: str, limit_bytes: int) -> None:
     """
     if (content := files.read(name, limit_bytes)) is None:
         return
+    from lazy_orbax._orbax.symbols import (
+        ocp,  # It takes a second to import, and few have such a file.
+    )
+
     try:
         ocp.msgpack_utils.msgpack_restore(content)
     except Exception as error:
@@ -171,6 +172,10 @@ def _check_json(
 
 def _needs_shardings(args: Any) -> bool:
     """Whether Orbax will read `_sharding`: for metadata, and for what has no target."""
+    if args is None:
+        return True
+    import jax
+
     is_leaf = lambda leaf: hasattr(leaf, "restore_type")  # noqa: E731
     leaves = jax.tree.leaves(getattr(args, "restore_args", None), is_leaf=is_leaf)
     return not leaves or any(

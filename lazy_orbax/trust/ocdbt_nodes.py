@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from lazy_orbax import _paths
 from lazy_orbax.errors import MalformedCheckpointError
-from lazy_orbax.plan.slabs import runs
+from lazy_orbax.plan.runs import runs
 from lazy_orbax.trust.files import ItemFiles, brief
 from lazy_orbax.trust.ocdbt_decode import MOST_NODE_BYTES, SMALL_NODE_BYTES, decoded
 from lazy_orbax.trust.zarr_arrays import MOST_METADATA_BYTES

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-
 from lazy_orbax.trust.bounded_json import MOST_DIMENSIONS, Complaints, is_shape, parse_json
 from lazy_orbax.trust.files import brief
 
 _ENTRIES, _KEY_IMPL = "array_metadatas", "random_key_impl"
-_AXIS_TYPES = frozenset(map(str, jax.sharding.AxisType))
+# Those of `jax.sharding.AxisType`.
+_AXIS_TYPES = frozenset(f"AxisType.{kind}" for kind in ("Auto", "Explicit", "Manual"))
 
 
 def check_array_metadatas(content: bytes, file: Any) -> dict[str, str]:
@@ -53,12 +52,11 @@ def check_array_metadatas(content: bytes, file: Any) -> dict[str, str]:
 
 def _nested(objects: list[Any], known: tuple[str, ...]) -> bool:
     """Whether there are objects or lists in fields that are not known."""
-    return any(
-        isinstance(value, dict | list) and name not in known
-        for one in objects
-        if isinstance(one, dict)
-        for name, value in one.items()
-    )
+    for one in objects:
+        for name, value in one.items() if isinstance(one, dict) else ():
+            if isinstance(value, dict | list) and name not in known:
+                return True
+    return False
 
 
 def check_shardings(content: bytes, file: Any) -> None:

@@ -7,7 +7,7 @@ import re
 import sys
 from typing import Any
 
-from lazy_orbax._orbax.restored_kinds import DICT, EMPTY, SEQUENCE
+from lazy_orbax._orbax.stored_kinds import DICT, EMPTY, SEQUENCE
 from lazy_orbax.trust.bounded_json import Complain, Complaints, is_shape, parse_json
 
 # JAX and Python walk trees recursively. Without a limit of Python's a stack of 8 MiB would overflow
@@ -96,7 +96,7 @@ def _check_keys(keys: Any, keypath: str, complain: Complain) -> list[tuple[int, 
         name, kind = (key.get("key"), key.get("key_type")) if isinstance(key, dict) else (key, None)
         if (
             not isinstance(name, str)
-            or re.search("[\ud800-\udfff]", name)
+            or (not name.isascii() and re.search("[\ud800-\udfff]", name))
             or type(kind) is not int
             or kind not in (SEQUENCE, DICT)
         ):

@@ -2,7 +2,7 @@
 
 A page is one program. Its Python blocks run in order, in one namespace, in an empty directory. The
 first block of `quickstart.md` runs before them, because every page uses its names. Lines of a `sh`
-block that begin with `python -m lazy_orbax` run as well. A block after `<!-- not run: reason -->`
+block that begin with `lazy-orbax` run as well. A block after `<!-- not run: reason -->`
 is only compiled.
 """
 
@@ -23,7 +23,7 @@ PAGES = [README, *sorted(GUIDES.glob("*.md"))]
 
 _FENCE = re.compile(r"^```(\w*)$")
 _NOT_RUN = re.compile(r"^<!-- not run: (.+) -->$")
-_COMMAND = "python -m lazy_orbax "
+_COMMAND = "lazy-orbax "
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -103,5 +103,5 @@ def run(page: pathlib.Path) -> dict[str, Any]:
         elif block.language == "sh":
             for line in block.code.splitlines():
                 if line.startswith(_COMMAND):
-                    assert main(shlex.split(line, comments=True)[3:]) == 0, f"{block}: {line}"
+                    assert main(shlex.split(line, comments=True)[1:]) == 0, f"{block}: {line}"
     return names

@@ -18,6 +18,7 @@ from lazy_orbax.save.plan_cache import prepare
 from lazy_orbax.save.unchanged_state import Fingerprints
 from lazy_orbax.snapshot.host_budget import HOST_BUDGET
 from lazy_orbax.storage.pace import Pace
+from lazy_orbax.timeline import Recorder
 
 
 class HeldQueue:
@@ -61,8 +62,8 @@ def test_two_threads_that_drop_one_save_both_end(tmp_path, mesh):
         options=options,
         limit_bytes=2**30,
         pace=Pace(None),
-        path=str(tmp_path),
         fingerprints=Fingerprints(),
+        recorder=Recorder(str(tmp_path), None),
         evidence=None,
     )
     save = Save(job)

@@ -145,7 +145,7 @@ def test_verify_one_directory_too_high_names_the_runs(tmp_path, names, naming, c
     for name in names:
         assert str(tmp_path / name) in str(raised.value)
     assert "notes" not in str(raised.value)
-    assert command_line.main(["verify", str(tmp_path)]) == 1
+    assert command_line.main(["verify", str(tmp_path)]) == 2
     assert str(tmp_path / names[0]) in capsys.readouterr().err
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import json
 import logging
 import time
@@ -22,6 +24,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lazy_orbax
+from lazy_orbax.cli.main import main
 from lazy_orbax.snapshot.host_budget import HOST_BUDGET
 
 __all__ = ["Job", "serve"]
@@ -169,6 +172,16 @@ class Job:
     def spoil(self, step: int, name: str, content: bytes) -> None:
         """Writes a file of a step again, with other content."""
         (self._place_of(step) / name).write_bytes(content)
+
+    def tear(self, step: int) -> None:
+        """Leaves a step as one whose save was killed before it was committed."""
+        (epath.Path(self.manager.directory) / str(step) / "commit_success.txt").unlink()
+
+    def command(self, *arguments: str) -> tuple[int, str]:
+        """Returns the exit status and the output of `lazy-orbax`."""
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            status = main([*arguments])
+        return status, out.getvalue()
 
     def roll_back(self, step: int, by: int) -> None:
         """Puts the files of the item of another step in place of those of a step."""

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 SCRIPT = """
@@ -64,6 +66,9 @@ SCRIPT = """
     ocp.PyTreeCheckpointHandler(), ocp.StandardCheckpointHandler()
     attributes_before, before = attributes(), registries()
     import lazy_orbax
+    assert lazy_orbax.args.LazySave  # A name is imported when it is asked for.
+    for name in [*lazy_orbax.__all__, *lazy_orbax.reports.__all__]:
+        assert getattr(lazy_orbax, name, None) or getattr(lazy_orbax.reports, name)
     attributes_after, after = attributes(), registries()
 
     changed = {n for n, i in attributes_before.items() if attributes_after.get(n) != i}
@@ -88,9 +93,26 @@ SCRIPT = """
 """
 
 
-def test_importing_changes_nothing():
+WITHOUT_JAX = """
+    import sys
+    import lazy_orbax
+    import lazy_orbax.integrity.verify
+    from lazy_orbax import LazyOptions, SaveTimeline, errors
+    assert "verify" in dir(lazy_orbax) and lazy_orbax.verify.__name__ == "verify"
+    try:
+        lazy_orbax.no_such_name
+    except AttributeError as error:
+        assert "no_such_name" in str(error)
+    foreign = {"jax", "orbax", "etils"} & set(sys.modules)
+    assert not foreign, foreign
+    sys.stdout.write("unchanged")
+"""
+
+
+@pytest.mark.parametrize("script", [SCRIPT, WITHOUT_JAX], ids=["changes nothing", "needs no JAX"])
+def test_importing(script):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    script = textwrap.dedent(SCRIPT)
+    script = textwrap.dedent(script)
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", script],
         env=environment,

@@ -8,6 +8,7 @@ import pytest
 from equipment.trees import on_mesh
 
 import lazy_orbax
+from lazy_orbax.storage import threads
 
 # One brings slabs to the host, one is Orbax's and writes, and from one phase to the next three at
 # most sync, merge and so on.
@@ -23,10 +24,13 @@ def test_a_save_of_small_leaves_starts_few_threads(tmp_path, mesh, monkeypatch, 
         started.append(thread.name)
         start(thread)
 
+    # However slow the disk is, no thread gives up in the middle of a save.
+    monkeypatch.setattr(threads, "_IDLE_S", 300)
     options = ocp.CheckpointManagerOptions(**options)
     handler = lazy_orbax.standard_handler()
     with ocp.CheckpointManager(tmp_path, item_handlers=handler, options=options) as manager:
         for step in range(4):
+            threads.dismiss_idle()
             manager.save(step, args=ocp.args.StandardSave(tree))
             manager.wait_until_finished()
             if step == 0:  # The first also plans.

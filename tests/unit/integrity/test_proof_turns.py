@@ -53,15 +53,41 @@ def test_every_so_manieth_save_is_looked_at(plan, every, wanted):
     assert looked_at(Turns(), plan, 7, every) == wanted
 
 
-@pytest.mark.parametrize("another", ["item", "handler"])
-def test_who_shares_a_plan_shares_no_turns(plan, another):
-    turns, found = [Turns(), Turns()], []
-    for _ in range(4):
+def test_items_that_share_a_plan_share_no_turns(plan):
+    turns, found = Turns(), []
+    for _ in range(6):
         for i in range(2):
-            mine, item = (turns[i], "run/*") if another == "handler" else (turns[0], f"run/*/{i}")
-            found.append(mine.next(plan, item, 2))
+            found.append(turns.next(plan, f"run/*/{i}", 2))
             assert found[-1] is None or found[-1].conclude() is None
-    assert [evidence is not None for evidence in found] == [True, True, False, False] * 2
+    # The second item waits once for its turn, because the first had one of the plan's just before.
+    assert [e is not None for e in found] == [True, False, False, True] * 3
+
+
+def test_a_new_run_of_a_tree_that_was_verified_just_now_waits_for_its_turn(plan):
+    turns = Turns()
+    assert looked_at(turns, plan, 10, 10, "first/*") == [1]
+    assert looked_at(turns, plan, 25, 10, "second/*") == [1, 11, 21]
+    assert looked_at(turns, plan, 25, 10, "third/*") == [6, 16]
+
+
+def test_of_saves_under_ever_new_names_every_so_manieth_is_looked_at(plan):
+    turns, found = Turns(), []
+    for i in range(1000):
+        evidence = turns.next(plan, f"named/{i}", 100)
+        if evidence is not None:
+            assert evidence.conclude() is None
+            found.append(i)
+    assert found == [*range(0, 1000, 100)]
+
+
+def test_programs_are_compiled_for_saves_under_ever_new_names_too():
+    plan, turns = Plan((), (), ()), Turns()
+    begun = []
+    for i in range(21):
+        turns.next(plan, f"named/{i}", 100)
+        prover_of(plan).begin_to_prepare(plan, 100, lower_priority=lambda i=i: begun.append(i))
+    join_threads("lazy_orbax-proof")
+    assert begun == [19]
 
 
 def test_what_was_not_proven_is_looked_at_again(plan):

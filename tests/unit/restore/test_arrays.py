@@ -6,8 +6,9 @@ import pytest
 
 from lazy_orbax.restore import arrays
 from lazy_orbax.restore.array_format import ArrayFormat
-from lazy_orbax.restore.groups import grouped, targets_of
+from lazy_orbax.restore.groups import grouped, in_order, targets_of
 from lazy_orbax.restore.wanted import Wanted
+from lazy_orbax.trust.ocdbt_nodes import Extent
 
 MIB = 2**20
 
@@ -61,3 +62,21 @@ def test_one_group_that_is_larger_than_the_limit_goes_alone(monkeypatch, limit):
         staging.add(group, targets_of(group), [Watched(flight, group.n_bytes)])
     staging.finish()
     assert most == (8 * MIB if limit == MIB else 40 * MIB)
+
+
+def test_leaves_are_read_as_they_lie_in_the_files_subtree_by_subtree():
+    names = ["b.x", "step", "b.y", "a.x", "b.z", "rate"]
+    mine = [leaf._replace(name=name) for leaf, name in zip(leaves(6, 64), names, strict=True)]
+    where = {"b.x": ("g", 64), "b.y": ("f", 64), "b.z": ("f", 0), "step": ("f", 512)}
+    values = {f"{name}/0": Extent(file, start, 64) for name, (file, start) in where.items()}
+    values["rate/0"] = b"short"
+    found = [leaf.name for leaf in in_order(mine, values)]
+    assert found == ["b.z", "b.y", "b.x", "rate", "step", "a.x"]
+    assert [leaf.name for leaf in in_order(mine, {})] == [
+        "b.x",
+        "b.y",
+        "b.z",
+        "step",
+        "rate",
+        "a.x",
+    ]

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
+import lazy_orbax.restore.decoder
 from lazy_orbax.integrity import digest
 from lazy_orbax.plan.boxes import Box
 from lazy_orbax.plan.reads import chunk_reads
 from lazy_orbax.restore.array_format import format_of
+from lazy_orbax.restore.chunk import Chunk, Target
 from lazy_orbax.restore.decoder import Decoder, decode
-from lazy_orbax.restore.reader import Chunk, Reader, Target
+from lazy_orbax.restore.reader import Reader
 from lazy_orbax.restore.source import Directory
 from lazy_orbax.storage.places import place_of
 from lazy_orbax.trust.ocdbt_nodes import Extent
@@ -62,22 +64,74 @@ def test_chunks_of_several_leaves_go_where_they_are_wanted(saved, tmp_path):
     assert_read(saved)
 
 
-def test_neighbours_in_a_file_are_read_at_once_and_decoded(saved, tmp_path):
-    content, chunks = b"", []
-    for chunk in saved:
+def neighbours(tmp_path, chunks):
+    """Puts chunks into a file, one after the other."""
+    content, found = b"", []
+    for chunk in chunks:
         value = stored(tmp_path, chunk).read_bytes()
-        chunks.append((chunk, Extent("file", len(content), len(value))))
+        found.append((chunk, Extent("file", len(content), len(value))))
         content += value
     (tmp_path / "file").write_bytes(content)
+    return found
+
+
+def never(chunks):
+    raise AssertionError(chunks)
+
+
+def test_neighbours_in_a_file_are_read_at_once_and_decoded(saved, tmp_path):
     source = Directory(str(tmp_path))
     reader = Reader(source)
     try:
-        wrong = [one.result() for one in reader.start_encoded(chunks, decode)]
+        started = reader.start_encoded(neighbours(tmp_path, saved), decode, never)
+        wrong = [one.result() for one in started]
     finally:
         reader.close()
     assert wrong == [[]]
     assert source.requests == 1
     assert_read(saved)
+
+
+def test_a_large_chunk_is_read_and_decoded_in_one_go(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(Directory, "large_bytes", 1)
+    monkeypatch.setattr(Directory, "run_bytes", 1)
+    reader = Reader(source := Directory(str(tmp_path)))
+    decoder = Decoder(place_of(str(tmp_path)), in_database=False)
+    try:
+        started = reader.start_encoded(neighbours(tmp_path, saved), never, decoder.read)
+        assert not any(one.result() for one in started)
+    finally:
+        reader.close()
+    assert (source.requests, decoder.requests) == (0, len(saved))
+    assert_read(saved)
+
+
+@pytest.mark.parametrize("most_bytes", [1, 2 * 16 * 48 * 4])
+def test_more_chunks_than_are_decoded_at_once(saved, tmp_path, monkeypatch, most_bytes):
+    monkeypatch.setattr(lazy_orbax.restore.decoder, "_STACK_BYTES", most_bytes)
+    assert decode([(chunk, stored(tmp_path, chunk).read_bytes()) for chunk in saved]) == []
+    assert_read(saved)
+
+
+def in_place(chunk):
+    """The same chunk, of which the whole leaf is wanted as it is."""
+    target = np.zeros(WHOLE.shape, np.float32)
+    reads = chunk_reads(WHOLE.shape, chunk.format.chunk, 4, (Box((0, 0), WHOLE.shape),))
+    read = next(read for read in reads if read.position == chunk.read.position)
+    memory = memoryview(target).cast("B")
+    return chunk._replace(read=read, targets=[Target(target, memory)])
+
+
+def test_chunks_that_go_to_their_places_as_they_are_are_compared_there(saved, tmp_path):
+    decoder = Decoder(place_of(str(tmp_path)), in_database=False)
+    chunks = [in_place(chunk) for chunk in saved]
+    assert decoder.read(chunks) == []
+    for chunk in chunks:
+        whole = WHOLE if chunk.leaf == "leaf" else -WHOLE
+        index = chunk.read.box.index
+        np.testing.assert_array_equal(chunk.targets[0].array[index], whole[index])
+    others = [chunk._replace(digest=chunk.digest ^ 1) for chunk in chunks]
+    assert decoder.read(others) == [chunk.piece for chunk in others]
 
 
 def test_they_are_read_where_nobody_knows_where_they_lie(saved, tmp_path):

@@ -8,7 +8,9 @@ from lazy_orbax.integrity import digest
 from lazy_orbax.plan.boxes import Box
 from lazy_orbax.plan.reads import chunk_reads
 from lazy_orbax.restore.array_format import ArrayFormat
-from lazy_orbax.restore.reader import Chunk, Reader, Target, aligned
+from lazy_orbax.restore.chunk import Chunk, Target
+from lazy_orbax.restore.memory import aligned
+from lazy_orbax.restore.reader import Reader
 from lazy_orbax.restore.source import Directory
 from lazy_orbax.trust.ocdbt_nodes import Extent
 

@@ -1,0 +1,94 @@
+"""Orbax's own handlers: how they are made lazy from now on, and who saves the stock way."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from lazy_orbax._orbax.lifecycle import operation_id
+from lazy_orbax._orbax.symbols import MISSING, SRC, ocp, warn_if_stock
+
+Undo = Callable[[], None]
+
+
+def when_made(
+    inside: Callable[[dict[str, Any]], Any],
+    pytree: Callable[[Any, Any, str | None], None],
+    standard: Callable[[Any], None],
+) -> Undo:
+    """Lets Orbax's handlers of trees that are made from now on save through another handler.
+
+    The seam is the public keyword `handler_impl` of `ocp.PyTreeCheckpointHandler`. Who gives it is
+    left alone. Where this Orbax has none, this warns and changes nothing.
+
+    Args:
+        inside: returns what is to save, given the keywords that the handler is made with; `None`
+            leaves the handler alone.
+        pytree: called with each new `ocp.PyTreeCheckpointHandler`, what `inside` returned, and the
+            name of its aggregate file.
+        standard: called with each new `ocp.StandardCheckpointHandler`.
+
+    Returns:
+        What undoes it. Handlers that were made meanwhile stay as they are.
+    """
+    kind, standard_kind = ocp.PyTreeCheckpointHandler, ocp.StandardCheckpointHandler
+    signature = inspect.signature(kind.__init__)
+    missing = [] if "handler_impl" in signature.parameters else ["handler_impl="]
+    if warn_if_stock(MISSING or missing):
+        return lambda: None
+    init, init_standard = kind.__init__, standard_kind.__init__
+
+    @functools.wraps(init)
+    def lazy_init(self: Any, *positional: Any, **keywords: Any) -> None:
+        given = signature.bind(self, *positional, **keywords).arguments
+        del given[next(iter(signature.parameters))]
+        file = given.pop("aggregate_filename", None)
+        if given.pop("handler_impl", None) is not None:
+            return init(self, *positional, **keywords)
+        lazy = inside(given)
+        if lazy is None:
+            return init(self, *positional, **keywords)
+        init(self, *positional, **keywords, handler_impl=lazy)
+        return pytree(self, lazy, file)
+
+    @functools.wraps(init_standard)
+    def lazy_init_standard(self: Any, *positional: Any, **keywords: Any) -> None:
+        init_standard(self, *positional, **keywords)
+        standard(self)
+
+    kind.__init__, standard_kind.__init__ = lazy_init, lazy_init_standard
+
+    def undo() -> None:
+        kind.__init__, standard_kind.__init__ = init, init_standard
+
+    return undo
+
+
+def note_stock_saves(note: Callable[[str], None]) -> None:
+    """Calls `note` before each save of a tree that goes the stock way, from now on.
+
+    Args:
+        note: takes which save of Orbax it is (`operation_id`).
+    """
+    if MISSING:
+        return
+    kind = SRC["base"]
+    save = kind.async_save
+
+    @functools.wraps(save)
+    async def noted(self: Any, *positional: Any, **keywords: Any) -> Any:
+        if type(self) is kind:  # Not a lazy handler, which derives from it.
+            note(operation_id())
+        return await save(self, *positional, **keywords)
+
+    kind.async_save = noted
+
+
+def array_handler_of_others() -> str:
+    """Returns the name of the type handler for `jax.Array` that somebody put in Orbax's place."""
+    handler = ocp.type_handlers.get_type_handler(jax.Array)
+    return "" if type(handler) is ocp.type_handlers.ArrayHandler else type(handler).__qualname__

@@ -1,0 +1,29 @@
+"""`clean RUN`: what killed saves left."""
+
+from __future__ import annotations
+
+import click
+
+from lazy_orbax.cli.output import as_json, finish
+
+
+@click.command()
+@click.argument("run")
+@click.option("--remove", is_flag=True, help="Remove it. Else nothing is removed.")
+@click.option(
+    "--quiet-minutes",
+    type=click.FloatRange(0),
+    default=60.0,
+    show_default=True,
+    help="Keep what was written to within so many minutes.",
+)
+@as_json
+def command(run: str, remove: bool, quiet_minutes: float, as_json: bool) -> int:
+    """Find what killed saves left in RUN: directories that were never published.
+
+    It says what it would remove, and removes it only with --remove.
+    """
+    from lazy_orbax.inspection.clean import clean
+
+    report = clean(run, dry_run=not remove, quiet_s=60 * quiet_minutes)
+    return finish(report, as_json=as_json)

@@ -1,0 +1,76 @@
+"""The steps of a run, of every kind."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from lazy_orbax.errors import OptionError
+from lazy_orbax.inspection.ls import ls
+
+
+@pytest.mark.parametrize(
+    ("run", "writer", "covered"),
+    [("stock", "Orbax", False), ("v1", "Orbax v1", False), ("lazy", "lazy_orbax", True)],
+)
+def test_each_step_is_listed_with_who_wrote_it(runs, run, writer, covered):
+    listing = ls(runs / run)
+    assert listing.ok
+    assert [entry.step for entry in listing.steps] == [1, 2, 12]
+    for entry in listing.steps:
+        files = [f for f in (runs / run / str(entry.step)).rglob("*") if f.is_file()]
+        assert entry.state == "committed"
+        assert entry.n_files == len(files)
+        assert entry.n_bytes == sum(f.stat().st_size for f in files)
+        assert entry.written_by == writer
+        assert bool(entry.with_digests) == covered
+        assert entry.saved_at_s == pytest.approx(files[0].stat().st_mtime, abs=60)
+
+
+def test_a_torn_step_is_marked(runs):
+    states = [(entry.step, entry.state) for entry in ls(runs / "torn").steps]
+    assert states == [(1, "committed"), (2, "committed"), (12, "temporary")]
+    assert "temporary" in str(ls(runs / "torn"))
+
+
+def test_a_run_whose_first_save_was_killed_is_a_run(tmp_path):
+    (tmp_path / "run" / "0.orbax-checkpoint-tmp").mkdir(parents=True)
+    (entry,) = ls(tmp_path / "run").steps
+    assert (entry.step, entry.state, entry.n_bytes) == (0, "temporary", 0)
+
+
+def test_what_is_no_file_is_told_of_and_the_others_are_listed(runs):
+    listing = ls(runs / "hostile")
+    assert not listing.ok
+    assert [entry.state for entry in listing.steps] == ["committed", "committed", "malformed"]
+    assert "special file" in (listing.steps[-1].problem or "")
+
+
+def test_metadata_of_a_step_are_data(runs, tmp_path):
+    run = shutil.copytree(runs / "stock", tmp_path / "run")
+    (run / "1" / "_CHECKPOINT_METADATA").write_text("[" * 10**6)
+    (run / "2" / "_CHECKPOINT_METADATA").write_text('{"item_handlers": [7]}')
+    fields = '{"item_handlers": {}, "commit_timestamp_nsecs": "soon"}'
+    (run / "12" / "_CHECKPOINT_METADATA").write_text(fields)
+    first, second, third = ls(run).steps
+    assert "nested too deeply" in (first.problem or "")
+    assert "no object" in (second.problem or "")
+    assert (third.problem, third.saved_at_s, third.written_by) == (None, None, "-")
+
+
+def test_one_directory_too_high_lists_the_runs(runs):
+    assert set(ls(runs).runs) == set(map(str, runs.iterdir()))
+
+
+def test_what_is_no_run_is_refused(runs, tmp_path):
+    with pytest.raises(OptionError, match="is a step"):
+        ls(runs / "lazy" / "1")
+    with pytest.raises(OptionError, match="is an item"):
+        ls(runs / "lazy" / "1" / "default")
+    with pytest.raises(OptionError, match="holds no checkpoint"):
+        ls(tmp_path)
+    with pytest.raises(OptionError, match="not a directory"):
+        ls(tmp_path / "nothing")
+    with pytest.raises(OptionError, match="Give a path"):
+        ls(7)
