@@ -113,6 +113,8 @@ class Inside:
         return self._make(self._save_device_host_concurrent_bytes)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # Python looks for these where it copies.
+            raise AttributeError(name)
         return getattr(self.handler, name)
 
     async def async_save(self, directory: Any, args: Any) -> Any:

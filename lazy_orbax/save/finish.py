@@ -66,7 +66,7 @@ def end_function(saver: Saver, operation: str, error: BaseException | None) -> N
         for attempt in {part.attempt for part in parts}:
             cleaning.refuse(attempt, save_error(parts[0].directory, error))
     try:
-        saver.publications.catch_up(raises=True)
+        saver.publications.catch_up(raises=error is None)
     finally:
         for part in parts:
             cleaning.forgo(part)

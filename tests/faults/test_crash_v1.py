@@ -67,7 +67,11 @@ def test_a_save_killed_at_every_call(zygote, tmp_path, tell, way):
     tell(what, f"v1, {way}", f"{max(map(len, runs))} calls", f"{n_deaths} kills", "", "", "")
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["at once", "a little later"])
+@pytest.mark.parametrize(
+    "late",
+    [pytest.param(False, marks=pytest.mark.slow), True],
+    ids=["at once", "a little later"],
+)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_step_that_is_finished_survives_a_power_cut(zygote, tmp_path, way, late):
     first = tmp_path / "first"

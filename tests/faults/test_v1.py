@@ -189,7 +189,7 @@ def in_a_process(root, place, call, way):
 @pytest.mark.parametrize(
     ("place", "call", "way"),
     [
-        ("hand over", 2, "save_async"),
+        pytest.param("hand over", 2, "save_async", marks=pytest.mark.slow),
         pytest.param("copy", 2, "Checkpointer", marks=pytest.mark.slow),
         pytest.param("to the host", 2, "save_async", marks=pytest.mark.slow),
         pytest.param("finish", 1, "save_async", marks=pytest.mark.slow),

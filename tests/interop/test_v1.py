@@ -23,7 +23,13 @@ from lazy_orbax.handlers.v1 import lazy_v1, v1_registry
 from lazy_orbax.integrity.digest_file import DIRECTORY
 from lazy_orbax.save import plan_cache
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning"),
+    # Orbax makes coroutines that it does not run where it refuses a save.
+    pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("restores_that_fail"),
+]
 
 
 @pytest.fixture

@@ -63,3 +63,14 @@ def test_nothing_is_left_behind(job):
 def test_both_restore_what_both_saved(job):
     _, reports = job
     assert [report["wrong"] for report in reports] == [[], []]
+
+
+@pytest.mark.slow
+def test_both_save_the_same_last_step(tmp_path, mesh):
+    root = tmp_path / "run"
+    first, second = reports(run_job(2, "preempted_in_v1", root, logs=tmp_path, signalled=1))
+    assert first["committed"], first["error"]
+    assert first["step"] == second["step"] > 2
+    assert second["committed"], second["error"]
+    found = v1.load(root / str(first["step"]), states.targets(mesh, states.SPECS))
+    assert states.differences(found, states.values(first["step"])) == []

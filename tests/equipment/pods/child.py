@@ -416,6 +416,11 @@ def saved_by_v1(root: str) -> Report:
     return v1.main(pathlib.Path(root), _mesh())
 
 
+def preempted_in_v1(root: str, signalled: int) -> Report:
+    """One process gets SIGTERM while a `Checkpointer` of Orbax v1 is used."""
+    return v1.preempted(pathlib.Path(root), _mesh(), signalled)
+
+
 SCENARIOS = {
     function.__name__: function
     for function in (
@@ -433,6 +438,7 @@ SCENARIOS = {
         preempted,
         modes,
         saved_by_v1,
+        preempted_in_v1,
     )
 }
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
 import pathlib
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -76,3 +79,24 @@ def main(root: pathlib.Path, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     report["in_flight"] = HOST_BUDGET.in_flight_bytes
     undo()
     return report
+
+
+def preempted(root: pathlib.Path, mesh: jax.sharding.Mesh, signalled: int) -> dict[str, Any]:
+    """One process gets SIGTERM: both agree on a step, save it with a `Checkpointer`, and leave."""
+    undo = lazy_v1()
+    state = states.on_mesh(mesh, 0)
+    step = states.training_step(state)
+    with (
+        lazy_orbax.Preemption(grace_s=60) as preemption,
+        v1.training.Checkpointer(root) as checkpointer,
+    ):
+        for n in itertools.count(1):
+            state = step(state)
+            ocp.multihost.sync_global_processes(f"step {n}")
+            if n == 2 and jax.process_index() == signalled:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if preemption.reached(checkpointer, n):
+                break
+        last = preemption.last_save(checkpointer, n, args={"state": state})
+    undo()
+    return {**dataclasses.asdict(last), "error": repr(last.error)}

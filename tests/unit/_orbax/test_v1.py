@@ -1,5 +1,6 @@
 """What of Orbax v1 is needed, and what if it is not there."""
 
+import copy
 import types
 
 import pytest
@@ -64,3 +65,13 @@ def test_one_class_is_made_with_something_else():
     assert ocp.handlers.PyTreeHandler()._handler_impl != "ours"
     stock = ocp.handlers.PyTreeHandler
     assert (lazy.__module__, lazy.__qualname__) == (stock.__module__, stock.__qualname__)
+
+
+def test_what_is_inside_makes_its_handler_when_it_is_asked_and_can_be_copied():
+    made = []
+    inside = v1.Inside(lambda n_bytes: made.append(n_bytes) or {"a": 1}, end=print, in_v0=print)
+    copied = copy.deepcopy(inside)
+    assert made == []
+    copied._save_device_host_concurrent_bytes = 7
+    assert list(copied.keys()) == ["a"]
+    assert made == [7]
