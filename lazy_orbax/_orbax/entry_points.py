@@ -44,7 +44,10 @@ def when_made(
 
     @functools.wraps(init)
     def lazy_init(self: Any, *positional: Any, **keywords: Any) -> None:
-        given = signature.bind(self, *positional, **keywords).arguments
+        try:
+            given = signature.bind(self, *positional, **keywords).arguments
+        except TypeError:  # Orbax says whose keyword it is not.
+            return init(self, *positional, **keywords)
         del given[next(iter(signature.parameters))]
         file = given.pop("aggregate_filename", None)
         if given.pop("handler_impl", None) is not None:

@@ -62,7 +62,8 @@ class Installation:
         trace: types.TracebackType | None,
     ) -> None:
         """Ends it. What was installed before holds again."""
-        _set([other for other in _INSTALLED if other is not self])
+        with _LOCK:
+            _set([other for other in _INSTALLED if other is not self])
 
 
 _LOCK = threading.RLock()
@@ -95,9 +96,11 @@ def install(options: LazyOptions | None = None, *, use_compression: bool = False
     Raises:
         OptionError: `options` is something else.
     """
-    installation = Installation(checked_options(options), use_compression=use_compression)
+    options = checked_options(options)
     STOCK_SAVES.watch()
-    _set([*_INSTALLED, installation])
+    with _LOCK:  # Of several threads the last one holds, in v0 and in v1.
+        installation = Installation(options, use_compression=use_compression)
+        _set([*_INSTALLED, installation])
     return installation
 
 

@@ -125,6 +125,7 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
     def __deepcopy__(self, memo: dict[int, Any]) -> LazyCheckpointHandler:
         """Returns a handler that saves as this one does; what this one is saving stays here."""
         copied = memo[id(self)] = object.__new__(type(self))
+        memo[id(self.options)] = self.options  # Who is to be called back is the caller's.
         own = {name: value for name, value in vars(self).items() if name != "_saver"}
         copied.__dict__.update(copy.deepcopy(own, memo))
         copied._saver = dataclasses.replace(

@@ -1,6 +1,7 @@
 """`install()`: Orbax's own entry points save lazily, until they are told otherwise."""
 
 import copy
+import threading
 import warnings
 
 import jax
@@ -14,6 +15,7 @@ from orbax.checkpoint.experimental import v1
 import lazy_orbax
 from lazy_orbax._orbax import entry_points
 from lazy_orbax.errors import OptionError, StockFallbackWarning, StockSaveWarning
+from lazy_orbax.handlers import installed
 from lazy_orbax.handlers.stock_shaped import lazy_part_of
 
 
@@ -107,8 +109,8 @@ def test_what_was_saved_is_restored_with_and_without_it(tmp_path, tree, save):
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
     (step,) = tmp_path.iterdir()
     item = step / "default" if (step / "default").exists() else step
-    for installed in (False, True):
-        if installed:
+    for is_installed in (False, True):
+        if is_installed:
             lazy_orbax.install()
         with ocp.StandardCheckpointer() as checkpointer:
             restored = checkpointer.restore(item, target)
@@ -145,6 +147,53 @@ def test_the_last_installation_holds_and_its_end_brings_the_one_before(tmp_path)
     assert not lazy_orbax.status().is_installed
     with pytest.raises(OptionError):
         options()
+
+
+class Meeting:
+    """A lock at which two threads meet before either goes on."""
+
+    def __init__(self):
+        self.lock, self.both, self.mine = threading.RLock(), threading.Barrier(2), threading.local()
+
+    def __enter__(self):
+        if not hasattr(self.mine, "has_met"):
+            self.mine.has_met = True
+            self.both.wait(30)
+        self.lock.acquire()
+
+    def __exit__(self, *_):
+        self.lock.release()
+
+
+def test_two_threads_install_at_once(monkeypatch):
+    lock = installed._LOCK
+    monkeypatch.setattr(installed, "_LOCK", Meeting())
+    installations = []
+
+    def installed_with(mode):
+        return lazy_orbax.install(lazy_orbax.LazyOptions(mode=mode))
+
+    threads = [
+        threading.Thread(target=lambda mode=mode: installations.append(installed_with(mode)))
+        for mode in ("stage", "direct")
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    monkeypatch.setattr(installed, "_LOCK", lock)
+    holds = {installation.options: installation for installation in installations}
+    with holds.pop(lazy_orbax.status().options):
+        pass
+    assert lazy_orbax.status().options in holds
+
+
+def test_a_keyword_that_orbax_does_not_know_is_named_with_its_owner():
+    lazy_orbax.install()
+    with pytest.raises(
+        TypeError, match=r"__init__\(\) got an unexpected keyword argument 'useocdbt'"
+    ):
+        ocp.PyTreeCheckpointHandler(useocdbt=True)
 
 
 def test_uninstall_ends_all_of_them():
@@ -266,3 +315,23 @@ def test_a_deep_copy_of_a_handler_saves_lazily_and_by_itself(tmp_path, tree, kin
         manager.save(0, args=args({"x": jnp.arange(4)}))
     assert has_digests(tmp_path)
     np.testing.assert_array_equal(lazy_orbax.load(tmp_path / "0" / "default")["x"], np.arange(4))
+
+
+def test_a_deep_copy_calls_back_whom_the_handler_does(tmp_path, tree):
+    class Owner:
+        def __init__(self):
+            self.lock, self.heard = threading.Lock(), []
+
+        def hear(self, timeline):
+            with self.lock:
+                self.heard.append(timeline)
+
+    owner = Owner()
+    options = lazy_orbax.LazyOptions(on_timeline=owner.hear, on_restore=owner.hear)
+    copied = copy.deepcopy(lazy_orbax.pytree_handler(options=options))
+    with ocp.AsyncCheckpointer(copied) as checkpointer:
+        checkpointer.save(tmp_path / "0", tree)
+        checkpointer.wait_until_finished()
+        restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
+        checkpointer.restore(tmp_path / "0", item=tree, restore_args=restore_args)
+    assert len(owner.heard) == 2
