@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 import lazy_orbax
 from lazy_orbax.integrity.digest_file import DIRECTORY
+from lazy_orbax.integrity.stored_item import StoredItem
+from lazy_orbax.restore.compare_arrays import check_restored
 
 pytestmark = STOCK_WARNS
 # With the bits that each has.
@@ -82,3 +84,18 @@ def test_wide_numbers_keys_and_scalars(tmp_path, mesh, mode):
             "number": 3,
         }
         assert_verified(tmp_path / "run", tree, mode)
+
+
+def test_signaling_nans_that_were_wider_on_the_way(tmp_path):
+    values = np.array([0x7F800001, 0xFFA00000, 0x3F800000, 0x7FC00000], np.uint32).view(np.float32)
+    checkpointer = ocp.Checkpointer(lazy_orbax.pytree_handler())
+    checkpointer.save(tmp_path / "0", args=ocp.args.PyTreeSave({"w": values}))
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    asked = {"w": ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=one, dtype=np.float64)}
+    args = ocp.args.PyTreeRestore(restore_args=asked)
+    found = np.array(checkpointer.restore(tmp_path / "0", args=args)["w"])
+    quiet = np.array([0x7FC00001, 0xFFE00000, 0x3F800000, 0x7FC00000], np.uint32)
+    np.testing.assert_array_equal(found.view(np.uint32), quiet)
+    found[2] = 2
+    (problem,) = check_restored(StoredItem(str(tmp_path / "0")), {"w": found})
+    assert problem.leaf == "w"
