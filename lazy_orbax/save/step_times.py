@@ -18,6 +18,8 @@ from lazy_orbax.timeline import Recorder
 
 # Steps without a save by which the others are judged: the last ones.
 _MOST_QUIET = 1000
+# Saves that may be under way in one step; older ones began when nobody timed steps any more.
+_MOST_OPEN = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,7 @@ class StepTimes:
     def begun(self, recorder: Recorder) -> None:
         """Notes a save that has begun."""
         self._open.append(recorder)
+        del self._open[:-_MOST_OPEN]
 
     def tick(self) -> None:
         """Ends a step, and begins the next. The first call begins the first step."""

@@ -1,5 +1,7 @@
 """Step times beside saves, by a clock that moves when it is told to."""
 
+import weakref
+
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -101,6 +103,15 @@ def test_a_save_before_the_first_step_is_not_looked_at():
     now_s[0] = 1.0
     times.tick()
     assert times.report() == StallReport(1, 0, 1, None, (), ())
+
+
+def test_saves_that_begin_when_nobody_times_steps_any_more_are_let_go(loop):
+    first = weakref.ref(save())
+    for _ in range(step_times._MOST_OPEN):
+        save()
+    assert first() is None
+    loop.step(1)
+    assert loop.times.report().n_steps == 0  # They are still under way.
 
 
 def test_a_real_save_is_seen(tmp_path, loop):
