@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Callable
+from typing import ParamSpec
+
 import jax
 
 from lazy_orbax.timeline import SaveTimeline
@@ -9,8 +14,24 @@ from lazy_orbax.timeline import SaveTimeline
 _GIB = 2**30
 # Orbax's exporters ship what begins so. What only lazy_orbax has is named `lazy_...` below it.
 _WRITE = "/jax/orbax/write"
+_P = ParamSpec("_P")
+_log = logging.getLogger("lazy_orbax")
 
 
+def _without_failing(record: Callable[_P, None]) -> Callable[_P, None]:
+    """Makes a function that records log what a listener raises: no save fails for that."""
+
+    @functools.wraps(record)
+    def recording(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        try:
+            record(*args, **kwargs)
+        except Exception:  # noqa: BLE001 - Listeners are anybody's.
+            _log.exception("A listener of jax.monitoring raised.")
+
+    return recording
+
+
+@_without_failing
 def record_read(directory: str, n_bytes: int, duration_s: float) -> None:
     """Records a restore as Orbax records its own.
 
@@ -36,6 +57,7 @@ def _record_worker(direction: str, directory: str, n_bytes: int, duration_s: flo
     jax.monitoring.record_scalar(f"{prefix}/io/requested/throughput/gbytes_per_sec", rate, **where)
 
 
+@_without_failing
 def record_blocking(timeline: SaveTimeline) -> None:
     """Records, as Orbax does, how long `save()` took until the caller's arrays are free.
 
@@ -50,6 +72,7 @@ def record_blocking(timeline: SaveTimeline) -> None:
     _duration("lazy_waited_for_room_secs", timeline.waited_s)
 
 
+@_without_failing
 def record_save(timeline: SaveTimeline, *, host_peak_bytes: int) -> None:
     """Records a save that has ended: its moments, in seconds since `save()` began, and its rate.
 
@@ -73,6 +96,7 @@ def record_save(timeline: SaveTimeline, *, host_peak_bytes: int) -> None:
         )
 
 
+@_without_failing
 def record_stall(seconds: float) -> None:
     """Records by how much the steps around a save took longer than others."""
     _duration("lazy_stall_secs", seconds)

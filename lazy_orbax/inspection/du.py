@@ -190,7 +190,7 @@ def _values_of(entry: StepEntry) -> _Values | None:
             for name, leaf in leaves.digests.items():
                 held = (leaf.dtype, leaf.shape, leaf.digests, leaf.boxes)
                 found[item, name] = (held, sizes.get(name, 0))
-    except MalformedCheckpointError:
+    except (MalformedCheckpointError, FileNotFoundError):
         return None
     return found
 

@@ -57,7 +57,9 @@ def _tree_blocks(listing: CheckpointListing) -> tuple[Block, ...]:
         arrays = sum(bool(leaf.dtype) for leaf in item.leaves)
         digests = f"digests of {covered} leaves" if item.has_digests else "no digests"
         what = f"{item.n_leaves} leaves, {arrays} of them arrays, {item.storage}, {digests}"
-        blocks += [Lines((f"{item.path}: {what}",)), item.tree(), *notes, *_drawings(item)]
+        if item.leaves:
+            blocks += [Lines((f"{item.path}: {what}",)), item.tree()]
+        blocks += [*notes, *_drawings(item)]
     return tuple(blocks)
 
 

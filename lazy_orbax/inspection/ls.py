@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping
@@ -124,8 +125,13 @@ def ls(run: Any) -> RunListing:
         if not runs:
             look(run, (RUN,))
         return RunListing(str(seen.path), (), runs)
-    steps = [each for each in _paths.steps_in(seen.path) if each.path.is_dir()]
-    entries = (entry_of(str(e.path), e.step, is_temporary=e.is_temporary) for e in steps)
+    entries = []
+    for each in _paths.steps_in(seen.path):
+        # A run may go on meanwhile: steps are published and removed.
+        with contextlib.suppress(FileNotFoundError):
+            if each.path.is_dir():
+                entry = entry_of(str(each.path), each.step, is_temporary=each.is_temporary)
+                entries.append(entry)
     return RunListing(str(seen.path), tuple(entries))
 
 
@@ -136,13 +142,19 @@ def entry_of(directory: str, step: int | None, *, is_temporary: bool) -> StepEnt
         directory: the step's.
         step: its number.
         is_temporary: whether its name says that it is not published.
+
+    Raises:
+        FileNotFoundError: it is not there any more.
     """
     problems, sizes, metadata = [], dict[str, int](), dict[str, Any]()
     try:
         sizes = sizes_in(directory)
         metadata = step_metadata(directory)
     except MalformedCheckpointError as error:
-        problems.append(str(error.problem))
+        if not place_of(directory).may_be_there():
+            raise FileNotFoundError(directory) from error
+        if not is_temporary:  # That may be changing at the moment, and nobody reads it.
+            problems.append(str(error.problem))
     items = _items_in(directory, sizes)
     state = "committed"
     if problems:

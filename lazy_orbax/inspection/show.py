@@ -16,6 +16,8 @@ from lazy_orbax.view.blocks import Block, Column, Drawing, Lines, Node, Table, T
 from lazy_orbax.view.text import size_of
 from lazy_orbax.view.viewed import Viewed
 
+FILES = "files"
+"""How an item is stored that is no tree, such as JSON."""
 SORTS = ("tree", "name", "size")
 _COLUMNS = (
     Column("name"),
@@ -59,6 +61,8 @@ class ItemEntry(Viewed):
         """Returns what there is to see."""
         digests = "with digests" if self.has_digests else "no digests"
         what = f"{self.n_leaves} leaves, {size_of(self.n_bytes)}, {self.storage}, {digests}"
+        if self.storage == FILES:
+            what = f"{self.n_leaves} files, {size_of(self.n_bytes)}"
         title = f"{self.path}: {what}"
         rows = tuple(map(_row, self.leaves))
         parts: list[Block] = (
@@ -102,7 +106,7 @@ class CheckpointListing(Viewed):
         parts: list[Block] = []
         for item in self.items:
             notes = [block for block in item.blocks() if not isinstance(block, Table)]
-            parts += [Lines((item.path,)), item.tree(), *notes]
+            parts += [*([Lines((item.path,)), item.tree()] if item.leaves else []), *notes]
         return as_html(parts)
 
 
@@ -146,7 +150,7 @@ def item_entry(name: str, directory: str, pattern: str | None = None) -> ItemEnt
     try:
         if not is_item([child.name for child in place_of(directory).as_path().iterdir()]):
             sizes = sizes_in(directory)
-            return ItemEntry(directory, name, "files", len(sizes), sum(sizes.values()))
+            return ItemEntry(directory, name, FILES, len(sizes), sum(sizes.values()))
         item = ItemLeaves(directory)
         leaves, problems = item.entries, tuple(item.problems)
     except MalformedCheckpointError as error:

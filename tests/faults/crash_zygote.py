@@ -13,6 +13,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 
 import ctypes
 import faulthandler
+import functools
 import json
 import pathlib
 import signal
@@ -24,8 +25,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore  # noqa: F401 - Orbax imports it when it is first needed.
 from faults.crash_state import make_state
+from orbax.checkpoint import v1 as orbax_v1
 
 import lazy_orbax
+from lazy_orbax.handlers.v1 import lazy_v1
 
 FSCALLS = ctypes.CDLL(os.environ["LD_PRELOAD"])
 HANG_S = 60
@@ -49,35 +52,66 @@ class Death(NamedTuple):
     late: bool = False
 
 
+# Nothing is compiled so, which would take most of the time; what is written is the same.
+OPTIONS = lazy_orbax.LazyOptions(mode="direct", slab_bytes=2**20)
+
+
 def save(
-    root: str, step: int, *, stock: bool, durable_path: bool, death: Death | None = None
+    root: str,
+    step: int,
+    *,
+    stock: bool,
+    durable_path: bool,
+    v1: str = "",
+    death: Death | None = None,
 ) -> None:
-    """Saves a step of a run that keeps one, and dies before a call, or when it is done."""
+    """Saves a step, and dies before a call, or when it is done.
+
+    Args:
+        root: the run, which keeps one step where it is of v0.
+        step: the step.
+        stock: whether stock Orbax saves it.
+        durable_path: whether it is synced before it is listed.
+        v1: whether v1 saves it, and how: `save` or `Checkpointer`.
+        death: how the process ends, if it does.
+    """
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("a",))
     state = make_state(step, mesh)
-    # Nothing is compiled so, which would take most of the time; what is written is the same.
-    options = lazy_orbax.LazyOptions(mode="direct", slab_bytes=2**20)
-    handler = None if stock else lazy_orbax.standard_handler(options=options)
+    begin, end = _saving(root, stock=stock, durable_path=durable_path, v1=v1)
+    if death is None:
+        begin(step, state)
+        end()
+        return
+    log_to = os.open(death.log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    mounted = os.open(death.cut, os.O_RDONLY) if death.cut else -1
+    FSCALLS.arm(root.encode(), death.call.encode(), death.nth, log_to, mounted, death.late)
+    begin(step, state)
+    end()
+    FSCALLS.disarm()
+    os.write(log_to, b"finished\n")
+    if death.cut and FSCALLS.cut_power(mounted, death.late):
+        raise OSError("the power was not cut")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _saving(root: str, *, stock: bool, durable_path: bool, v1: str) -> Any:
+    """Returns what begins a save, and what waits for its end."""
+    if v1:
+        lazy_v1(OPTIONS)
+    if v1 == "save":
+        return lambda step, state: orbax_v1.save(f"{root}/{step}", state), lambda: None
+    if v1:
+        checkpointer = orbax_v1.training.Checkpointer(root)
+        return functools.partial(checkpointer.save_async, force=True), checkpointer.wait
+    handler = None if stock else lazy_orbax.standard_handler(options=OPTIONS)
     path_class = {"temporary_path_class": lazy_orbax.DurablePath} if durable_path else {}
     manager = ocp.CheckpointManager(
         root,
         item_handlers=handler or ocp.StandardCheckpointHandler(),
         options=ocp.CheckpointManagerOptions(max_to_keep=1, **path_class),
     )
-    if death is None:
-        manager.save(step, args=ocp.args.StandardSave(state))
-        manager.close()
-        return
-    log_to = os.open(death.log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    mounted = os.open(death.cut, os.O_RDONLY) if death.cut else -1
-    FSCALLS.arm(root.encode(), death.call.encode(), death.nth, log_to, mounted, death.late)
-    manager.save(step, args=ocp.args.StandardSave(state))
-    manager.wait_until_finished()
-    FSCALLS.disarm()
-    os.write(log_to, b"finished\n")
-    if death.cut and FSCALLS.cut_power(mounted, death.late):
-        raise OSError("the power was not cut")
-    os.kill(os.getpid(), signal.SIGKILL)
+    begin = lambda step, state: manager.save(step, args=ocp.args.StandardSave(state))  # noqa: E731
+    return begin, manager.wait_until_finished
 
 
 def in_a_fork(request: dict[str, Any]) -> int:

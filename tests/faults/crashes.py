@@ -79,18 +79,18 @@ class Zygote:
         self._process.stdin.flush()
         return self._answer()["status"]
 
-    def save(self, root: pathlib.Path, step: int) -> None:
+    def save(self, root: pathlib.Path, step: int, **how: Any) -> None:
         """Saves a step and lives."""
-        assert self._do(root, step) == 0, self._said()
+        assert self._do(root, step, **how) == 0, self._said()
 
-    def die(self, root: pathlib.Path, step: int, death: dict[str, Any], **how: bool) -> list[str]:
+    def die(self, root: pathlib.Path, step: int, death: dict[str, Any], **how: Any) -> list[str]:
         """Saves a step and dies.
 
         Args:
             root: the run's directory.
             step: what to save.
             death: the fields of `crash_zygote.Death`.
-            **how: `stock` or `durable_path`.
+            **how: `stock`, `durable_path` or `v1`, as of `crash_zygote.save`.
 
         Returns:
             The calls that began. The last of them was not made, unless it is `finished`.

@@ -8,6 +8,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import lazy_orbax
+from lazy_orbax.handlers.v1 import lazy_v1
 
 # Its trees come from chex, which Orbax itself does not require.
 upstream = pytest.importorskip(
@@ -48,3 +49,27 @@ class TestCheckpointer(Upstream, upstream.CheckpointerTestBase.Test):
 class TestAsyncCheckpointer(Upstream, upstream.CheckpointerTestBase.Test):
     def checkpointer(self, handler, **kwargs):
         return ocp.AsyncCheckpointer(handler, **kwargs)
+
+
+# What it registers for its own types goes with its module.
+upstream_v1 = pytest.importorskip(
+    "orbax.checkpoint.experimental.v1._src.training.checkpointer_test_base", exc_type=ImportError
+)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+class TestCheckpointerOfV1(upstream_v1.CheckpointerTestBase.Test):
+    @pytest.fixture(autouse=True)
+    def lazily(self, tmp_path):
+        self.tmp_path = tmp_path
+        undo = lazy_v1()
+        yield
+        undo()
+
+    def create_tempdir(self, name):
+        """Takes the place of absl's, as above."""
+        return types.SimpleNamespace(full_path=str(self.tmp_path / name))

@@ -239,17 +239,18 @@ def test_a_new_handler_for_each_save_goes_on_where_the_last_one_was(
     assert [line.same_as for line in timelines] == wanted
 
 
-def test_fifty_saves_of_a_state_that_is_donated_at_once(tmp_path, mesh, timelines):
+@pytest.mark.parametrize("n_saves", [10, pytest.param(50, marks=pytest.mark.slow)])
+def test_saves_in_a_row_of_a_state_that_is_donated_at_once(tmp_path, mesh, timelines, n_saves):
     rng = random.Random(0)
     state = make_state(mesh)
     steps = Steps(state)
     state = steps.donating(state)  # The first one was not made by a program.
     wanted, responses = {}, []
-    for n in range(50):
+    for n in range(n_saves):
         before = pointers(state)
         state = steps.donating(state)
         assert pointers(state) == before
-        if n % 10 == 0:
+        if n % 5 == 0:
             wanted[n] = steps.bytes_of(state)
         responses.append(v1.save_async(tmp_path / f"{n}", state))
         state = steps.donating(state)
@@ -258,8 +259,8 @@ def test_fifty_saves_of_a_state_that_is_donated_at_once(tmp_path, mesh, timeline
             within(responses.pop(rng.randrange(len(responses))).result)
     for response in responses:
         within(response.result)
-    assert sorted(os.listdir(tmp_path), key=int) == [str(n) for n in range(50)]
-    assert sum(line.committed_s is not None for line in timelines) == 50
+    assert sorted(os.listdir(tmp_path), key=int) == [str(n) for n in range(n_saves)]
+    assert sum(line.committed_s is not None for line in timelines) == n_saves
     for n, value in wanted.items():
         assert_same(v1.load(tmp_path / f"{n}", abstract(state)), value)
 

@@ -88,6 +88,20 @@ def test_a_save_that_failed_is_recorded_as_such(tmp_path, recorded, monkeypatch)
     assert "/jax/orbax/write/lazy_durable_secs" not in recorded
 
 
+def test_a_listener_that_raises_fails_no_save(tmp_path, caplog):
+    def refuse(event, *_, **__):
+        if event.startswith("/jax/orbax/write/lazy_") or "blocking_tree_map" in event:
+            raise ValueError("a listener")
+
+    jax.monitoring.register_event_duration_secs_listener(refuse)
+    try:
+        save(tmp_path, {"w": np.zeros(3)}, lazy_orbax.standard_handler())
+    finally:
+        jax.monitoring.unregister_event_duration_listener(refuse)
+    assert (tmp_path / "0").is_dir()
+    assert "A listener of jax.monitoring raised" in caplog.text
+
+
 SCRAPED = """
 import socket, sys, urllib.request
 import os

@@ -6,6 +6,7 @@ import builtins
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -37,6 +38,24 @@ def test_names_do_nothing_to_a_terminal(runs, command, capsys):
     out = capsys.readouterr().out
     assert EVIL not in out
     assert all(line.isprintable() for line in out.splitlines())
+
+
+@pytest.mark.parametrize("command", READING)
+def test_on_a_terminal_there_are_colours_and_names_still_do_nothing(
+    runs, command, capsys, monkeypatch
+):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    assert main([command, str(runs / "evil")]) == 0
+    out, err = capsys.readouterr()
+    own = re.sub(r"\x1b\[[0-9;]*m", "", out)
+    assert all(line.isprintable() for line in own.splitlines())
+    assert EVIL.strip() not in out
+    if command == "show":  # Folded in a narrow terminal.
+        assert r"\x1b[31m[red]<script>" in "".join(own.split())
+        assert "\x1b[1m" in out
+    assert ("GB/s" in err) == (command == "verify")
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,16 @@ def test_status_names_the_type_handler_that_somebody_else_registered(tmp_path, t
     assert entry_points.array_handler_of_others() == ""
 
 
+def test_lazy_args_alone_are_enough(tmp_path, tree):
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(0, args=lazy_orbax.args.LazySave(tree))
+    assert has_digests(tmp_path)
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+    with ocp.CheckpointManager(tmp_path) as stock:
+        restored = stock.restore(0, args=ocp.args.StandardRestore(target))
+    np.testing.assert_array_equal(restored["w"], tree["w"])
+
+
 HANDLERS = {
     "standard_handler": lazy_orbax.standard_handler,
     "pytree_handler": lambda: lazy_orbax.pytree_handler(aggregate_filename="own", use_zarr3=True),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pathlib
 import shutil
 
 import pytest
 
 from lazy_orbax.errors import OptionError
+from lazy_orbax.inspection import looking
 from lazy_orbax.inspection.ls import ls
 
 
@@ -74,3 +76,28 @@ def test_what_is_no_run_is_refused(runs, tmp_path):
         ls(tmp_path / "nothing")
     with pytest.raises(OptionError, match="Give a path"):
         ls(7)
+
+
+def test_a_step_that_goes_away_meanwhile_is_left_out(runs, tmp_path, monkeypatch):
+    run = pathlib.Path(shutil.copytree(runs / "torn", tmp_path / "run"))
+    survey, gone = looking.survey, {"1": "1", "12.orbax-checkpoint-tmp": "12"}
+
+    def survey_late(directory):
+        name = pathlib.Path(directory).name
+        if name == "1":
+            shutil.rmtree(directory)  # The manager keeps no more steps.
+        elif name in gone:
+            (run / name).rename(run / gone[name])  # It is published.
+        return survey(directory)
+
+    monkeypatch.setattr(looking, "survey", survey_late)
+    assert [entry.step for entry in ls(run).steps] == [2]
+    assert [entry.step for entry in ls(run).steps] == [2, 12]
+
+
+def test_what_changes_in_a_step_that_is_being_saved_is_no_fault(runs, tmp_path):
+    run = pathlib.Path(shutil.copytree(runs / "torn", tmp_path / "run"))
+    (run / "12.orbax-checkpoint-tmp" / "gone").symlink_to("nowhere")
+    assert ls(run).ok
+    (run / "2" / "gone").symlink_to("nowhere")
+    assert [entry.state for entry in ls(run).steps] == ["committed", "malformed", "temporary"]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import pathlib
+
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from lazy_orbax.errors import OptionError
+from lazy_orbax.inspection.diff import diff
 from lazy_orbax.inspection.show import show
 
 
@@ -110,3 +115,33 @@ def test_the_working_directory_is_a_path_like_others(runs, monkeypatch):
     monkeypatch.chdir(runs / "lazy" / "2" / "default")
     assert len(leaves_of(".")) == 4
     assert show("..").items[0].leaves == leaves_of(".")
+
+
+STEPS = pathlib.Path(__file__).parents[2] / "golden" / "steps"
+
+
+@pytest.mark.parametrize("form", sorted(path.name for path in STEPS.iterdir()))
+def test_steps_of_every_format_and_age_are_shown_alike(form):
+    leaves = {leaf.name: leaf for leaf in leaves_of(STEPS / form)}
+    shapes = {name: (leaf.dtype, leaf.shape, leaf.chunk) for name, leaf in leaves.items()}
+    assert len(leaves) == 9
+    assert shapes["half"] == ("bfloat16", (4, 6), (4, 3))
+    assert shapes["epoch"] == ("int64", (), ())
+    assert shapes["optimizer.1"] == ("", (), ())
+    assert leaves["weights"].sharding == "(x) over x=2"
+    assert leaves["weights"].stored_bytes >= 96
+    assert diff(STEPS / form, STEPS / "plain_zarr3").ok
+
+
+def test_an_item_that_is_no_tree_is_files(tmp_path):
+    items = {
+        "state": ocp.args.StandardSave({"w": np.ones(2)}),
+        "config": ocp.args.JsonSave({"a": 1}),
+    }
+    with ocp.CheckpointManager(tmp_path / "run") as manager:
+        manager.save(0, args=ocp.args.Composite(**items))
+    config, state = sorted(show(tmp_path / "run").items, key=lambda item: item.name)
+    assert (config.storage, config.leaves, config.problems) == ("files", (), ())
+    assert len(state.leaves) == 1
+    assert f"config: {config.n_leaves} files, " in str(config)
+    assert "no digest" in show(tmp_path / "run")._repr_html_()

@@ -1,0 +1,86 @@
+"""Saves of Orbax v1 that are killed at every call, and power that is cut when they are finished."""
+
+from __future__ import annotations
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from equipment.trees import assert_same
+from faults import crashes
+from orbax.checkpoint import v1
+
+from lazy_orbax.handlers.v1 import lazy_v1
+
+WAYS = ("save", "Checkpointer")
+pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
+
+
+def steps_in(root):
+    return sorted(int(path.name) for path in root.iterdir() if path.name.isdecimal())
+
+
+def assert_whole(root, *steps):
+    """Asserts that stock v1 restores these steps."""
+    for step in steps:
+        found = v1.load(root / f"{step}", jax.tree.map(np.zeros_like, crashes.wanted(step)))
+        assert_same(found, crashes.wanted(step))
+
+
+def save_again(root, step):
+    """Saves another step as a new process does."""
+    undo = lazy_v1()
+    v1.save(root / f"{step}", crashes.wanted(step))
+    undo()
+    assert_whole(root, step)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_a_save_killed_at_every_call(zygote, tmp_path, tell, way):
+    first, root = tmp_path / "first", tmp_path / "run"
+    zygote.save(first, 1, v1=way)
+    n_deaths, failures = 0, []
+
+    def kill(call="", nth=1):
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(first, root)
+        calls = zygote.die(root, 2, {"call": call, "nth": nth}, v1=way)
+        listed = [1, 2] if crashes.published(calls, 2) else [1]
+        try:
+            assert steps_in(root) == listed
+            assert_whole(root, *listed)
+            save_again(root, 3 if 2 in listed else 2)
+        except Exception as error:  # noqa: BLE001 - All are told at the end.
+            failures.append(f"killed before {nth}. {call or 'nothing'}: {error!r}")
+        return calls
+
+    runs = [kill()[:-1] for _ in range(2)]
+    points = {call: max(run.count(call) for run in runs) for run in runs for call in run}
+    for call, n_calls in points.items():
+        for nth in range(1, n_calls + 1):
+            kill(call, nth)
+            n_deaths += 1
+    assert not failures, "\n".join(failures)
+    what = "Saves killed at every call that changes the file system"
+    tell(what, f"v1, {way}", f"{max(map(len, runs))} calls", f"{n_deaths} kills", "", "", "")
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "a little later"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_that_is_finished_survives_a_power_cut(zygote, tmp_path, way, late):
+    first = tmp_path / "first"
+    zygote.save(first, 1, v1=way)
+    try:
+        mounting = crashes.disk(tmp_path, "ext4")
+        with mounting as disk:
+            root = disk.replace(first)
+            death = {"call": "", "nth": 1, "cut": str(disk.mounted), "late": late}
+            calls = zygote.die(root, 2, death, v1=way)
+            disk.after_the_cut(root, tmp_path / "copy")
+    except crashes.Unable as reason:
+        pytest.skip(f"a disk cannot be mounted here: {reason}")
+    assert calls[-1] == "finished"
+    assert steps_in(tmp_path / "copy") == [1, 2]
+    assert_whole(tmp_path / "copy", 1, 2)
