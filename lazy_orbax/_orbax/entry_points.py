@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -71,24 +72,42 @@ def when_made(
     return undo
 
 
-def note_stock_saves(note: Callable[[str], None]) -> None:
+def note_stock_saves(note: Callable[[str, bool], None]) -> None:
     """Calls `note` before each save of a tree that goes the stock way, from now on.
 
     Args:
-        note: takes which save of Orbax it is (`operation_id`).
+        note: takes which save of Orbax it is (`operation_id`), and whether its handler was made by
+            Orbax itself, because nobody gave one.
     """
     if MISSING:
         return
-    kind = SRC["base"]
-    save = kind.async_save
+    kind, made_by_orbax = SRC["base"], weakref.WeakSet[Any]()
+    init, save = kind.__init__, kind.async_save
+
+    @functools.wraps(init)
+    def noted_init(self: Any, *positional: Any, **keywords: Any) -> None:
+        init(self, *positional, **keywords)
+        if type(self) is kind and _is_made_by_orbax():
+            made_by_orbax.add(self)
 
     @functools.wraps(save)
     async def noted(self: Any, *positional: Any, **keywords: Any) -> Any:
         if type(self) is kind:  # Not a lazy handler, which derives from it.
-            note(operation_id())
+            note(operation_id(), self in made_by_orbax)
         return await save(self, *positional, **keywords)
 
-    kind.async_save = noted
+    kind.__init__, kind.async_save = noted_init, noted
+
+
+def _is_made_by_orbax() -> bool:
+    """Whether Orbax makes the handler that is being made, and not somebody who calls Orbax."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        module, name = str(frame.f_globals.get("__name__")), frame.f_code.co_name
+        if name != "__init__" and not module.startswith("lazy_orbax."):
+            return module.startswith("orbax.")
+        frame = frame.f_back
+    return False
 
 
 def array_handler_of_others() -> str:

@@ -16,7 +16,8 @@ class StockSaves:
     Orbax is asked to tell of such saves once in a process.
 
     Invariant, under the lock: `n_saves` were told of; the two operations are the last lazy save and
-    the last one that went the stock way; `has_warned` is set before a warning.
+    the last one that went the stock way by a handler that Orbax made; `has_warned` is set before a
+    warning.
 
     Attributes:
         n_saves: how many there were since the first lazy handler, or `install()`.
@@ -51,11 +52,12 @@ class StockSaves:
                 self._has_warned, self.n_saves = False, 0
             self.is_installed = is_installed
 
-    def _note(self, operation: str) -> None:
+    def _note(self, operation: str, is_made_by_orbax: bool) -> None:
         with self._lock:
             self.n_saves += 1
-            self._stock = operation
-            unmeant = self.is_installed or operation == self._lazy
+            if is_made_by_orbax:  # Else somebody has chosen the stock way for this item.
+                self._stock = operation
+            unmeant = self.is_installed or self._lazy == operation == self._stock
         if unmeant:
             self._warn()
 

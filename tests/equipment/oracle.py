@@ -31,6 +31,7 @@ STOCK_WARNS = [
     # Where it fails in mid-save or mid-restore it leaves its coroutines behind.
     pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("restores_that_fail"),
 ]
 
 

@@ -54,6 +54,12 @@ def test_a_save_in_flight_when_the_main_thread_ends_is_finished(tmp_path, case, 
     done = run(case, tmp_path)
     assert (done.returncode, done.stdout.strip()) == (case == "in flight, raises", printed)
     assert "it is finished first" in done.stderr
+    if sys.version_info[:2] == (3, 12):
+        # It alone starts no thread from then on, and Orbax publishes with new ones: the save is
+        # lost, as in stock, but not without a word, nor is anything left of it.
+        assert "has failed" in done.stderr
+        assert list(tmp_path.iterdir()) == []
+        return
     assert "cannot schedule" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["0"]
     with ocp.StandardCheckpointer() as stock:

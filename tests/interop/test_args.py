@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 
 import lazy_orbax
 
-pytestmark = [*STOCK_WARNS, pytest.mark.usefixtures("restores_that_fail")]
+pytestmark = STOCK_WARNS
 RNG = np.random.default_rng(0)
 
 
