@@ -64,6 +64,7 @@ def records(measured) -> list[dict]:
     return [json.loads(line) for line in measured.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_every_record_is_complete(records):
     for record in records:
         assert record.keys() == FIELDS
@@ -84,6 +85,7 @@ def test_every_record_is_complete(records):
             assert record["unit"] == "text"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", METRICS)
 def test_every_peer_has_every_metric(records, part):
     for peer in SAVING:
@@ -100,6 +102,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 def test_every_mode_is_measured_beside_the_others(records):
     found = {
         (r["peer"], r["metric"]): r
@@ -114,6 +117,7 @@ def test_every_mode_is_measured_beside_the_others(records):
     assert found["none", "loop"]["median"] > 0
 
 
+@pytest.mark.slow
 def test_what_the_copy_in_the_step_costs_is_told(records):
     found = {
         (r["peer"], r["metric"])
@@ -135,6 +139,7 @@ def test_every_peer_of_a_picture_has_a_color_of_its_own():
     assert plots.colors(names[:5]) == {name: found[name] for name in names[:5]}
 
 
+@pytest.mark.slow
 def test_one_run_for_each_repeat(records):
     loops = [r for r in records if r["part"] == "stall" and r["metric"] == "loop"]
     steps = {"many_small/idle", "transformer/idle", "few_large/idle"}
@@ -143,6 +148,7 @@ def test_one_run_for_each_repeat(records):
     assert all(len(r["values"]) == 2 for r in loops)
 
 
+@pytest.mark.slow
 def test_a_lazy_save_tells_its_moments_in_order(records):
     wanted = ("throughput", "lazy", "timeline")
     timelines = [r["trace"] for r in records if (r["part"], r["peer"], r["metric"]) == wanted]
@@ -152,11 +158,13 @@ def test_a_lazy_save_tells_its_moments_in_order(records):
         assert timeline["enqueued"] <= timeline["committed"]
 
 
+@pytest.mark.slow
 def test_the_ceilings_of_the_same_directory_are_there(records):
     raw = {r["metric"] for r in records if r["part"] == "throughput" and r["peer"] == "raw"}
     assert raw >= {"durable_write", "durable_write_threads", "read", "memcpy", "dispatch", "state"}
 
 
+@pytest.mark.slow
 def test_the_report_is_made_from_the_records(measured, tmp_path):
     pytest.importorskip("matplotlib")
     readme, plots = tmp_path / "README.md", tmp_path / "plots"

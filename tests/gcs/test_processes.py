@@ -27,7 +27,7 @@ def job(tmp_path, root, environment):
     return run
 
 
-@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_twenty_saves_of_states_that_are_donated_at_once(n, root, witness, proxy, job):
     processes = reports(job(n, "twenty_saves"))
     steps = list(range(1, 21))
