@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lazy_orbax.errors import StockFallbackWarning
@@ -52,10 +52,16 @@ _NEEDED = {
 }
 
 
-def _probe() -> tuple[dict[str, Any], list[str]]:
+def probe(root: str, needed: Mapping[str, tuple[str, str]]) -> tuple[dict[str, Any], list[str]]:
+    """Returns symbols of Orbax by the keys of `needed`, and the names of those that are missing.
+
+    Args:
+        root: the package whose `_src` has them.
+        needed: the module below that, and the symbol in it.
+    """
     found, missing = {}, []
-    for key, (module, symbol) in _NEEDED.items():
-        name = f"{ocp.__name__}._src.{module}"
+    for key, (module, symbol) in needed.items():
+        name = f"{root}._src.{module}"
         try:
             found[key] = getattr(importlib.import_module(name), symbol)
         except (ImportError, AttributeError):
@@ -63,7 +69,7 @@ def _probe() -> tuple[dict[str, Any], list[str]]:
     return found, missing
 
 
-SRC, MISSING = _probe()
+SRC, MISSING = probe(ocp.__name__, _NEEDED)
 MISFIT = "do not match"
 """What Orbax says where a target has another structure than the checkpoint."""
 HANDLER_BASE: type = ocp.PyTreeCheckpointHandler if MISSING else SRC["base"]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lazy_orbax._orbax import functions
 from lazy_orbax._orbax.lifecycle import operation_id
-from lazy_orbax._orbax.symbols import ocp
+from lazy_orbax._orbax.symbols import ocp, probe
 
 if TYPE_CHECKING:
     import orbax.checkpoint.experimental.v1 as ocp1
@@ -56,13 +56,7 @@ def _probe() -> tuple[str, dict[str, Any], list[str]]:
 
 
 def _found_in(root: str) -> tuple[dict[str, Any], list[str]]:
-    found, missing = {}, []
-    for key, (module, symbol) in _NEEDED.items():
-        name = f"{root}._src.{module}"
-        try:
-            found[key] = getattr(importlib.import_module(name), symbol)
-        except (ImportError, AttributeError):
-            missing.append(f"{name}.{symbol}")
+    found, missing = probe(root, _NEEDED)
     for (key, method), names in _USED.items():
         code = getattr(getattr(found.get(key), method, None), "__code__", None)
         if key in found and not names <= set(getattr(code, "co_names", ())):

@@ -44,7 +44,13 @@ class Status:
 
 
 class Installation:
-    """What `install()` returned: a `with` block ends it."""
+    """What `install()` returned: a `with` block ends it.
+
+    Attributes:
+        options: how handlers take snapshots that are made while it holds.
+        use_compression: whether each handler decides if it compresses; else none does.
+        undo_v1: makes Orbax v1 save as before it.
+    """
 
     def __init__(self, options: LazyOptions, *, use_compression: bool):
         """Makes Orbax v1 save lazily; v0 follows the last installation."""

@@ -8,7 +8,7 @@ import os
 import statistics
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from lazy_orbax.errors import OptionError
@@ -122,7 +122,7 @@ def _run(
 ) -> float:
     """Does something so often, a few at once. Returns the seconds that it took."""
     began_s, pending = time.perf_counter(), list[Any]()
-    for future in _started(n, start):
+    for future in map(start, range(n)):
         pending.append(future)
         if len(pending) == at_once:
             pending.pop(0).result()
@@ -133,11 +133,6 @@ def _run(
         if done:
             done.more()
     return max(time.perf_counter() - began_s, 1e-9)
-
-
-def _started(n: int, start: Callable[[int], Any]) -> Iterator[Any]:
-    for number in range(n):
-        yield start(number)
 
 
 def _write(place: Place, name: str, content: bytes) -> Any:

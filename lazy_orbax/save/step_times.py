@@ -13,6 +13,8 @@ import time
 import weakref
 from collections.abc import Callable
 
+import jax
+
 from lazy_orbax._orbax.metrics import record_stall
 from lazy_orbax.timeline import Recorder
 
@@ -83,7 +85,7 @@ class StepTimes:
             self._open.clear()
         elif self._open:
             self._steps.append(now_s - last_s)
-            if all(recorder.is_complete for recorder in self._open):
+            if all(map(_is_over, self._open)):
                 self._end_save()
         else:
             self._n_quiet += 1
@@ -109,6 +111,12 @@ class StepTimes:
             stalls_s=tuple(stall_s for stall_s, _ in self._stalls),
             in_save_s=tuple(in_save_s for _, in_save_s in self._stalls),
         )
+
+
+def _is_over(recorder: Recorder) -> bool:
+    # In a job of several processes only the one that publishes the step hears of that at once.
+    is_written = recorder.timeline.durable_s is not None
+    return recorder.is_complete or (is_written and jax.process_count() > 1)
 
 
 _ALL: weakref.WeakSet[StepTimes] = weakref.WeakSet()

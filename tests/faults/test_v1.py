@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as v0
 import pytest
 from equipment.gates import failing_at, held_at, join_threads, within
+from equipment.oracle import STOCK_WARNS
 from equipment.training import SLAB_BYTES, Steps, make_state
 from equipment.trees import abstract, assert_same
 from faults import disks
@@ -27,13 +28,7 @@ from lazy_orbax.save import publication
 from lazy_orbax.snapshot.host_budget import HOST_BUDGET
 
 _TESTS = pathlib.Path(__file__).parent.parent
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning"),
-    # Orbax makes coroutines that it does not run where a save is refused.
-    pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.usefixtures("restores_that_fail"),
-]
+pytestmark = STOCK_WARNS
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as v0
 import pytest
 from equipment.gates import held_at, within
+from equipment.oracle import STOCK_WARNS
 from equipment.training import SLAB_BYTES, Steps, make_state, pointers
 from equipment.trees import abstract, assert_same, on_mesh
 from orbax.checkpoint import v1
@@ -23,13 +24,7 @@ from lazy_orbax.handlers.v1 import lazy_v1, v1_registry
 from lazy_orbax.integrity.digest_file import DIRECTORY
 from lazy_orbax.save import plan_cache
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning"),
-    # Orbax makes coroutines that it does not run where it refuses a save.
-    pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.usefixtures("restores_that_fail"),
-]
+pytestmark = STOCK_WARNS
 
 
 @pytest.fixture

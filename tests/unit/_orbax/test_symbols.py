@@ -127,14 +127,16 @@ def test_every_symbol_is_probed(key, monkeypatch):
     module, symbol = symbols._NEEDED[key]
     name = f"orbax.checkpoint._src.{module}"
     monkeypatch.delattr(importlib.import_module(name), symbol)
-    found, missing = symbols._probe()
+    found, missing = symbols.probe(symbols.ocp.__name__, symbols._NEEDED)
     assert missing == [f"{name}.{symbol}"]
     assert set(found) == set(symbols._NEEDED) - {key}
 
 
 def test_a_module_that_is_gone_is_missing_too(monkeypatch):
     monkeypatch.setitem(symbols._NEEDED, "gone", ("no.such.module", "Symbol"))
-    assert symbols._probe()[1] == ["orbax.checkpoint._src.no.such.module.Symbol"]
+    assert symbols.probe(symbols.ocp.__name__, symbols._NEEDED)[1] == [
+        "orbax.checkpoint._src.no.such.module.Symbol"
+    ]
 
 
 def test_with_the_orbax_that_is_installed_nothing_is_missing():

@@ -79,6 +79,22 @@ def test_saves_that_overlap_are_one_stall(loop):
     assert loop.times.report().stalls_s == (3,)
 
 
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_of_several_processes_one_alone_hears_when_a_step_is_published(
+    loop, monkeypatch, n_processes
+):
+    """The others hear of it at their next save: what they have written is over for them."""
+    monkeypatch.setattr(jax, "process_count", lambda: n_processes)
+    loop.step(1)
+    recorder = save()
+    recorder.mark("durable")
+    loop.step(2, 1, 1)
+    assert loop.times.report().n_saving == (0 if n_processes == 1 else 1)
+    recorder.end(committed=True)
+    loop.step(1)
+    assert loop.times.report().n_saving == (4 if n_processes == 1 else 1)
+
+
 def test_a_save_that_is_over_within_a_step_counts(loop):
     loop.step(1)
     save().end(committed=True)
