@@ -6,6 +6,7 @@ it, one shard for example, is a box. A chunk is read once, however many boxes wa
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -45,8 +46,9 @@ class Span(NamedTuple):
     n_bytes: int
 
 
-class ChunkRead(NamedTuple):
-    """A chunk, and what is to be done with it.
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class ChunkRead:
+    """A chunk, and what is to be done with it. Leaves that look alike share it.
 
     Attributes:
         position: its place in the grid of chunks.
@@ -207,7 +209,8 @@ class Rows(NamedTuple):
     placed: tuple[Placed, ...]
 
 
-def rows_of(read: ChunkRead, chunk: Shape, itemsize: int, limit_bytes: int) -> Iterator[Rows]:
+@functools.lru_cache(maxsize=256)
+def rows_of(read: ChunkRead, chunk: Shape, itemsize: int, limit_bytes: int) -> tuple[Rows, ...]:
     """Cuts a chunk in rows, for one that is not to be held as a whole.
 
     Args:
@@ -220,6 +223,7 @@ def rows_of(read: ChunkRead, chunk: Shape, itemsize: int, limit_bytes: int) -> I
     wholes = [
         (one, Box(tuple(s.start for s in one.source), _shape_of(one.source))) for one in read.placed
     ]
+    found = []
     for box in parts(chunk, itemsize, limit_bytes):
         placed = []
         for one, whole in wholes:
@@ -229,7 +233,8 @@ def rows_of(read: ChunkRead, chunk: Shape, itemsize: int, limit_bytes: int) -> I
                 target = Box(start, common.shape).index
                 placed.append(Placed(one.wanted, common.relative_to(box), target))
         kept = box.overlap(inside)
-        yield Rows(box, kept.relative_to(box) if kept else None, tuple(placed))
+        found.append(Rows(box, kept.relative_to(box) if kept else None, tuple(placed)))
+    return tuple(found)
 
 
 def _shape_of(index: Index) -> Shape:
