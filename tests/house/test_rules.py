@@ -29,7 +29,7 @@ FLOORS = [
     {"storage", "pods"},
     {"trust", "recovery"},
     {"integrity"},
-    {"save", "restore", "inspection"},
+    {"save", "restore", "tiers", "inspection"},
     {"handlers"},
     {"args", "inspect", "reports", "transforms", "cli", "__init__", "__main__"},
 ]

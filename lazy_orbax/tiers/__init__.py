@@ -1,0 +1,5 @@
+"""What outlives the process that trains, and how often is it saved there?
+
+A tier is a place for snapshots: memory, a local disk, a shared storage. The cheap ones survive few
+failures, the dear ones all. `advise` says how often to save to which.
+"""
