@@ -43,7 +43,7 @@ class TierCost:
             most 1.
         recovery_s: seconds from such a failure until training goes on, with the restart.
         commit_s: seconds from the beginning of a save until it can be restored
-            (`SaveTimeline.committed_s`). `None`: as long as it costs.
+            (`SaveTimeline.committed_s`). At least `cost_s` are reckoned with.
 
     Raises:
         OptionError: a number is out of range.
@@ -53,20 +53,19 @@ class TierCost:
     cost_s: float
     survives: float = 1.0
     recovery_s: float = 0.0
-    commit_s: float | None = None
+    commit_s: float = 0.0
 
     def __post_init__(self) -> None:
         for field in ("cost_s", "recovery_s", "commit_s"):
             value = getattr(self, field)
-            if field != "commit_s" or value is not None:
-                _check(f"{field} of tier {self.name!r}", value, 0 <= _number(value), "at least 0 s")
+            _check(f"{field} of tier {self.name!r}", value, _number(value) >= 0, "at least 0 s")
         share = _number(self.survives)
         _check(f"survives of tier {self.name!r}", self.survives, 0 < share <= 1, "0 < share <= 1")
 
     @property
     def until_committed_s(self) -> float:
         """Seconds from the beginning of a save until it can be restored."""
-        return self.cost_s if self.commit_s is None else self.commit_s
+        return max(self.cost_s, self.commit_s)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
