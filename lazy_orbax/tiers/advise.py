@@ -187,8 +187,8 @@ def advise(tiers: Sequence[TierCost], *, step_s: float, mtbf_s: float) -> Advice
 
     A model is as good as its numbers: failures that come in bursts cost less than it says, saves
     that slow each other down more. With several tiers, a simulation of a run in which each failure
-    also ends the saves that are not committed yet loses up to a thirtieth more than this says. Near the best interval the loss hardly changes: one half as long
-    again costs a twelfth more.
+    also ends the saves that are not committed yet loses up to a thirtieth more than this says. Near
+    the best interval the loss hardly changes: one half as long again costs a twelfth more.
 
     Args:
         tiers: what a save to each costs. One of them must survive every failure.
