@@ -1,13 +1,11 @@
 """How often to save where: from what saves cost, how often something fails, and what survives that.
 
 Failures come at random, independent of each other. After one, the run goes on from the newest save
-that survived it. For one tier, what is computed here is the complete model of J. T. Daly, "A higher
-order estimate of the optimum checkpoint interval for restart dumps" (2006), and with saves that are
-committed some time after they began. Its interval refines that of J. W. Young, "A first order
-approximation to the optimum checkpoint interval" (1974). Several tiers are nested as in two-level
-recovery (N. H. Vaidya, "A case for two-level distributed recovery schemes", 1995) and in FTI (S. Di
-et al., "Optimization of multi-level checkpoint model for large scale HPC applications", 2014): each
-has the failures that no cheaper one survives, and lengthens the time of those below it.
+that survived it. Several tiers are nested as in two-level recovery (N. H. Vaidya, "A case for
+two-level distributed recovery schemes", 1995) and in FTI (S. Di et al., "Optimization of multi-
+level checkpoint model for large scale HPC applications", 2014): each has the failures that no
+cheaper one survives, and lengthens the time of those below it. For one tier this is the complete
+model of Daly, with saves that are committed some time after they began.
 """
 
 from __future__ import annotations
@@ -15,9 +13,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from lazy_orbax.errors import OptionError
+from lazy_orbax.tiers.interval_formulas import daly_interval_s, young_interval_s
 from lazy_orbax.view.blocks import Block, Column, Lines, Table
 from lazy_orbax.view.text import duration_of
 from lazy_orbax.view.viewed import Viewed
@@ -57,15 +57,28 @@ class TierCost:
 
     def __post_init__(self) -> None:
         for field in ("cost_s", "recovery_s", "commit_s"):
-            value = getattr(self, field)
-            _check(f"{field} of tier {self.name!r}", value, _number(value) >= 0, "at least 0 s")
-        share = _number(self.survives)
-        _check(f"survives of tier {self.name!r}", self.survives, 0 < share <= 1, "0 < share <= 1")
+            what = f"{field} of tier {self.name!r}"
+            _check(what, getattr(self, field), "at least 0 s", lambda seconds: seconds >= 0)
+        what = f"survives of tier {self.name!r}"
+        _check(what, self.survives, "0 < share <= 1", lambda share: 0 < share <= 1)
 
     @property
     def until_committed_s(self) -> float:
         """Seconds from the beginning of a save until it can be restored."""
         return max(self.cost_s, self.commit_s)
+
+    def stretch(self, work_s: float, *, mtbf_s: float, below: float = 1.0) -> float:
+        """Returns how many seconds a second of training takes, with this tier and those below it.
+
+        Args:
+            work_s: seconds of training between two saves to it.
+            mtbf_s: mean seconds between the failures that it is for.
+            below: the same without this tier and its failures.
+        """
+        between = min((work_s * below + self.cost_s) / mtbf_s, _MOST_EXPONENT)
+        late_s = self.until_committed_s - self.cost_s
+        after = min((self.recovery_s + late_s) / mtbf_s, _MOST_EXPONENT)
+        return mtbf_s * math.exp(after) * math.expm1(between) / work_s
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +88,6 @@ class TierAdvice:
     Attributes:
         name: of the tier.
         every_steps: steps from a save to the next, or `None`: never.
-        why_not: why never.
         mtbf_s: mean seconds between failures that this tier survives and no cheaper one in use.
         saving: share of all time that goes into saves to it.
         young_s: Young's interval for these failures, `sqrt(2 * cost_s * mtbf_s)`.
@@ -83,8 +95,7 @@ class TierAdvice:
     """
 
     name: str
-    every_steps: int | None
-    why_not: str = ""
+    every_steps: int | None = None
     mtbf_s: float = math.inf
     saving: float = 0.0
     young_s: float = math.inf
@@ -147,36 +158,15 @@ class Advice(Viewed):
             f"and a failure every {duration_of(self.mtbf_s)}"
         )
         never = [
-            f"{tier.name}: never, {tier.why_not}" for tier in self.tiers if not tier.every_steps
+            f"{tier.name}: never, as other saves make up for these at less cost."
+            for tier in self.tiers
+            if tier.every_steps is None
         ]
         shares = (
             f"{self.overhead:.2%} of all time is lost: {self.saving:.2%} in saves, "
             f"{self.lost_work:.2%} in steps done again, {self.recovering:.2%} in recovery."
         )
         return (Table(_COLUMNS, tuple(rows), title), Lines((*never, shares)))
-
-
-def young_interval_s(cost_s: float, mtbf_s: float) -> float:
-    """Returns Young's interval (1974): seconds of training between two saves.
-
-    Args:
-        cost_s: seconds of a save.
-        mtbf_s: mean seconds between failures.
-    """
-    return math.sqrt(2 * cost_s * mtbf_s)
-
-
-def daly_interval_s(cost_s: float, mtbf_s: float) -> float:
-    """Returns Daly's interval (2006): seconds of training between two saves.
-
-    Args:
-        cost_s: seconds of a save.
-        mtbf_s: mean seconds between failures.
-    """
-    if cost_s >= 2 * mtbf_s:
-        return mtbf_s
-    ratio = cost_s / (2 * mtbf_s)
-    return young_interval_s(cost_s, mtbf_s) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - cost_s
 
 
 def advise(tiers: Sequence[TierCost], *, step_s: float, mtbf_s: float) -> Advice:
@@ -199,7 +189,7 @@ def advise(tiers: Sequence[TierCost], *, step_s: float, mtbf_s: float) -> Advice
         OptionError: a number is out of range, two tiers have one name, or none survives all.
     """
     for name, value in (("step_s", step_s), ("mtbf_s", mtbf_s)):
-        _check(name, value, _number(value) > 0, "more than 0 s")
+        _check(name, value, "more than 0 s", lambda seconds: seconds > 0)
     ordered = sorted(tiers, key=lambda tier: (tier.survives, tier.cost_s))
     names = [tier.name for tier in ordered]
     if not 0 < len(names) <= _MOST_TIERS or len(set(names)) < len(names):
@@ -210,7 +200,7 @@ def advise(tiers: Sequence[TierCost], *, step_s: float, mtbf_s: float) -> Advice
             f"survives={ordered[-1].survives}. Add the tier that a run begins from after the worst."
         )
     found = [_Plan.best(used, step_s, mtbf_s) for used in _choices(ordered)]
-    return min(found, key=lambda plan: plan.stretch).advice(ordered, step_s, mtbf_s)
+    return min(found, key=lambda plan: plan.stretch).advice(names, step_s, mtbf_s)
 
 
 def _choices(ordered: Sequence[TierCost]) -> Iterator[tuple[TierCost, ...]]:
@@ -251,8 +241,7 @@ class _Plan:
             wanted = daly_interval_s(tier.cost_s, tier_mtbf_s) / stretch / unit_s
             around = {max(least, math.floor(wanted)), max(least, math.ceil(wanted))}
             stretched = {
-                n: stretch_with(tier, n * unit_s, mtbf_s=tier_mtbf_s, stretch=stretch)
-                for n in around
+                n: tier.stretch(n * unit_s, mtbf_s=tier_mtbf_s, below=stretch) for n in around
             }
             n = min(stretched, key=lambda n: (stretched[n], n))
             every.append(n * unit)
@@ -260,11 +249,11 @@ class _Plan:
             stretch, survived = stretched[n], tier.survives
         return cls(used, tuple(every), tuple(mtbfs_s), stretch)
 
-    def advice(self, ordered: Sequence[TierCost], step_s: float, mtbf_s: float) -> Advice:
-        """Returns what is to be told of it.
+    def advice(self, names: Sequence[str], step_s: float, mtbf_s: float) -> Advice:
+        """Returns what is to be told of it, also of tiers that are not in use.
 
         Args:
-            ordered: all tiers, also those that are not in use.
+            names: of all tiers.
             step_s: seconds of a step.
             mtbf_s: mean seconds between failures.
         """
@@ -283,7 +272,7 @@ class _Plan:
         recovering = -math.expm1(-sum(exponents))
         overhead = 1 - 1 / self.stretch
         return Advice(
-            tiers=tuple(tiers.get(tier.name) or self._unused(tier) for tier in ordered),
+            tiers=tuple(tiers.get(name) or TierAdvice(name=name) for name in names),
             step_s=step_s,
             mtbf_s=mtbf_s,
             overhead=overhead,
@@ -292,33 +281,8 @@ class _Plan:
             recovering=recovering,
         )
 
-    def _unused(self, tier: TierCost) -> TierAdvice:
-        better = next(used for used in self.used if used.survives >= tier.survives)
-        why = f"as saves to {better.name} survive as much and cost less time in the long run"
-        return TierAdvice(name=tier.name, every_steps=None, why_not=why)
 
-
-def stretch_with(tier: TierCost, work_s: float, *, mtbf_s: float, stretch: float = 1.0) -> float:
-    """Returns how many seconds a second of training takes, with a tier and all below it.
-
-    Args:
-        tier: what a save costs.
-        work_s: seconds of training between two saves to it.
-        mtbf_s: mean seconds between the failures that it is for.
-        stretch: the same without this tier and its failures: of the tiers below it.
-    """
-    late_s = tier.until_committed_s - tier.cost_s
-    between = min((work_s * stretch + tier.cost_s) / mtbf_s, _MOST_EXPONENT)
-    after = min((tier.recovery_s + late_s) / mtbf_s, _MOST_EXPONENT)
-    return mtbf_s * math.exp(after) * math.expm1(between) / work_s
-
-
-def _number(value: object) -> float:
-    """Returns a finite number, or one that is in no range."""
+def _check(name: str, value: Any, wanted: str, is_right: Callable[[float], bool]) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else math.nan
-
-
-def _check(name: str, value: object, is_right: bool, wanted: str) -> None:
-    if not is_right:
+    if not is_number or not math.isfinite(value) or not is_right(value):
         raise OptionError(f"{name}: found {value!r}, wanted a number, {wanted}.")
