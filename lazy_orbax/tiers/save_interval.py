@@ -1,9 +1,10 @@
 """When to save, decided while the loop runs: from what steps take and what saves have cost in it.
 
 The limit of what saves may cost is the idea of J. Mohan et al., "CheckFreq: Frequent, fine-grained
-DNN checkpointing" (FAST 2021), which measures first and adapts then; that a save which outlasts the
-interval sets it, and not the cost alone, is what F. Strati et al. found ("PCcheck", ASPLOS 2025).
-The interval for failures that come at a given rate is that of `advise`.
+DNN checkpointing" (FAST 2021), which measures first and adapts then. That the time until a save is
+persistent bounds the interval is in the formula of F. Strati et al., "PCcheck: Persistent
+concurrent checkpointing for ML" (ASPLOS 2025). The interval for failures that come at a given rate
+is that of `advise`.
 """
 
 from __future__ import annotations

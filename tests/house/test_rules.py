@@ -366,6 +366,7 @@ def test_what_is_public_is_documented(name):
 @pytest.mark.parametrize(
     "name",
     [
+        "advise",
         "log_failed_saves",
         "node_local_options",
         "pytree_handler",

@@ -26,3 +26,9 @@ def test_where_failures_are_rare_young_and_daly_agree():
     assert young_interval_s(2, 1e8) == 20_000
     assert daly_interval_s(2, 1e8) == pytest.approx(20_000, rel=1e-3)
     assert daly_interval_s(3, 1) == 1  # A save takes longer than nothing fails.
+
+
+@pytest.mark.parametrize(("mtbf_min", "interval_min"), [(24 * 60, 117), (6 * 60, 57), (15, 9.1)])
+def test_intervals_that_dalys_paper_gives(mtbf_min, interval_min):
+    """Of saves that take five minutes, in its figures 3 to 5."""
+    assert daly_interval_s(5 * 60, mtbf_min * 60) / 60 == pytest.approx(interval_min, rel=0.01)
