@@ -145,15 +145,15 @@ class SaveIntervalPolicy:
         self._n_asked += 1
         answer, ask_at = told_by_leader(
             f"{self._key}/{self._n_asked}",
-            lambda: self._decide(step, is_saving=context.is_saving_in_progress),
+            lambda: self._decide(step),
             context.multiprocessing_options,
             timeout_s=_PATIENCE_S,
         )
         return bool(answer), ask_at
 
-    def _decide(self, step: int, *, is_saving: bool) -> list[int]:
+    def _decide(self, step: int) -> list[int]:
         every = self._every()
-        if is_saving or not self._loop.is_quiet:
+        if not self._loop.is_quiet:  # A save is under way, or was: there is a step between two.
             return [False, step + 1]
         if every is None:
             return [self._loop.n_quiet >= _FIRST_STEPS, step + 1]

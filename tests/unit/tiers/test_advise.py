@@ -116,6 +116,18 @@ def test_no_other_number_of_steps_is_better(cost_s, mtbf_s):
     assert lost[found.every_steps] <= 1.0001 * min(lost.values())
 
 
+@pytest.mark.parametrize("mtbf_s", [150.0, 500.0, 20_000.0])
+def test_with_the_tier_below_no_other_interval_is_better(mtbf_s):
+    """The tier below has failures of its own, which lengthen the time between saves to this one."""
+    below = TierCost(name="below", cost_s=0, survives=0.8, recovery_s=100)
+    above = TierCost(name="above", cost_s=9, recovery_s=300)
+    found = lazy_orbax.advise([below, above], step_s=1, mtbf_s=mtbf_s)
+    assert found.every_steps("below") == 1
+    stretch = below.stretch(1, mtbf_s=mtbf_s / 0.8)
+    lost = {n: above.stretch(n, mtbf_s=mtbf_s / 0.2, below=stretch) for n in range(1, 2000)}
+    assert lost[found.every_steps("above")] <= (1 + 1e-6) * min(lost.values())
+
+
 @pytest.mark.parametrize("mtbf_s", [500.0, 20_000.0])
 def test_no_other_pair_of_intervals_is_much_better(mtbf_s):
     advice = lazy_orbax.advise([MEMORY, BUCKET], step_s=1, mtbf_s=mtbf_s)
@@ -137,6 +149,14 @@ def test_an_interval_is_whole_steps_a_multiple_and_no_shorter_than_a_commit():
     assert memory * 0.7 >= 2
     assert bucket * 0.7 >= 100 > (bucket - memory) * 0.7
     assert bucket % memory == 0
+
+
+@pytest.mark.parametrize(("mtbf_s", "best"), [(3, 1), (5, 2), (10, 2), (20, 3), (50, 5)])
+def test_of_the_whole_numbers_around_the_best_interval_the_better_one_is_taken(mtbf_s, best):
+    """Daly's intervals are 1.15, 1.54, 2.25, 3.27 and 5.28 steps."""
+    tier = TierCost(name="disk", cost_s=0.3)
+    assert lazy_orbax.advise([tier], step_s=1, mtbf_s=mtbf_s).every_steps("disk") == best
+    assert best == min(range(1, 100), key=lambda n: tier.stretch(n, mtbf_s=mtbf_s))
 
 
 def test_what_commits_in_three_steps_is_saved_every_three():

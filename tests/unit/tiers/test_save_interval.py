@@ -188,6 +188,12 @@ def test_a_loop_that_goes_back_saves_again():
     assert set(loop.intervals[1:]) == {49}
 
 
+def test_going_back_is_no_step():
+    loop = Loop(most_overhead=0.02).run(2)
+    loop.step = 0
+    assert loop.run(1).policy.report().step_s == 1
+
+
 def test_before_a_save_it_has_nothing_to_report():
     policy = Loop(most_overhead=0.02).run(5).policy
     assert policy.report().every_steps is None
