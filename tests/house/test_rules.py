@@ -1,6 +1,7 @@
 """The rules of the house that a program can check."""
 
 import ast
+import functools
 import importlib
 import inspect
 import pathlib
@@ -50,6 +51,7 @@ LEAST_IMPORTS = {
 }
 
 
+@functools.cache
 def tree_of(module):
     return ast.parse(PATHS[module].read_text())
 
@@ -63,6 +65,7 @@ def floor_of(room):
     return floor
 
 
+@functools.cache
 def imports_of(module):
     """Dotted names of everything that a module imports, at the top or anywhere inside."""
     names = []
