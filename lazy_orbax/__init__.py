@@ -11,6 +11,8 @@ from lazy_orbax._lazily import exports as _exports
 
 if TYPE_CHECKING:
     from lazy_orbax import args, errors, inspect, reports, transforms
+    from lazy_orbax.combine.merge import merge
+    from lazy_orbax.combine.schedules import merge_coefficients
     from lazy_orbax.handlers.installed import install, status, uninstall
     from lazy_orbax.handlers.lazy import LazyCheckpointHandler
     from lazy_orbax.handlers.prewarm import prewarm
@@ -50,6 +52,8 @@ _HOMES = {
     "install": "lazy_orbax.handlers.installed",
     "load": "lazy_orbax.restore.load",
     "log_failed_saves": "lazy_orbax.recovery.failed_saves",
+    "merge": "lazy_orbax.combine.merge",
+    "merge_coefficients": "lazy_orbax.combine.schedules",
     "node_local_options": "lazy_orbax.pods.node_local",
     "prewarm": "lazy_orbax.handlers.prewarm",
     "pytree_handler": "lazy_orbax.handlers.stock_shaped",
@@ -83,6 +87,8 @@ __all__ = [
     "install",
     "load",
     "log_failed_saves",
+    "merge",
+    "merge_coefficients",
     "node_local_options",
     "prewarm",
     "pytree_handler",

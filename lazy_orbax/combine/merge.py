@@ -8,20 +8,20 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from lazy_orbax import _paths
 from lazy_orbax._machine import without_garbage_collection
 from lazy_orbax.combine.merge_output import Layout, Output
 from lazy_orbax.combine.merge_plan import Unit, share_of
 from lazy_orbax.combine.merge_sources import Wanted, matched, wanted_of
-from lazy_orbax.combine.merge_work import Work, planned
 from lazy_orbax.combine.merge_team import Team
+from lazy_orbax.combine.merge_work import Work, planned
 from lazy_orbax.combine.schedules import Schedule, merge_coefficients
 from lazy_orbax.errors import OptionError
 from lazy_orbax.integrity import digest_file
 from lazy_orbax.integrity.digest import digest_of_bytes
-from lazy_orbax.restore.load import item_at, open_checkpoint
+from lazy_orbax.restore.load import item_at, open_item
 from lazy_orbax.restore.transformed import Checkpoint
 from lazy_orbax.storage.place import MOST_BYTES
 from lazy_orbax.view.blocks import Block, Column, Lines, Table
@@ -75,7 +75,7 @@ def merge(  # noqa: PLR0913 - Keywords, of which most calls give none.
     others: int | None = None,
     dtype: Any = None,
     accumulator: str = "float32",
-    host_bytes: int = 128 * _MIB,
+    host_bytes: int = 256 * _MIB,
     verify: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Merged:
@@ -116,20 +116,38 @@ def merge(  # noqa: PLR0913 - Keywords, of which most calls give none.
         MalformedCheckpointError: a source is not a checkpoint that Orbax wrote.
         SaveError: the result could not be written.
     """
-    begun_s = time.monotonic()
     paths = _paths_of(sources, out)
-    numbers = merge_coefficients(coefficients, len(paths))
-    wanted = wanted_of(dtype, accumulator, others, len(paths))
     if not isinstance(host_bytes, int) or isinstance(host_bytes, bool) or host_bytes < _MIB:
         raise OptionError(f"host_bytes={host_bytes!r} must be at least {_MIB} (1 MiB).")
-    team = Team()
+    order = _Order(
+        *(paths, os.fspath(out), coefficients, merge_coefficients(coefficients, len(paths))),
+        *(wanted_of(dtype, accumulator, others, len(paths)), host_bytes, verify, on_progress),
+    )
+    return _carried_out(order)
+
+
+class _Order(NamedTuple):
+    """What `merge` was asked for, after it was checked."""
+
+    paths: list[Any]
+    out: str
+    schedule: Schedule
+    coefficients: tuple[float, ...]
+    wanted: Wanted
+    host_bytes: int
+    verify: bool
+    on_progress: Callable[[int, int], None] | None
+
+
+def _carried_out(order: _Order) -> Merged:
+    begun_s, team, limit_bytes = time.monotonic(), Team(), order.host_bytes
     with contextlib.ExitStack() as stack:
         with team.together(), without_garbage_collection():
-            opened = [open_checkpoint(item_at(path), verify) for path in paths]
-            leaves = matched(opened, wanted)
-            layout = Layout(os.fspath(out), opened[0], opened[wanted.others or 0])
-            lineage = _lineage(opened, numbers, coefficients, wanted)
-            copied, averaged = planned(leaves, host_bytes // 2)
+            sources = [open_item(item_at(path), order.verify) for path in order.paths]
+            leaves = matched(sources, order.wanted)
+            layout = Layout(order.out, sources[0], sources[order.wanted.others or 0])
+            copied, averaged = planned(leaves, limit_bytes // 2)
+            lineage = _lineage(sources, order)
             root = layout.temporary(team.number())
         with team.together():
             if team.index == 0:
@@ -137,10 +155,10 @@ def merge(  # noqa: PLR0913 - Keywords, of which most calls give none.
                 layout.create(root)
         with team.together():
             output = stack.enter_context(Output(layout, root, leaves, team.index))
-            work = Work(opened, numbers, leaves, output.writer, host_bytes)
+            work = Work(sources, order.coefficients, leaves, output.writer, limit_bytes)
             stack.callback(work.close)
-            progress = _Progress(on_progress, (*copied, *averaged), output)
-            copy = functools.partial(work.copy, others=wanted.others)
+            progress = _Progress(order.on_progress, (*copied, *averaged), output)
+            copy = functools.partial(work.copy, others=order.wanted.others)
             work.run(share_of(copied, team.index, team.size), copy, progress.done)
             work.refuse_differing()
         with team.together():
@@ -151,9 +169,9 @@ def merge(  # noqa: PLR0913 - Keywords, of which most calls give none.
             if team.index == 0:
                 output.publish(lineage, team.size)
     n_averaged = sum(leaf.total is not None for leaf in leaves)
+    directories = tuple(source.contents.directory for source in sources)
     return Merged(
-        *(layout.final, tuple(one.contents.directory for one in opened), numbers),
-        *(n_averaged, len(leaves) - n_averaged),
+        *(layout.final, directories, order.coefficients, n_averaged, len(leaves) - n_averaged),
         *(work.bytes_read, output.writer.n_bytes, time.monotonic() - begun_s),
     )
 
@@ -174,28 +192,23 @@ def _paths_of(sources: Sequence[Any], out: Any) -> list[Any]:
     return paths
 
 
-def _lineage(
-    sources: Sequence[Checkpoint],
-    numbers: Sequence[float],
-    coefficients: Schedule,
-    wanted: Wanted,
-) -> dict[str, Any]:
-    """Returns what the result was made of, as JSON values."""
+def _lineage(sources: Sequence[Checkpoint], order: _Order) -> dict[str, Any]:
+    """Returns what the result is made of, as JSON values."""
     made_of = [
         {
             "path": source.contents.directory,
             "step": _paths.step_of_item(source.contents.directory),
-            "coefficient": number,
+            "coefficient": coefficient,
             "digest": _digest_of(source),
         }
-        for source, number in zip(sources, numbers, strict=True)
+        for source, coefficient in zip(sources, order.coefficients, strict=True)
     ]
     return {
         "sources": made_of,
-        "schedule": coefficients if isinstance(coefficients, str) else None,
-        "accumulator": wanted.accumulator,
-        "dtype": None if wanted.dtype is None else wanted.dtype.name,
-        "others": wanted.others,
+        "schedule": order.schedule if isinstance(order.schedule, str) else None,
+        "accumulator": order.wanted.accumulator,
+        "dtype": None if order.wanted.dtype is None else order.wanted.dtype.name,
+        "others": order.wanted.others,
     }
 
 

@@ -78,7 +78,7 @@ def units_of(cuts: Sequence[tuple[int, Cut]], limit_bytes: int) -> Iterator[Unit
 
 
 def regions_in(unit: Unit) -> Iterator[tuple[tuple[int, int], ...]]:
-    """Yields, for each part, where in the memory of the unit each of its regions starts and ends."""
+    """Yields, for each part, where its regions start and end in the memory of the unit."""
     first = 0
     for part in unit.parts:
         found = []

@@ -22,7 +22,7 @@ from lazy_orbax.restore.transformed import Checkpoint
 from lazy_orbax.storage.place import MOST_BYTES
 from lazy_orbax.trust.tree_file import Tree
 
-_STRING = "string"
+_STRING, _ARRAY = "string", "array"
 _WIDE = (np.dtype(np.float64), np.dtype(np.complex128))
 
 
@@ -62,12 +62,12 @@ class MergedLeaf:
         own = ("dtype", "data_type", "fill_value", "zarr_format", "node_type")
         metadata = {name: value for name, value in form.metadata.items() if name not in own}
         spec = {"driver": form.driver, "dtype": self.dtype.name, "metadata": metadata}
-        store = {"kvstore": {"driver": "memory"}}
+        store = ts.KvStore.open({"driver": "memory"}, context=ts.Context()).result()
         try:
-            made = ts.open({**spec, **store}, create=True, context=ts.Context()).result()
+            ts.open(spec, kvstore=store, create=True).result()
         except ValueError as error:
             raise OptionError(f"leaf {self.name} cannot be {self.dtype.name}: {error}") from error
-        return json.loads(made.kvstore.read(self.metadata_name).result().value)
+        return json.loads(store[self.metadata_name])
 
 
 class Wanted(NamedTuple):
@@ -123,7 +123,8 @@ def matched(sources: Sequence[Checkpoint], wanted: Wanted) -> tuple[MergedLeaf, 
     problems += _strings_apart(sources, wanted)
     leaves = []
     for name, kind in trees[0].leaves.items():
-        if kind in EMPTY or kind == _STRING or any(name not in tree.leaves for tree in trees):
+        sorts = {_sort(tree.leaves.get(name, "")) for tree in trees}
+        if sorts != {_ARRAY} or any(name not in tree.leaves for tree in trees):
             continue
         forms = [source.formats.get(name) for source in sources]
         if None in forms:
@@ -167,7 +168,7 @@ def _other_leaves(first: Tree, other: Tree, i: int) -> Iterator[str]:
 
 def _sort(kind: str) -> str:
     """Arrays of NumPy and of JAX, and numbers, are alike: what is stored of them is."""
-    return kind if kind in EMPTY or kind == _STRING else "array"
+    return kind if kind in EMPTY or kind == _STRING else _ARRAY
 
 
 def _leaf(
@@ -178,10 +179,10 @@ def _leaf(
     if text := _apart("keys of", keys) or _apart("", [list(shape) for shape in shapes]):
         return text
     first = dtypes[0]
-    if not all(map(_is_averaged, dtypes)) or wanted.dtype is None:
-        if text := _apart("", [dtype.name for dtype in dtypes]):
-            advice = "; give the dtype of the result" if all(map(_is_averaged, dtypes)) else ""
-            return text + advice
+    are_averaged = all(map(_is_averaged, dtypes))
+    is_given = are_averaged and wanted.dtype is not None
+    if not is_given and (text := _apart("", [dtype.name for dtype in dtypes])):
+        return text + ("; give the dtype of the result" if are_averaged else "")
     if not _is_averaged(first):
         return MergedLeaf(name, tuple(forms), shapes[0], first, None)
     is_complex = any(dtype.kind == "c" for dtype in dtypes)

@@ -119,14 +119,14 @@ class Work:
                 into = self._reads_into(i, place)
                 leaf = self._leaves[place.part.leaf]
                 data = place.regions[into].view(leaf.forms[i].dtype)[: _size(place)]
-                add(place.regions[0].view(leaf.total), data, factor, is_first=i == 0)
+                add(place.regions[0].view(_total(leaf)), data, factor, is_first=i == 0)
         writes = []
         for place in places:
-            leaf, (total, *others) = self._leaves[place.part.leaf], place.regions
-            result = total.view(leaf.total)
+            leaf, (memory, read) = self._leaves[place.part.leaf], place.regions
+            result = total = memory.view(_total(leaf))
             if leaf.dtype != leaf.total:
-                result = others[-1].view(leaf.dtype)
-                round_to(result, total.view(leaf.total))
+                result = read.view(leaf.dtype)[: total.size]  # Nothing is read any more.
+                round_to(result, total)
             writes.append(self._write(place.part, result))
         self._writer.wait(writes)
 
@@ -198,6 +198,11 @@ class Work:
         return self._writer.write(part.leaf, part.box, data[:n].reshape(part.box.shape))
 
 
+def _total(leaf: MergedLeaf) -> np.dtype:
+    assert leaf.total is not None
+    return leaf.total
+
+
 def _size(place: Place) -> int:
     return int(np.prod(place.part.box.shape))
 
@@ -236,9 +241,8 @@ def planned(
 
 
 def _needs(leaf: MergedLeaf) -> tuple[int, ...]:
-    """Returns the bytes of an element in each region: the sum, what is read, and the result."""
+    """Returns the bytes of an element in each region: the sum, and what is read or rounded."""
     stored = max(form.dtype.itemsize for form in leaf.forms)
     if leaf.total is None:
         return (stored, stored)
-    rounded = () if leaf.dtype == leaf.total else (leaf.dtype.itemsize,)
-    return (leaf.total.itemsize, stored, *rounded)
+    return (leaf.total.itemsize, max(stored, leaf.dtype.itemsize))

@@ -93,7 +93,7 @@ def load(  # noqa: PLR0913 - Keywords, of which most calls give none.
     try:
         with without_garbage_collection():
             verifies = options.verify_restore
-            sources = {name: open_checkpoint(item_at(one), verifies) for name, one in several.items()}
+            sources = {name: open_item(item_at(one), verifies) for name, one in several.items()}
             if transforms is None:
                 return _as_it_is(like, _Place(mesh, rule), sources[""], recorder)
             wanted = likeness_of(like, None, mesh, rule)
@@ -130,7 +130,7 @@ def item_at(path: Any) -> str:
     raise OptionError(f"{place} holds {found}. Give the directory of one item.")
 
 
-def open_checkpoint(directory: str, verify: bool) -> Checkpoint:
+def open_item(directory: str, verify: bool) -> Checkpoint:
     """Looks at a checkpoint, and at its digests.
 
     Args:

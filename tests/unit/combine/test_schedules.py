@@ -28,7 +28,7 @@ def test_coefficients_add_up_to_one_and_none_is_negative(schedule, n):
 @pytest.mark.parametrize("n", [1, 2, 7])
 @pytest.mark.parametrize("schedule", DECAYS)
 def test_a_merge_is_a_run_whose_updates_decayed(schedule, n):
-    """The sum of checkpoints equals the first one and the later updates, each scaled (2507.17634)."""
+    """The sum of checkpoints is the first one, and the updates after it, scaled (2507.17634)."""
     rng = np.random.default_rng(n)
     first, updates = rng.normal(size=3), rng.normal(size=(n - 1, 3))
     checkpoints = first + np.concatenate([np.zeros((1, 3)), np.cumsum(updates, axis=0)])
