@@ -370,6 +370,7 @@ def test_what_is_public_is_documented(name):
         "merge",
         "merge_coefficients",
         "node_local_options",
+        "params_of",
         "pytree_handler",
         "restore_latest_good",
         "restore_replacing",
