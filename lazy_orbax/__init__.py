@@ -11,6 +11,9 @@ from lazy_orbax._lazily import exports as _exports
 
 if TYPE_CHECKING:
     from lazy_orbax import args, errors, inspect, reports, transforms
+    from lazy_orbax.combine.merge import merge
+    from lazy_orbax.combine.params_of import params_of
+    from lazy_orbax.combine.schedules import merge_coefficients
     from lazy_orbax.handlers.installed import install, status, uninstall
     from lazy_orbax.handlers.lazy import LazyCheckpointHandler
     from lazy_orbax.handlers.prewarm import prewarm
@@ -55,7 +58,10 @@ _HOMES = {
     "install": "lazy_orbax.handlers.installed",
     "load": "lazy_orbax.restore.load",
     "log_failed_saves": "lazy_orbax.recovery.failed_saves",
+    "merge": "lazy_orbax.combine.merge",
+    "merge_coefficients": "lazy_orbax.combine.schedules",
     "node_local_options": "lazy_orbax.pods.node_local",
+    "params_of": "lazy_orbax.combine.params_of",
     "prewarm": "lazy_orbax.handlers.prewarm",
     "pytree_handler": "lazy_orbax.handlers.stock_shaped",
     "reports": "lazy_orbax.reports",
@@ -91,7 +97,10 @@ __all__ = [
     "install",
     "load",
     "log_failed_saves",
+    "merge",
+    "merge_coefficients",
     "node_local_options",
+    "params_of",
     "prewarm",
     "pytree_handler",
     "reports",

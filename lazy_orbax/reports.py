@@ -5,6 +5,7 @@
 | `verify` | `VerifyReport`, with an `ItemReport` for each item |
 | `restore_latest_good` | `LatestGood`, with a `Skipped` for each step that was passed over |
 | `restore_replacing` | `RestoredWithReplacements`, with a `Replaced` for each such leaf |
+| `merge` | `Merged` |
 | `log_failed_saves` | `FailedSaves` |
 | `Preemption.last_save` | `LastSave` |
 | `node_local_options` | `NodeLocalOptions` |
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING
 from lazy_orbax._lazily import exports as _exports
 
 if TYPE_CHECKING:
+    from lazy_orbax.combine.merge import Merged
     from lazy_orbax.handlers.installed import Installation, Status
     from lazy_orbax.inspection.bench import StorageSpeed
     from lazy_orbax.inspection.clean import Abandoned, CleanReport
@@ -58,6 +60,7 @@ _HOMES = {
     "LatestGood": "lazy_orbax.restore.latest_good",
     "LeafDifference": "lazy_orbax.inspection.diff",
     "LeafEntry": "lazy_orbax.inspection.leaves",
+    "Merged": "lazy_orbax.combine.merge",
     "NodeLocalOptions": "lazy_orbax.pods.node_local",
     "Replaced": "lazy_orbax.restore.replacing",
     "RestoredWithReplacements": "lazy_orbax.restore.replacing",
@@ -91,6 +94,7 @@ __all__ = [
     "LatestGood",
     "LeafDifference",
     "LeafEntry",
+    "Merged",
     "NodeLocalOptions",
     "Replaced",
     "RestoredWithReplacements",

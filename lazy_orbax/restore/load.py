@@ -93,7 +93,7 @@ def load(  # noqa: PLR0913 - Keywords, of which most calls give none.
     try:
         with without_garbage_collection():
             verifies = options.verify_restore
-            sources = {name: _opened(_item(one), verifies) for name, one in several.items()}
+            sources = {name: open_item(item_at(one), verifies) for name, one in several.items()}
             if transforms is None:
                 return _as_it_is(like, _Place(mesh, rule), sources[""], recorder)
             wanted = likeness_of(like, None, mesh, rule)
@@ -106,14 +106,14 @@ def load(  # noqa: PLR0913 - Keywords, of which most calls give none.
         recorder.report(options.on_restore)
 
 
-def _item(path: Any) -> str:
+def item_at(path: Any) -> str:
     """Returns the directory of the item that a path means.
 
     Raises:
         OptionError: there is none, or there are several.
     """
     if not isinstance(path, str | os.PathLike):
-        raise OptionError(f"load takes a path, and found {path!r}.")
+        raise OptionError(f"Give the path of a checkpoint: found {path!r}.")
     place = epath.Path(_paths.without_dots(os.fspath(path)))
     children = sorted(child.name for child in place.iterdir()) if place.is_dir() else []
     if is_item(children):
@@ -130,8 +130,18 @@ def _item(path: Any) -> str:
     raise OptionError(f"{place} holds {found}. Give the directory of one item.")
 
 
-def _opened(directory: str, verify: bool) -> Checkpoint:
-    """Looks at a checkpoint, and at its digests."""
+def open_item(directory: str, verify: bool) -> Checkpoint:
+    """Looks at a checkpoint, and at its digests.
+
+    Args:
+        directory: of an item.
+        verify: whether digests are looked at.
+
+    Raises:
+        OptionError: there is no such item, or it has no `_METADATA`.
+        CorruptCheckpointError: its digests do not fit its files.
+        MalformedCheckpointError: it is not a checkpoint that Orbax wrote.
+    """
     try:
         contents = refuse_malformed(directory, None, DIRECTORY if verify else "")
     except MalformedCheckpointError as error:
@@ -165,11 +175,11 @@ def _as_it_is(like: Any, place: _Place, source: Checkpoint, recorder: RestoreRec
     else:
         wanted = likeness_of(like, source.formats, place.mesh, place.rule)
     digests = source.stored.leaves if source.stored is not None else {}
-    with _missing_is_corrupt(recorder, source):
+    with missing_is_corrupt(recorder, source):
         found = read_planned(
             wanted.wanted, source.contents, digests, limit_bytes=_LIMIT_BYTES, recorder=recorder
         )
-    _raise_wrong(source, found.wrong, found.unchecked)
+    raise_wrong(source, found.wrong, found.unchecked)
     recorder.mark("on_device", "verified")
     return _rebuilt(wanted, found.values, {"": source})
 
@@ -197,18 +207,18 @@ def _transformed(
     recorder: RestoreRecorder,
 ) -> Any:
     recorder.note(transforms=plan.report)
-    with _missing_is_corrupt(recorder, *sources.values()):
+    with missing_is_corrupt(recorder, *sources.values()):
         found = read_transformed(
             wanted.wanted, plan, sources, limit_bytes=_LIMIT_BYTES, recorder=recorder
         )
     for name, source in sources.items():
-        _raise_wrong(source, found.wrong[name], found.unchecked[name])
+        raise_wrong(source, found.wrong[name], found.unchecked[name])
     recorder.mark("on_device", "verified")
     return _rebuilt(wanted, found.values, sources)
 
 
 @contextlib.contextmanager
-def _missing_is_corrupt(recorder: RestoreRecorder, *sources: Checkpoint) -> Iterator[None]:
+def missing_is_corrupt(recorder: RestoreRecorder, *sources: Checkpoint) -> Iterator[None]:
     """Says of a checkpoint that cannot be read what is wrong with it.
 
     Raises:
@@ -228,8 +238,13 @@ def _missing_is_corrupt(recorder: RestoreRecorder, *sources: Checkpoint) -> Iter
         raise CorruptCheckpointError(places, [Problem(f"cannot be read: {error}")]) from error
 
 
-def _raise_wrong(source: Checkpoint, wrong: list[Piece], unchecked: frozenset[str]) -> None:
+def raise_wrong(source: Checkpoint, wrong: list[Piece], unchecked: frozenset[str]) -> None:
     """Raises what the digests say of what was read.
+
+    Args:
+        source: what was read.
+        wrong: its pieces that are not what was saved.
+        unchecked: its leaves whose digests were not compared in passing. They are read again.
 
     Raises:
         CorruptCheckpointError: something is not what was saved.
