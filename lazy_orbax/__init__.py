@@ -11,6 +11,7 @@ from lazy_orbax._lazily import exports as _exports
 
 if TYPE_CHECKING:
     from lazy_orbax import args, errors, inspect, reports, transforms
+    from lazy_orbax.combine.export import export
     from lazy_orbax.handlers.installed import install, status, uninstall
     from lazy_orbax.handlers.lazy import LazyCheckpointHandler
     from lazy_orbax.handlers.prewarm import prewarm
@@ -46,6 +47,7 @@ _HOMES = {
     "StepTimes": "lazy_orbax.save.step_times",
     "args": "lazy_orbax.args",
     "errors": "lazy_orbax.errors",
+    "export": "lazy_orbax.combine.export",
     "inspect": "lazy_orbax.inspect",
     "install": "lazy_orbax.handlers.installed",
     "load": "lazy_orbax.restore.load",
@@ -79,6 +81,7 @@ __all__ = [
     "StepTimes",
     "args",
     "errors",
+    "export",
     "inspect",
     "install",
     "load",

@@ -11,6 +11,7 @@
 | `install` | `Installation`, a context manager |
 | `status` | `Status` |
 | `StepTimes.report` | `StallReport` |
+| `export` | `Exported`, with an `ExportedTensor` for each |
 
 The functions of `lazy_orbax.inspect` say there which record they return.
 """
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 from lazy_orbax._lazily import exports as _exports
 
 if TYPE_CHECKING:
+    from lazy_orbax.combine.exported import Exported, ExportedTensor
     from lazy_orbax.handlers.installed import Installation, Status
     from lazy_orbax.inspection.bench import StorageSpeed
     from lazy_orbax.inspection.clean import Abandoned, CleanReport
@@ -43,6 +45,8 @@ _HOMES = {
     "CleanReport": "lazy_orbax.inspection.clean",
     "Difference": "lazy_orbax.inspection.diff",
     "DiskUse": "lazy_orbax.inspection.du",
+    "Exported": "lazy_orbax.combine.exported",
+    "ExportedTensor": "lazy_orbax.combine.exported",
     "FailedSaves": "lazy_orbax.recovery.failed_saves",
     "FixedLeaf": "lazy_orbax.inspection.du",
     "Installation": "lazy_orbax.handlers.installed",
@@ -73,6 +77,8 @@ __all__ = [
     "CleanReport",
     "Difference",
     "DiskUse",
+    "Exported",
+    "ExportedTensor",
     "FailedSaves",
     "FixedLeaf",
     "Installation",

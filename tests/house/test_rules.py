@@ -30,7 +30,7 @@ FLOORS = [
     {"trust", "recovery"},
     {"integrity"},
     {"save", "restore", "inspection"},
-    {"handlers"},
+    {"handlers", "combine"},
     {"args", "inspect", "reports", "transforms", "cli", "__init__", "__main__"},
 ]
 # What a room may import beside the standard library; the others take what they need.
