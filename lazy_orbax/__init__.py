@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from lazy_orbax.recovery.preemption import Preemption
     from lazy_orbax.restore.latest_good import restore_latest_good
     from lazy_orbax.restore.load import load
-    from lazy_orbax.restore.replacing import FromStep, restore_replacing
+    from lazy_orbax.restore.replacements import FromNeighbours, FromStep
+    from lazy_orbax.restore.replacing import restore_replacing
     from lazy_orbax.save.durable_path import DurablePath
     from lazy_orbax.save.in_flight import wait_until_staged
     from lazy_orbax.save.step_times import StepTimes
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 # Where each name comes from, once somebody asks for it: `import lazy_orbax` imports no JAX.
 _HOMES = {
     "DurablePath": "lazy_orbax.save.durable_path",
-    "FromStep": "lazy_orbax.restore.replacing",
+    "FromNeighbours": "lazy_orbax.restore.replacements",
+    "FromStep": "lazy_orbax.restore.replacements",
     # By way of its args, which Orbax must know of as soon as there is such a handler.
     "LazyCheckpointHandler": "lazy_orbax.args",
     "LazyOptions": "lazy_orbax.options",
@@ -71,6 +73,7 @@ _HOMES = {
 
 __all__ = [
     "DurablePath",
+    "FromNeighbours",
     "FromStep",
     "LazyCheckpointHandler",
     "LazyOptions",

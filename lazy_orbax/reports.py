@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from lazy_orbax.recovery.failed_saves import FailedSaves
     from lazy_orbax.recovery.preemption import LastSave
     from lazy_orbax.restore.latest_good import LatestGood, Skipped
-    from lazy_orbax.restore.replacing import Replaced, RestoredWithReplacements
+    from lazy_orbax.restore.replacements import Replaced, RestoredWithReplacements
     from lazy_orbax.save.step_times import StallReport
 
 _HOMES = {
@@ -57,8 +57,8 @@ _HOMES = {
     "LeafDifference": "lazy_orbax.inspection.diff",
     "LeafEntry": "lazy_orbax.inspection.leaves",
     "NodeLocalOptions": "lazy_orbax.pods.node_local",
-    "Replaced": "lazy_orbax.restore.replacing",
-    "RestoredWithReplacements": "lazy_orbax.restore.replacing",
+    "Replaced": "lazy_orbax.restore.replacements",
+    "RestoredWithReplacements": "lazy_orbax.restore.replacements",
     "RunListing": "lazy_orbax.inspection.ls",
     "RunTimeline": "lazy_orbax.inspection.timeline",
     "Skipped": "lazy_orbax.restore.latest_good",

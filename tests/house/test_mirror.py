@@ -91,6 +91,7 @@ COVERED_BY = {
     "restore.like": "unit/restore/test_load.py",
     "restore.latest_good": "faults/test_integrity.py",
     "restore.opened": "unit/restore/test_load.py",
+    "restore.replacements": "unit/restore/test_neighbours.py",
     "restore.replacing": "faults/test_integrity.py",
     "restore.transformed": "unit/restore/test_load.py",
     "restore.verified": "faults/test_bad_input.py",
