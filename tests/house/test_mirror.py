@@ -103,6 +103,7 @@ COVERED_BY = {
     "save.holding": "faults/test_abandoned.py",
     "save.in_flight": "faults/test_background.py",
     "save.item_stores": "unit/storage/test_deadline.py",
+    "save.job": "faults/test_abandoned.py",
     "save.merge": "pods/test_kills.py",
     "save.pipeline": "faults/test_background.py",
     "save.process_end": "faults/test_beside.py",
