@@ -11,6 +11,7 @@ from lazy_orbax._lazily import exports as _exports
 
 if TYPE_CHECKING:
     from lazy_orbax import args, errors, inspect, reports, transforms
+    from lazy_orbax.combine.export import export
     from lazy_orbax.combine.merge import merge
     from lazy_orbax.combine.params_of import params_of
     from lazy_orbax.combine.schedules import merge_coefficients
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from lazy_orbax.recovery.preemption import Preemption
     from lazy_orbax.restore.latest_good import restore_latest_good
     from lazy_orbax.restore.load import load
-    from lazy_orbax.restore.replacing import FromStep, restore_replacing
+    from lazy_orbax.restore.replacements import FromNeighbours, FromStep
+    from lazy_orbax.restore.replacing import restore_replacing
     from lazy_orbax.save.durable_path import DurablePath
     from lazy_orbax.save.in_flight import wait_until_staged
     from lazy_orbax.save.step_times import StepTimes
@@ -40,7 +42,8 @@ if TYPE_CHECKING:
 # Where each name comes from, once somebody asks for it: `import lazy_orbax` imports no JAX.
 _HOMES = {
     "DurablePath": "lazy_orbax.save.durable_path",
-    "FromStep": "lazy_orbax.restore.replacing",
+    "FromNeighbours": "lazy_orbax.restore.replacements",
+    "FromStep": "lazy_orbax.restore.replacements",
     # By way of its args, which Orbax must know of as soon as there is such a handler.
     "LazyCheckpointHandler": "lazy_orbax.args",
     "LazyOptions": "lazy_orbax.options",
@@ -54,6 +57,7 @@ _HOMES = {
     "advise": "lazy_orbax.tiers.advise",
     "args": "lazy_orbax.args",
     "errors": "lazy_orbax.errors",
+    "export": "lazy_orbax.combine.export",
     "inspect": "lazy_orbax.inspect",
     "install": "lazy_orbax.handlers.installed",
     "load": "lazy_orbax.restore.load",
@@ -80,6 +84,7 @@ _HOMES = {
 
 __all__ = [
     "DurablePath",
+    "FromNeighbours",
     "FromStep",
     "LazyCheckpointHandler",
     "LazyOptions",
@@ -93,6 +98,7 @@ __all__ = [
     "advise",
     "args",
     "errors",
+    "export",
     "inspect",
     "install",
     "load",

@@ -14,6 +14,7 @@
 | `StepTimes.report` | `StallReport` |
 | `advise` | `Advice`, with a `TierAdvice` for each tier |
 | `SaveIntervalPolicy.report` | `IntervalReport` |
+| `export` | `Exported`, with an `ExportedTensor` for each |
 
 The functions of `lazy_orbax.inspect` say there which record they return.
 """
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING
 from lazy_orbax._lazily import exports as _exports
 
 if TYPE_CHECKING:
+    from lazy_orbax.combine.exported import Exported, ExportedTensor
     from lazy_orbax.combine.merge import Merged
     from lazy_orbax.handlers.installed import Installation, Status
     from lazy_orbax.inspection.bench import StorageSpeed
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from lazy_orbax.recovery.failed_saves import FailedSaves
     from lazy_orbax.recovery.preemption import LastSave
     from lazy_orbax.restore.latest_good import LatestGood, Skipped
-    from lazy_orbax.restore.replacing import Replaced, RestoredWithReplacements
+    from lazy_orbax.restore.replacements import Replaced, RestoredWithReplacements
     from lazy_orbax.save.step_times import StallReport
     from lazy_orbax.tiers.advise import Advice, TierAdvice
     from lazy_orbax.tiers.save_interval import IntervalReport
@@ -50,6 +52,8 @@ _HOMES = {
     "CleanReport": "lazy_orbax.inspection.clean",
     "Difference": "lazy_orbax.inspection.diff",
     "DiskUse": "lazy_orbax.inspection.du",
+    "Exported": "lazy_orbax.combine.exported",
+    "ExportedTensor": "lazy_orbax.combine.exported",
     "FailedSaves": "lazy_orbax.recovery.failed_saves",
     "FixedLeaf": "lazy_orbax.inspection.du",
     "Installation": "lazy_orbax.handlers.installed",
@@ -62,8 +66,8 @@ _HOMES = {
     "LeafEntry": "lazy_orbax.inspection.leaves",
     "Merged": "lazy_orbax.combine.merge",
     "NodeLocalOptions": "lazy_orbax.pods.node_local",
-    "Replaced": "lazy_orbax.restore.replacing",
-    "RestoredWithReplacements": "lazy_orbax.restore.replacing",
+    "Replaced": "lazy_orbax.restore.replacements",
+    "RestoredWithReplacements": "lazy_orbax.restore.replacements",
     "RunListing": "lazy_orbax.inspection.ls",
     "RunTimeline": "lazy_orbax.inspection.timeline",
     "Skipped": "lazy_orbax.restore.latest_good",
@@ -84,6 +88,8 @@ __all__ = [
     "CleanReport",
     "Difference",
     "DiskUse",
+    "Exported",
+    "ExportedTensor",
     "FailedSaves",
     "FixedLeaf",
     "Installation",

@@ -16,6 +16,7 @@ COMMANDS = {
     "show": "Show the leaves of a checkpoint.",
     "diff": "Compare two checkpoints.",
     "verify": "Compare checkpoints with their digests.",
+    "export": "Write a checkpoint as safetensors.",
     "du": "Say what the steps of a run cost.",
     "timeline": "Say where the time of saves went.",
     "html": "Write a page about a run.",

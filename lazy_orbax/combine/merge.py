@@ -21,7 +21,7 @@ from lazy_orbax.combine.schedules import Schedule, merge_coefficients
 from lazy_orbax.errors import OptionError
 from lazy_orbax.integrity import digest_file
 from lazy_orbax.integrity.digest import digest_of_bytes
-from lazy_orbax.restore.load import item_at, open_item
+from lazy_orbax.restore.opened import item_at, opened
 from lazy_orbax.restore.transformed import Checkpoint
 from lazy_orbax.storage.place import MOST_BYTES
 from lazy_orbax.view.blocks import Block, Column, Lines, Table
@@ -143,7 +143,7 @@ def _carried_out(order: _Order) -> Merged:
     begun_s, team, limit_bytes = time.monotonic(), Team(), order.host_bytes
     with contextlib.ExitStack() as stack:
         with team.together(), without_garbage_collection():
-            sources = [open_item(item_at(path), order.verify) for path in order.paths]
+            sources = [opened(item_at(path), order.verify) for path in order.paths]
             leaves = matched(sources, order.wanted)
             layout = Layout(order.out, sources[0], sources[order.wanted.others or 0])
             copied, averaged = planned(leaves, limit_bytes // 2)

@@ -17,8 +17,8 @@ from lazy_orbax.errors import MergeError
 from lazy_orbax.integrity.stored_item import Piece
 from lazy_orbax.plan.boxes import Box
 from lazy_orbax.restore.chunk import Target
-from lazy_orbax.restore.load import missing_is_corrupt, raise_wrong
 from lazy_orbax.restore.memory import aligned
+from lazy_orbax.restore.opened import missing_is_corrupt, raise_wrong
 from lazy_orbax.restore.planned import Job, Request
 from lazy_orbax.restore.transformed import Checkpoint
 from lazy_orbax.snapshot.host_budget import HostBudget, Lease

@@ -7,33 +7,28 @@ the host, Orbax's commit thread writes them. What one has finished waits for the
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import enum
 import threading
 import time
 import traceback
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lazy_orbax._machine import give_back_memory, yield_to_training
 from lazy_orbax.errors import SaveError
-from lazy_orbax.integrity.proof import Evidence, prover_of
-from lazy_orbax.options import LazyOptions
+from lazy_orbax.integrity.proof import prover_of
 from lazy_orbax.plan.slabs import Plan, Slab
 from lazy_orbax.save import in_flight
 from lazy_orbax.save.holding import Holding
-from lazy_orbax.save.plan_cache import Prepared
-from lazy_orbax.save.unchanged_state import Fingerprints
+from lazy_orbax.save.job import Job
 from lazy_orbax.save.write_loop import drain
 from lazy_orbax.save.writer import Writer
 from lazy_orbax.snapshot import device_to_host
 from lazy_orbax.snapshot.choose_mode import Room
 from lazy_orbax.snapshot.host_budget import HOST_BUDGET, Lease, ReservationAborted
 from lazy_orbax.storage.fsync import Inode
-from lazy_orbax.storage.pace import Pace
 from lazy_orbax.storage.save_error import save_error
-from lazy_orbax.timeline import Recorder
 
 
 class State(enum.Enum):
@@ -46,31 +41,6 @@ class State(enum.Enum):
 
 
 _OVER = (State.DURABLE, State.FAILED)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
-    """What is saved, how and where.
-
-    Attributes:
-        prepared: the plan.
-        texts: leaves that are strings, by name. Orbax writes them; their digests are ours.
-        options: how to take the snapshot.
-        limit_bytes: most bytes of snapshot in host memory.
-        pace: how fast it may be written.
-        fingerprints: what the saves before held.
-        recorder: its timeline, whose clock runs.
-        evidence: for a save that is verified, of what the caller's arrays held.
-    """
-
-    prepared: Prepared
-    texts: Mapping[str, str]
-    options: LazyOptions
-    limit_bytes: int
-    pace: Pace
-    fingerprints: Fingerprints
-    recorder: Recorder
-    evidence: Evidence | None
 
 
 class Save:
@@ -293,8 +263,11 @@ class Save:
         )
         writer.evidence = job.evidence
         with contextlib.closing(writer):
+            if job.options.skip_unchanged:
+                writer.link_unchanged()
             drain(self._holding.on_host, writer, plan, pace=job.pace, ended=self._ended)
             if not self.is_over:
                 fingerprint = writer.finish(custom_metadata, job.texts)
+                self.recorder.note(bytes_linked=writer.bytes_linked)
                 job.fingerprints.compare(self.recorder, fingerprint)
                 self.synced_directories = writer.synced_directories
