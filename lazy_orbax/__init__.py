@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from lazy_orbax.save.step_times import StepTimes
     from lazy_orbax.snapshot.snapshot_step import SnapshotStep
     from lazy_orbax.snapshot.split_step import split_step
+    from lazy_orbax.tiers.keeping import Keeper
+    from lazy_orbax.tiers.newest import restore_newest
     from lazy_orbax.timeline import RestoreTimeline, SaveTimeline
     from lazy_orbax.timeline_lines import timeline_file
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "DurablePath": "lazy_orbax.save.durable_path",
     "FromStep": "lazy_orbax.restore.replacing",
+    "Keeper": "lazy_orbax.tiers.keeping",
     # By way of its args, which Orbax must know of as soon as there is such a handler.
     "LazyCheckpointHandler": "lazy_orbax.args",
     "LazyOptions": "lazy_orbax.options",
@@ -55,6 +58,7 @@ _HOMES = {
     "pytree_handler": "lazy_orbax.handlers.stock_shaped",
     "reports": "lazy_orbax.reports",
     "restore_latest_good": "lazy_orbax.restore.latest_good",
+    "restore_newest": "lazy_orbax.tiers.newest",
     "restore_replacing": "lazy_orbax.restore.replacing",
     "split_step": "lazy_orbax.snapshot.split_step",
     "standard_handler": "lazy_orbax.handlers.stock_shaped",
@@ -70,6 +74,7 @@ _HOMES = {
 __all__ = [
     "DurablePath",
     "FromStep",
+    "Keeper",
     "LazyCheckpointHandler",
     "LazyOptions",
     "Preemption",
@@ -88,6 +93,7 @@ __all__ = [
     "pytree_handler",
     "reports",
     "restore_latest_good",
+    "restore_newest",
     "restore_replacing",
     "split_step",
     "standard_handler",

@@ -4,6 +4,8 @@
 |---|---|
 | `verify` | `VerifyReport`, with an `ItemReport` for each item |
 | `restore_latest_good` | `LatestGood`, with a `Skipped` for each step that was passed over |
+| `restore_newest` | `Newest` |
+| `Keeper.report` | `KeeperReport` |
 | `restore_replacing` | `RestoredWithReplacements`, with a `Replaced` for each such leaf |
 | `log_failed_saves` | `FailedSaves` |
 | `Preemption.last_save` | `LastSave` |
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from lazy_orbax.restore.latest_good import LatestGood, Skipped
     from lazy_orbax.restore.replacing import Replaced, RestoredWithReplacements
     from lazy_orbax.save.step_times import StallReport
+    from lazy_orbax.tiers.keeping import KeeperReport
+    from lazy_orbax.tiers.newest import Newest
 
 _HOMES = {
     "Abandoned": "lazy_orbax.inspection.clean",
@@ -48,10 +52,12 @@ _HOMES = {
     "Installation": "lazy_orbax.handlers.installed",
     "ItemEntry": "lazy_orbax.inspection.show",
     "ItemReport": "lazy_orbax.integrity.verify_report",
+    "KeeperReport": "lazy_orbax.tiers.keeping",
     "LastSave": "lazy_orbax.recovery.preemption",
     "LatestGood": "lazy_orbax.restore.latest_good",
     "LeafDifference": "lazy_orbax.inspection.diff",
     "LeafEntry": "lazy_orbax.inspection.leaves",
+    "Newest": "lazy_orbax.tiers.newest",
     "NodeLocalOptions": "lazy_orbax.pods.node_local",
     "Replaced": "lazy_orbax.restore.replacing",
     "RestoredWithReplacements": "lazy_orbax.restore.replacing",
@@ -78,10 +84,12 @@ __all__ = [
     "Installation",
     "ItemEntry",
     "ItemReport",
+    "KeeperReport",
     "LastSave",
     "LatestGood",
     "LeafDifference",
     "LeafEntry",
+    "Newest",
     "NodeLocalOptions",
     "Replaced",
     "RestoredWithReplacements",

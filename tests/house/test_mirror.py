@@ -63,6 +63,8 @@ COVERED_BY = {
     "inspection.leaves": "unit/inspection/test_show.py",
     "inspection.values": "unit/inspection/test_diff.py",
     "inspection.looking": "unit/inspection/test_ls.py",
+    "save.beside": "unit/tiers/test_keeping.py",
+    "save.job": "unit/save/test_plan_cache.py",
     "plan.runs": "unit/plan/test_slabs.py",
     "plan.transforms.apply": "unit/plan/transforms/test_rules.py",
     "plan.transforms.cuts": "property/test_transform_properties.py",

@@ -30,6 +30,7 @@ FLOORS = [
     {"trust", "recovery"},
     {"integrity"},
     {"save", "restore", "inspection"},
+    {"tiers"},
     {"handlers"},
     {"args", "inspect", "reports", "transforms", "cli", "__init__", "__main__"},
 ]
@@ -370,6 +371,7 @@ def test_what_is_public_is_documented(name):
         "node_local_options",
         "pytree_handler",
         "restore_latest_good",
+        "restore_newest",
         "restore_replacing",
         "split_step",
         "standard_handler",
