@@ -21,6 +21,7 @@ from typing import Any
 
 from lazy_orbax.errors import KeeperError
 from lazy_orbax.tiers import messages
+from lazy_orbax.tiers.completion import Completions
 from lazy_orbax.tiers.shelf import Shelf
 
 _LOG = logging.getLogger("lazy_orbax")
@@ -28,6 +29,7 @@ _MOST_CLIENTS = 512
 # How long a message may take from its first byte to its last; and the first one, to come.
 _PATIENCE_S = 5.0
 _IS_SERVED = 3
+_LOOK_S = 0.05
 # What a keeper must do without: it tells which of them it has imported.
 _HEAVY = ("jax", "orbax", "tensorstore", "lazy_orbax.save")
 
@@ -92,6 +94,7 @@ class KeeperProcess:
         self._selector.register(self._listener, selectors.EVENT_READ, None)
         self.clients: list[Client] = []
         self._alone_since_s = clock()
+        self._completions = Completions(shelf.path)
         self.is_over = False
 
     def serve(self) -> None:
@@ -102,6 +105,7 @@ class KeeperProcess:
         finally:
             for client in list(self.clients):
                 self._drop(client)
+            self._completions.close()
             self._selector.close()
             self._listener.close()
 
@@ -117,7 +121,8 @@ class KeeperProcess:
             if client.since_s is not None and now_s - client.since_s > _PATIENCE_S:
                 _LOG.warning("A client is cut off: it sent no whole message in %s s.", _PATIENCE_S)
                 self._drop(client)
-        if any(client.whose for client in self.clients):
+        runs = {client.whose["run"] for client in self.clients if client.whose}
+        if self._completions.turn(now_s, runs) or runs:
             self._alone_since_s = now_s
         elif now_s - self._alone_since_s > self._settings.linger_s:
             _LOG.warning("Nobody came back within %s s.", self._settings.linger_s)
@@ -187,6 +192,7 @@ class KeeperProcess:
                 "process": int(message["process"]),
                 "pid": int(message["pid"]),
             }
+            self._completions.came(client.whose["run"], message.get("complete_after_s"))
             return {"limit_bytes": self._settings.limit_bytes, "pid": os.getpid()}
         if what == "room":
             file, n_bytes = message["file"], int(message["n_bytes"])
@@ -195,6 +201,7 @@ class KeeperProcess:
         if what == "leave":
             for file in message["discard"]:
                 self._shelf.remove(file)
+            self._completions.left(client.whose.get("run"))
             client.whose = {}
             others = any(other.whose for other in self.clients)
             if not others and not self._shelf.files():
@@ -214,6 +221,7 @@ class KeeperProcess:
             "linger_s": self._settings.linger_s,
             "used_bytes": self._shelf.used_bytes(),
             "clients": [client.whose for client in self.clients if client.whose],
+            "completing": self._completions.pending,
             "heavy": [name for name in _HEAVY if name in sys.modules],
         }
 
@@ -235,6 +243,17 @@ def _named(whose: dict[str, Any]) -> tuple[str, str]:
     return f"{whose['process']} (pid {whose['pid']})", whose["run"]
 
 
+def _lock_of(shelf: Shelf) -> int | None:
+    """Returns the lock, also of a keeper that is just ending; `None` where one listens."""
+    deadline_s = time.monotonic() + _PATIENCE_S
+    while (lock := shelf.lock()) is None and time.monotonic() < deadline_s:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as peer:
+            peer.connect(shelf.socket)
+            return None
+        time.sleep(_LOOK_S)
+    return lock
+
+
 def main(arguments: list[str]) -> int:
     """Becomes the keeper, in a process of its own that lives on. Returns the exit status.
 
@@ -245,7 +264,7 @@ def main(arguments: list[str]) -> int:
     """
     settings = KeeperSettings(**json.loads(arguments[0]))
     shelf = Shelf(settings.directory)
-    if (lock := shelf.lock()) is None:
+    if (lock := _lock_of(shelf)) is None:
         return _IS_SERVED
     keeper = KeeperProcess(shelf, settings)
     # This process is fresh, and has one thread. The one that started it waits for it, not for that.

@@ -66,6 +66,7 @@ class Keeper:
         directory: str | None = None,
         limit_bytes: int | None = None,
         linger_s: float = 1800.0,
+        complete_after_s: float | None = None,
         options: LazyOptions | None = None,
     ):
         """Finds the keeper, or starts one, which takes a second.
@@ -78,6 +79,9 @@ class Keeper:
             limit_bytes: most bytes of snapshots, of all that the keeper serves. `None` is half of
                 this machine's (or container's) memory. The first process that comes sets it.
             linger_s: how many seconds the keeper keeps snapshots after the last process has died.
+            complete_after_s: when the last process of the run has been dead for so many seconds,
+                the newest whole snapshot is written to storage, as a step of the run. `None`: it
+                never is. Nobody may have gone on with the run on another machine by then.
             options: its `mode`, `host_bytes` and `slab_bytes` count.
 
         Raises:
@@ -90,6 +94,9 @@ class Keeper:
             raise OptionError(f"limit_bytes={limit_bytes!r} must be at least {2**20} (1 MiB).")
         if not isinstance(linger_s, int | float) or not 0 < linger_s < float("inf"):
             raise OptionError(f"linger_s={linger_s!r} must be a finite number of seconds, above 0.")
+        after_s = complete_after_s
+        if after_s is not None and (not isinstance(after_s, int | float) or not 0 <= after_s < 1e9):
+            raise OptionError(f"complete_after_s={after_s!r} must be a number of seconds, or None.")
         if sys.platform != "linux":
             raise KeeperError(f"a keeper needs Linux, and this is {sys.platform}; train without")
         if symbols.MISSING:
@@ -101,6 +108,7 @@ class Keeper:
         limit = int(memory_bytes() * _MEMORY_FRACTION) if limit_bytes is None else limit_bytes
         settings = KeeperSettings(directory=shelf.path, limit_bytes=limit, linger_s=float(linger_s))
         whose = {"run": self.run, "process": jax.process_index(), "pid": os.getpid()}
+        whose["complete_after_s"] = complete_after_s
         self._link = KeeperLink(settings, whose)
         self.slots = Slots(shelf, self._link, self.run)
         self._saving: list[threading.Thread] = []

@@ -101,7 +101,14 @@ class KeptTree:
                 raise ValueError(f"a piece {box} of leaf {names[i]}")
             self.pieces[names[i]].setdefault(box, Kept(box, part, digest))
 
-    def restored(self, like: Any, recorder: RestoreRecorder, *, is_part: bool = False) -> Any:
+    def restored(
+        self,
+        like: Any,
+        recorder: RestoreRecorder,
+        *,
+        is_part: bool = False,
+        on_devices: bool = True,
+    ) -> Any:
         """Returns the tree.
 
         Args:
@@ -109,6 +116,7 @@ class KeptTree:
                 kept, as nested dictionaries and lists.
             recorder: is told what came when.
             is_part: whether leaves may be left out.
+            on_devices: whether what was on devices comes to one where `like` says no sharding.
 
         Raises:
             RestoreError: `like` does not fit what was kept.
@@ -132,7 +140,7 @@ class KeptTree:
             ]
             raise CorruptCheckpointError(self.directory, problems)
         recorder.mark("on_device", "verified")
-        return self._rebuilt(wanted, found.values, like)
+        return self._rebuilt(wanted, found.values, like is None, on_devices)
 
     def _wanted(self, like: Any, is_part: bool) -> Likeness:
         if like is None:
@@ -203,15 +211,17 @@ class KeptTree:
             if any(kept.box.overlap(box) is not None for box in member.boxes)
         ]
 
-    def _rebuilt(self, wanted: Likeness, values: dict[int, Any], like: Any) -> Any:
+    def _rebuilt(
+        self, wanted: Likeness, values: dict[int, Any], is_all: bool, on_devices: bool
+    ) -> Any:
         leaves = list(wanted.leaves)
         asked = {leaf.position: leaf for leaf in wanted.wanted}
         for position, value in values.items():
             kind, impl = self._leaves[asked[position].name][4:6]
             is_array = kind in ("array", "key") and not isinstance(leaves[position], np.ndarray)
-            if is_array and not isinstance(value, jax.Array):
+            if is_array and on_devices and not isinstance(value, jax.Array):
                 value = jax.device_put(value)  # It says no sharding: the default device.
-            is_key = position in wanted.keys or (like is None and kind == "key")
+            is_key = position in wanted.keys or (is_all and kind == "key")
             leaves[position] = jax.random.wrap_key_data(value, impl=impl) if is_key else value
         for name, position in wanted.strings.items():
             if name not in self._texts:

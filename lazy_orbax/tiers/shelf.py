@@ -45,14 +45,17 @@ class Shelf:
         Raises:
             KeeperError: it is not this user's alone, or cannot be made.
         """
-        user = os.geteuid()
-        self.path = os.path.abspath(path or f"{MEMORY}/lazy_orbax-{user}")
+        self.path = os.path.abspath(path or f"{MEMORY}/lazy_orbax-{os.geteuid()}")
         if len(os.fsencode(self.socket)) > _LONGEST_SOCKET:
             raise KeeperError(
                 f"the keeper's directory {self.path} has {len(os.fsencode(self.path))} bytes in "
                 f"its name, and at most {_LONGEST_SOCKET - len(_SOCKET) - 1} fit a socket in it; "
                 "give a shorter one"
             )
+        self._make()
+
+    def _make(self) -> None:
+        user = os.geteuid()
         try:
             with contextlib.suppress(FileExistsError):
                 os.mkdir(self.path, 0o700)
@@ -82,14 +85,18 @@ class Shelf:
 
     def lock(self) -> int | None:
         """Returns a descriptor that makes this process the keeper; `None`: another is."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(f"{self.path}/{_LOCK}", flags, 0o600)
+        self._make()  # A keeper that ended since has removed it.
+        path, flags = f"{self.path}/{_LOCK}", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(path, flags, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
+                return descriptor
+        except (BlockingIOError, FileNotFoundError):
             os.close(descriptor)
             return None
-        return descriptor
+        os.close(descriptor)  # Of a keeper that removed it at its end: it locks nobody out.
+        return None
 
     @property
     def is_served(self) -> bool:

@@ -188,10 +188,9 @@ def test_it_ends_when_told(served, discard):
     assert os.path.exists(served.shelf.path) is not discard
 
 
-def test_a_second_keeper_of_a_directory_does_not_begin(place):
-    shelf = Shelf(place)
-    lock = shelf.lock()
-    told = {"directory": place, "limit_bytes": 2**20, "linger_s": 1.0}
+def test_a_second_keeper_of_a_directory_does_not_begin(served):
+    lock = served.shelf.lock()
+    told = {"directory": served.shelf.path, "limit_bytes": 2**20, "linger_s": 1.0}
     assert main([json.dumps(told)]) == 3
     os.close(lock)
-    assert not os.path.exists(shelf.socket)
+    served.turn()
