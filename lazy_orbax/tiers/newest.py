@@ -89,7 +89,7 @@ def restore_newest(manager: ocp.CheckpointManager, keeper: Keeper, *, args: Any 
         if not failed:
             newer = [one for one in skipped if one.step is None or one.step > step]
             why = f"memory has it whole; the newest in storage is {stored[0] if stored else 'none'}"
-            keeper.slots.begin_life()
+            keeper.slots.begin_life(_own_files(at_hand[step, life], targets))
             return Newest(step, _shaped(value, args), MEMORY, why, tuple(newer))
         is_misfit = isinstance(error, RestoreError) and not isinstance(error, NotAtHandError)
         if any(consensus.any_process([is_misfit])):
@@ -166,6 +166,15 @@ def _tried(items: _Items, targets: Mapping[str, Any]) -> tuple[dict[str, Any], E
         return values, None
     except (LazyOrbaxError, SnapshotError, OSError) as error:
         return {}, error
+
+
+def _own_files(items: _Items, targets: Mapping[str, Any]) -> dict[str, str]:
+    process = jax.process_index()
+    mine = {
+        item: [one.path for one in items[item] if one.facts["process"] == process]
+        for item in targets
+    }
+    return {item: paths[0] for item, paths in mine.items() if paths}
 
 
 def _skipped(step: int, error: Exception | None, failed: list[int], keeper: Keeper) -> Skipped:

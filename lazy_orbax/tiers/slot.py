@@ -1,4 +1,4 @@
-"""The place of one item of one process: one snapshot is whole while the next is written."""
+"""The place of one item of one process: one snapshot stays whole while the next is written."""
 
 from __future__ import annotations
 
@@ -17,42 +17,61 @@ from lazy_orbax.tiers.keeper_link import KeeperLink
 from lazy_orbax.tiers.kept_layout import KeptLayout, view_in
 from lazy_orbax.tiers.shelf import GENERATIONS, Shelf, file_of
 from lazy_orbax.tiers.snapshot_file import SnapshotError, SnapshotFile, read_snapshot
+from lazy_orbax.tiers.votes import Votes
 
 # What is left free for a state that grows a little, so that the keeper is not asked each time.
 _ROUND_BYTES = 2**20
+# How long another process may be behind.
+_VOTE_S = 30.0
 
 
 class Slot:
-    """Two files in memory, of which one is written.
+    """Two files in memory. One holds the newest snapshot that all processes of the job have.
 
-    Invariant, under the lock: at most one `Writing` is under way, and it has the file that does
-    not hold the newest whole snapshot.
+    Invariant, under the lock: at most one `Writing` is under way. It never has the file `_common`.
 
     Attributes:
         names: of the two files.
     """
 
-    def __init__(self, shelf: Shelf, link: KeeperLink, whose: tuple[str, str, int]):
+    def __init__(self, shelf: Shelf, link: KeeperLink, whose: tuple[str, str, int], votes: Votes):
         """Looks at what an earlier life of this process left.
 
         Args:
             shelf: where the files are.
             link: whom to ask for room.
             whose: run, item and process.
+            votes: what the processes of the job tell each other of this item.
         """
-        self._shelf, self._link, self._lock = shelf, link, threading.Lock()
+        self._shelf, self._link, self._votes = shelf, link, votes
+        self._lock, self._is_busy = threading.Lock(), False
         self.names = [file_of(*whose, generation) for generation in range(GENERATIONS)]
         self._files: list[SnapshotFile | None] = [None] * GENERATIONS
-        self._is_busy = False
         serials = [self._serial_of(name) for name in self.names]
         self._serial = max(serials)
-        self._newest = serials.index(self._serial)
+        self._common = serials.index(self._serial)
+        # The step of the other file, where it is not known yet whether all have it.
+        self._undecided: int | None = None
 
     def _serial_of(self, name: str) -> int:
         try:
             return read_snapshot(self._shelf.path_of(name)).serial
         except (SnapshotError, OSError):
             return -1
+
+    def begin_life(self, votes: Votes, restored: str | None) -> None:
+        """Begins a new life of the job.
+
+        Args:
+            votes: of that life.
+            restored: the path of the file that it begins with, which is not to be overwritten
+                until all processes have a newer one; `None`: it began with another tier.
+        """
+        with self._lock:
+            self._votes, self._undecided = votes, None
+            for i, name in enumerate(self.names):
+                if self._shelf.path_of(name) == restored:
+                    self._common = i
 
     def begin(self) -> bool:
         """Whether a snapshot may be written now. If so, `end` must be called."""
@@ -66,10 +85,11 @@ class Slot:
         """Returns the file to write, with its seal broken.
 
         Raises:
-            KeeperError: there is no room.
+            KeeperError: there is no room, or another process is behind.
             OSError: there is no memory.
         """
-        i = (self._newest + 1) % GENERATIONS
+        self._decide()
+        i = (self._common + 1) % GENERATIONS
         file, path = self._files[i], self._shelf.path_of(self.names[i])
         # A file that somebody removed is no place for anything any more.
         if file is None or file.n_bytes < n_bytes or not _is_there(file):
@@ -82,12 +102,28 @@ class Slot:
         file.break_seal()
         return file
 
-    def seal(self, file: SnapshotFile, layout: KeptLayout, facts: bytes) -> None:
-        """Makes what was written the newest whole snapshot."""
+    def _decide(self) -> None:
+        """Finds out which file may be overwritten."""
+        step = self._undecided
+        if step is None:
+            return
+        is_common = self._votes.is_common(step, timeout_s=_VOTE_S)
+        if is_common is None:
+            raise KeeperError(f"another process has not told whether it has step {step}")
+        with self._lock:
+            self._undecided = None
+            self._common = (self._common + is_common) % GENERATIONS
+
+    def seal(self, file: SnapshotFile, step: int, layout: KeptLayout, facts: bytes) -> None:
+        """Makes what was written a whole snapshot."""
         file.seal(self._serial + 1, layout.text, facts, end=layout.end)
         with self._lock:
             self._serial += 1
-            self._newest = self._files.index(file)
+            self._undecided = step
+
+    def tell(self, step: int, *, is_sealed: bool) -> None:
+        """Tells the other processes what became of a step."""
+        self._votes.tell(step, is_sealed=is_sealed)
 
     def end(self) -> None:
         """Ends what `begin` began."""
@@ -168,7 +204,7 @@ class Writing:
                 missing = len(self._layout.spots) - self._n_put
                 raise KeeperError(f"{missing} of {len(self._layout.spots)} pieces never came")
             facts = {**self._facts, "digests": self._digests.tobytes().hex()}
-            self._slot.seal(self._file, self._layout, json.dumps(facts).encode())
+            self._slot.seal(self._file, self.step, self._layout, json.dumps(facts).encode())
         except Exception as error:  # noqa: BLE001 - It is told of, and training goes on.
             self._end(error)
             return
@@ -181,5 +217,9 @@ class Writing:
     def _end(self, error: BaseException | None) -> None:
         if not self._is_over:
             self._is_over, self._file = True, None
+            try:
+                self._slot.tell(self.step, is_sealed=error is None)
+            except Exception as failure:  # noqa: BLE001 - The job is ending.
+                error = error or failure
             self._slot.end()
             self._told(self, error)

@@ -7,7 +7,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 
@@ -16,6 +16,7 @@ from lazy_orbax.tiers.keeper_link import KeeperLink
 from lazy_orbax.tiers.kept_layout import KeptLayout
 from lazy_orbax.tiers.shelf import Shelf
 from lazy_orbax.tiers.slot import Slot, Writing
+from lazy_orbax.tiers.votes import Votes
 
 _LOG = logging.getLogger("lazy_orbax")
 
@@ -62,13 +63,22 @@ class Slots:
         self._link, self._run, self._lock = link, run, threading.Lock()
         self._slots: dict[str, Slot] = {}
 
-    def begin_life(self) -> None:
+    def begin_life(self, restored: Mapping[str, str] | None = None) -> None:
         """Tells snapshots from now on apart from those before. Every process must call it.
 
         A step that is taken a second time, from an older state, may come to other values: nobody
         may put snapshots of both together.
+
+        Args:
+            restored: the file of each item with which this life begins.
         """
         (self.life,) = consensus.from_first([secrets.randbits(62)], most=1)
+        for item in {*self._slots, *(restored or {})}:
+            path = (restored or {}).get(item)
+            self._slot(item).begin_life(self._votes(item), path)
+
+    def _votes(self, item: str) -> Votes:
+        return Votes(f"{self.life}/{item}")
 
     def begin(
         self, step: int, item: str, layout: KeptLayout, texts: dict[str, str]
@@ -87,6 +97,7 @@ class Slots:
         layout.refuse_others()
         slot = self._slot(item)
         if not slot.begin():
+            slot.tell(step, is_sealed=False)
             with self._lock:
                 self.report = dataclasses.replace(self.report, skipped=self.report.skipped + 1)
             _LOG.info("Step %d is not kept in memory: the one before is still copied.", step)
@@ -107,7 +118,7 @@ class Slots:
         with self._lock:
             if item not in self._slots:
                 whose = (self._run, item, jax.process_index())
-                self._slots[item] = Slot(self.shelf, self._link, whose)
+                self._slots[item] = Slot(self.shelf, self._link, whose, self._votes(item))
             return self._slots[item]
 
     def _told(self, writing: Writing, error: BaseException | None) -> None:

@@ -20,13 +20,27 @@ LAYOUT = layout_of(PLAN, TREE)
 PIECES = [piece for slab in PLAN.slabs for piece in slab.pieces]
 
 
+class FakeVotes:
+    """What the other processes have: all steps but those in `lost`; of `late` they say nothing."""
+
+    def __init__(self):
+        self.told, self.lost, self.late = {}, set(), set()
+
+    def tell(self, step, *, is_sealed):
+        self.told[step] = is_sealed
+
+    def is_common(self, step, *, timeout_s):
+        return None if step in self.late else step not in self.lost
+
+
 class Rig:
     """A slot that gets its room at once, and what its snapshots came to."""
 
     def __init__(self, place, limit_bytes=2**24):
         self.shelf, self.told, self.asked = Shelf(place), [], 0
         self.limit_bytes = limit_bytes
-        self.slot = Slot(self.shelf, types.SimpleNamespace(ask=self._ask), ("run", "default", 0))
+        link, self.votes = types.SimpleNamespace(ask=self._ask), FakeVotes()
+        self.slot = Slot(self.shelf, link, ("run", "default", 0), self.votes)
 
     def _ask(self, message):
         self.asked += 1
@@ -145,3 +159,47 @@ def test_a_torn_file_is_no_reason_to_stop(place, broken):
     again.write(3)
     assert 3 in again.steps()
     assert len(again.steps()) == 2
+
+
+def test_a_step_that_another_process_lost_gives_way_and_the_common_one_stays(place):
+    rig = Rig(place)
+    rig.votes.lost = {3, 4, 5}
+    for step in range(1, 6):
+        rig.write(step)
+        assert 2 in rig.steps() or step < 3
+    assert rig.steps() == [2, 5]
+    rig.write(6)
+    assert rig.steps() == [2, 6]
+    rig.write(7)
+    assert rig.steps() == [6, 7]
+    assert rig.votes.told == dict.fromkeys(range(1, 8), True)
+
+
+def test_nothing_is_overwritten_while_another_process_is_behind(place):
+    rig = Rig(place)
+    rig.write(1)
+    rig.write(2)
+    rig.votes.late = {2}
+    rig.write(3)
+    assert rig.steps() == [1, 2]
+    assert "has not told" in str(rig.told[-1])
+    assert rig.votes.told[3] is False
+    rig.votes.late = set()
+    rig.write(4)
+    assert rig.steps() == [2, 4]
+
+
+def test_what_a_life_begins_with_stays_until_all_have_something_newer(place):
+    rig = Rig(place)
+    rig.write(1)
+    rig.write(2)  # Others never had it: the job goes on from step 1.
+    paths = {s.step: s.path for _, s in rig.shelf.snapshots()}
+    again = Rig(place)
+    again.slot.begin_life(again.votes, paths[1])
+    again.votes.lost = {3}
+    again.write(3)
+    assert again.steps() == [1, 3]
+    again.write(4)
+    assert again.steps() == [1, 4]
+    again.write(5)
+    assert again.steps() == [4, 5]
