@@ -20,6 +20,7 @@ COMMANDS = {
     "timeline": "Say where the time of saves went.",
     "html": "Write a page about a run.",
     "bench": "Measure what a storage can do.",
+    "keeper": "List the snapshots in memory, and who keeps them.",
     "clean": "Find, or remove, what killed saves left.",
 }
 OK, FOUND, USAGE, STORAGE = 0, 1, 2, 3

@@ -28,6 +28,11 @@ class Full(KeeperError):
     """There is no room for a snapshot."""
 
 
+def place_for(path: str | None) -> str:
+    """Returns where a keeper's directory is, if it is there; `None` is this user's usual one."""
+    return os.path.abspath(path or f"{MEMORY}/lazy_orbax-{os.geteuid()}")
+
+
 class Shelf:
     """A directory that only this user may enter.
 
@@ -45,7 +50,7 @@ class Shelf:
         Raises:
             KeeperError: it is not this user's alone, or cannot be made.
         """
-        self.path = os.path.abspath(path or f"{MEMORY}/lazy_orbax-{os.geteuid()}")
+        self.path = place_for(path)
         if len(os.fsencode(self.socket)) > _LONGEST_SOCKET:
             raise KeeperError(
                 f"the keeper's directory {self.path} has {len(os.fsencode(self.path))} bytes in "

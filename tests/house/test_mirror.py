@@ -36,6 +36,7 @@ COVERED_BY = {
     "cli.diff": "unit/cli/test_main.py",
     "cli.du": "unit/cli/test_main.py",
     "cli.html": "unit/cli/test_main.py",
+    "cli.keeper": "unit/tiers/test_kept_listing.py",
     "cli.ls": "unit/cli/test_main.py",
     "cli.output": "unit/cli/test_main.py",
     "cli.show": "unit/cli/test_main.py",

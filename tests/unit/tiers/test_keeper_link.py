@@ -1,6 +1,7 @@
 """A keeper is a program of its own: started when there is none, found when there is one."""
 
 import os
+import select
 import signal
 
 import pytest
@@ -23,8 +24,6 @@ def await_end(pid):
     """Waits until a process that is no child of ours has ended."""
     descriptor = os.pidfd_open(pid)
     try:
-        import select
-
         assert select.select([descriptor], [], [], 60)[0]
     finally:
         os.close(descriptor)
