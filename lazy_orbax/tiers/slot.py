@@ -28,7 +28,8 @@ _VOTE_S = 30.0
 class Slot:
     """Two files in memory. One holds the newest snapshot that all processes of the job have.
 
-    Invariant, under the lock: at most one `Writing` is under way. It never has the file `_common`.
+    Invariant: whoever writes, or changes anything else here, holds `_busy`. The file `_common` is
+    not written.
 
     Attributes:
         names: of the two files.
@@ -44,7 +45,7 @@ class Slot:
             votes: what the processes of the job tell each other of this item.
         """
         self._shelf, self._link, self._votes = shelf, link, votes
-        self._lock, self._is_busy = threading.Lock(), False
+        self._busy = threading.Lock()
         self.names = [file_of(*whose, generation) for generation in range(GENERATIONS)]
         self._files: list[SnapshotFile | None] = [None] * GENERATIONS
         serials = [self._serial_of(name) for name in self.names]
@@ -60,14 +61,14 @@ class Slot:
             return -1
 
     def begin_life(self, votes: Votes, restored: str | None) -> None:
-        """Begins a new life of the job.
+        """Begins a new life of the job, when what is on its way has ended.
 
         Args:
             votes: of that life.
             restored: the path of the file that it begins with, which is not to be overwritten
                 until all processes have a newer one; `None`: it began with another tier.
         """
-        with self._lock:
+        with self._busy:
             self._votes, self._undecided = votes, None
             for i, name in enumerate(self.names):
                 if self._shelf.path_of(name) == restored:
@@ -75,11 +76,7 @@ class Slot:
 
     def begin(self) -> bool:
         """Whether a snapshot may be written now. If so, `end` must be called."""
-        with self._lock:
-            if self._is_busy:
-                return False
-            self._is_busy = True
-            return True
+        return self._busy.acquire(blocking=False)
 
     def open(self, n_bytes: int) -> SnapshotFile:
         """Returns the file to write, with its seal broken.
@@ -110,16 +107,14 @@ class Slot:
         is_common = self._votes.is_common(step, timeout_s=_VOTE_S)
         if is_common is None:
             raise KeeperError(f"another process has not told whether it has step {step}")
-        with self._lock:
-            self._undecided = None
-            self._common = (self._common + is_common) % GENERATIONS
+        self._undecided = None
+        self._common = (self._common + is_common) % GENERATIONS
 
     def seal(self, file: SnapshotFile, step: int, layout: KeptLayout, facts: bytes) -> None:
         """Makes what was written a whole snapshot."""
         file.seal(self._serial + 1, layout.text, facts, end=layout.end)
-        with self._lock:
-            self._serial += 1
-            self._undecided = step
+        self._serial += 1
+        self._undecided = step
 
     def tell(self, step: int, *, is_sealed: bool) -> None:
         """Tells the other processes what became of a step."""
@@ -127,8 +122,7 @@ class Slot:
 
     def end(self) -> None:
         """Ends what `begin` began."""
-        with self._lock:
-            self._is_busy = False
+        self._busy.release()
 
     def close(self) -> None:
         """Lets go of the memory. The files stay."""
