@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from lazy_orbax.save.step_times import StepTimes
     from lazy_orbax.snapshot.snapshot_step import SnapshotStep
     from lazy_orbax.snapshot.split_step import split_step
+    from lazy_orbax.tiers.advise import TierCost, advise
     from lazy_orbax.tiers.keeping import Keeper
     from lazy_orbax.tiers.newest import restore_newest
+    from lazy_orbax.tiers.save_interval import SaveIntervalPolicy
     from lazy_orbax.timeline import RestoreTimeline, SaveTimeline
     from lazy_orbax.timeline_lines import timeline_file
 
@@ -44,9 +46,12 @@ _HOMES = {
     "LazyOptions": "lazy_orbax.options",
     "Preemption": "lazy_orbax.recovery.preemption",
     "RestoreTimeline": "lazy_orbax.timeline",
+    "SaveIntervalPolicy": "lazy_orbax.tiers.save_interval",
     "SaveTimeline": "lazy_orbax.timeline",
     "SnapshotStep": "lazy_orbax.snapshot.snapshot_step",
     "StepTimes": "lazy_orbax.save.step_times",
+    "TierCost": "lazy_orbax.tiers.advise",
+    "advise": "lazy_orbax.tiers.advise",
     "args": "lazy_orbax.args",
     "errors": "lazy_orbax.errors",
     "inspect": "lazy_orbax.inspect",
@@ -79,9 +84,12 @@ __all__ = [
     "LazyOptions",
     "Preemption",
     "RestoreTimeline",
+    "SaveIntervalPolicy",
     "SaveTimeline",
     "SnapshotStep",
     "StepTimes",
+    "TierCost",
+    "advise",
     "args",
     "errors",
     "inspect",

@@ -13,6 +13,8 @@
 | `install` | `Installation`, a context manager |
 | `status` | `Status` |
 | `StepTimes.report` | `StallReport` |
+| `advise` | `Advice`, with a `TierAdvice` for each tier |
+| `SaveIntervalPolicy.report` | `IntervalReport` |
 
 The functions of `lazy_orbax.inspect` say there which record they return.
 """
@@ -38,11 +40,14 @@ if TYPE_CHECKING:
     from lazy_orbax.restore.latest_good import LatestGood, Skipped
     from lazy_orbax.restore.replacing import Replaced, RestoredWithReplacements
     from lazy_orbax.save.step_times import StallReport
+    from lazy_orbax.tiers.advise import Advice, TierAdvice
     from lazy_orbax.tiers.keeping import KeeperReport
     from lazy_orbax.tiers.newest import Newest
+    from lazy_orbax.tiers.save_interval import IntervalReport
 
 _HOMES = {
     "Abandoned": "lazy_orbax.inspection.clean",
+    "Advice": "lazy_orbax.tiers.advise",
     "CheckpointListing": "lazy_orbax.inspection.show",
     "CleanReport": "lazy_orbax.inspection.clean",
     "Difference": "lazy_orbax.inspection.diff",
@@ -50,6 +55,7 @@ _HOMES = {
     "FailedSaves": "lazy_orbax.recovery.failed_saves",
     "FixedLeaf": "lazy_orbax.inspection.du",
     "Installation": "lazy_orbax.handlers.installed",
+    "IntervalReport": "lazy_orbax.tiers.save_interval",
     "ItemEntry": "lazy_orbax.inspection.show",
     "ItemReport": "lazy_orbax.integrity.verify_report",
     "KeeperReport": "lazy_orbax.tiers.keeping",
@@ -69,12 +75,14 @@ _HOMES = {
     "StepCost": "lazy_orbax.inspection.du",
     "StepEntry": "lazy_orbax.inspection.ls",
     "StorageSpeed": "lazy_orbax.inspection.bench",
+    "TierAdvice": "lazy_orbax.tiers.advise",
     "TimelineEntry": "lazy_orbax.inspection.timeline",
     "VerifyReport": "lazy_orbax.integrity.verify_report",
 }
 
 __all__ = [
     "Abandoned",
+    "Advice",
     "CheckpointListing",
     "CleanReport",
     "Difference",
@@ -82,6 +90,7 @@ __all__ = [
     "FailedSaves",
     "FixedLeaf",
     "Installation",
+    "IntervalReport",
     "ItemEntry",
     "ItemReport",
     "KeeperReport",
@@ -101,6 +110,7 @@ __all__ = [
     "StepCost",
     "StepEntry",
     "StorageSpeed",
+    "TierAdvice",
     "TimelineEntry",
     "VerifyReport",
 ]

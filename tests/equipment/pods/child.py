@@ -406,6 +406,26 @@ def preempted(root: str, signalled: list[int], saves: bool) -> Report:
         return {"last": facts, "reached": n, "slow": slow, "hurried": hurried}
 
 
+def at_intervals(root: str) -> Report:
+    """Asks at each of forty steps a policy whose clock, and so all it measures, is this process's.
+
+    By its own clock each process would save at other steps. Some saves take several to be written.
+    """
+    process, clock = jax.process_index(), [0.0]
+    policy = lazy_orbax.SaveIntervalPolicy(most_overhead=0.2, clock=lambda: clock[0])
+    saved, state = [], states.on_mesh(_mesh(), 0)
+    with _manager(root, save_decision_policy=policy) as manager:
+        for n in range(1, 41):
+            if _save(manager, n, state):
+                saved.append(n)
+                clock[0] += 3.0 + 2.0 * process
+            clock[0] += 1.0 + 0.1 * process
+            if n % 2:
+                manager.wait_until_finished()
+        manager.wait_until_finished()
+        return {"saved": saved, "steps": manager.all_steps(), "report": str(policy.report())}
+
+
 def modes(root: str) -> Report:
     """The three modes of a snapshot, and trees that are refused."""
     return worker.main(pathlib.Path(root))
@@ -436,6 +456,7 @@ SCENARIOS = {
         restored,
         node_local,
         preempted,
+        at_intervals,
         modes,
         saved_by_v1,
         preempted_in_v1,
