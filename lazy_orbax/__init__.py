@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from lazy_orbax.snapshot.snapshot_step import SnapshotStep
     from lazy_orbax.snapshot.split_step import split_step
     from lazy_orbax.tiers.advise import TierCost, advise
+    from lazy_orbax.tiers.keeping import Keeper
+    from lazy_orbax.tiers.newest import restore_newest
     from lazy_orbax.tiers.save_interval import SaveIntervalPolicy
     from lazy_orbax.timeline import RestoreTimeline, SaveTimeline
     from lazy_orbax.timeline_lines import timeline_file
@@ -44,6 +46,7 @@ _HOMES = {
     "DurablePath": "lazy_orbax.save.durable_path",
     "FromNeighbours": "lazy_orbax.restore.replacements",
     "FromStep": "lazy_orbax.restore.replacements",
+    "Keeper": "lazy_orbax.tiers.keeping",
     # By way of its args, which Orbax must know of as soon as there is such a handler.
     "LazyCheckpointHandler": "lazy_orbax.args",
     "LazyOptions": "lazy_orbax.options",
@@ -70,6 +73,7 @@ _HOMES = {
     "pytree_handler": "lazy_orbax.handlers.stock_shaped",
     "reports": "lazy_orbax.reports",
     "restore_latest_good": "lazy_orbax.restore.latest_good",
+    "restore_newest": "lazy_orbax.tiers.newest",
     "restore_replacing": "lazy_orbax.restore.replacing",
     "split_step": "lazy_orbax.snapshot.split_step",
     "standard_handler": "lazy_orbax.handlers.stock_shaped",
@@ -86,6 +90,7 @@ __all__ = [
     "DurablePath",
     "FromNeighbours",
     "FromStep",
+    "Keeper",
     "LazyCheckpointHandler",
     "LazyOptions",
     "Preemption",
@@ -111,6 +116,7 @@ __all__ = [
     "pytree_handler",
     "reports",
     "restore_latest_good",
+    "restore_newest",
     "restore_replacing",
     "split_step",
     "standard_handler",

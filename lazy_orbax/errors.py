@@ -11,6 +11,7 @@
 | `MergeError` | merges checkpoints that fit each other, or says what is to be taken from one |
 | `CorruptCheckpointError` | takes an older step: this one is not what was saved |
 | `MalformedCheckpointError` | restores another checkpoint; nobody should trust this one |
+| `KeeperError` | trains without snapshots in memory, or gives the keeper what it needs |
 """
 
 from __future__ import annotations
@@ -209,6 +210,10 @@ class MalformedCheckpointError(LazyOrbaxError, ValueError):
         """Returns the error of a file with several things wrong, each said in full."""
         found = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
         return cls(file, found, f"none of these:{summarize(problems)}\n")
+
+
+class KeeperError(LazyOrbaxError, RuntimeError):
+    """A keeper of snapshots in memory cannot be had, or refused something."""
 
 
 class StockFallbackWarning(UserWarning):

@@ -4,6 +4,8 @@
 |---|---|
 | `verify` | `VerifyReport`, with an `ItemReport` for each item |
 | `restore_latest_good` | `LatestGood`, with a `Skipped` for each step that was passed over |
+| `restore_newest` | `Newest` |
+| `Keeper.report` | `KeeperReport` |
 | `restore_replacing` | `RestoredWithReplacements`, with a `Replaced` for each such leaf |
 | `merge` | `Merged` |
 | `log_failed_saves` | `FailedSaves` |
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from lazy_orbax.restore.replacements import Replaced, RestoredWithReplacements
     from lazy_orbax.save.step_times import StallReport
     from lazy_orbax.tiers.advise import Advice, TierAdvice
+    from lazy_orbax.tiers.keeping import KeeperReport
+    from lazy_orbax.tiers.newest import Newest
     from lazy_orbax.tiers.save_interval import IntervalReport
 
 _HOMES = {
@@ -60,11 +64,13 @@ _HOMES = {
     "IntervalReport": "lazy_orbax.tiers.save_interval",
     "ItemEntry": "lazy_orbax.inspection.show",
     "ItemReport": "lazy_orbax.integrity.verify_report",
+    "KeeperReport": "lazy_orbax.tiers.keeping",
     "LastSave": "lazy_orbax.recovery.preemption",
     "LatestGood": "lazy_orbax.restore.latest_good",
     "LeafDifference": "lazy_orbax.inspection.diff",
     "LeafEntry": "lazy_orbax.inspection.leaves",
     "Merged": "lazy_orbax.combine.merge",
+    "Newest": "lazy_orbax.tiers.newest",
     "NodeLocalOptions": "lazy_orbax.pods.node_local",
     "Replaced": "lazy_orbax.restore.replacements",
     "RestoredWithReplacements": "lazy_orbax.restore.replacements",
@@ -96,11 +102,13 @@ __all__ = [
     "IntervalReport",
     "ItemEntry",
     "ItemReport",
+    "KeeperReport",
     "LastSave",
     "LatestGood",
     "LeafDifference",
     "LeafEntry",
     "Merged",
+    "Newest",
     "NodeLocalOptions",
     "Replaced",
     "RestoredWithReplacements",

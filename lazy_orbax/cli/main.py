@@ -22,6 +22,7 @@ COMMANDS = {
     "html": "Write a page about a run.",
     "bench": "Measure what a storage can do.",
     "merge": "Average checkpoints.",
+    "keeper": "List the snapshots in memory, and who keeps them.",
     "clean": "Find, or remove, what killed saves left.",
 }
 OK, FOUND, USAGE, STORAGE = 0, 1, 2, 3
