@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from byte_transformer import BATCH, SEQUENCE, Batches, ByteTransformer, standard_library_text
 from flax import nnx
 from orbax.checkpoint import checkpoint_managers
 from tqdm import tqdm
 
 import lazy_orbax
+from byte_transformer import BATCH, SEQUENCE, Batches, ByteTransformer, standard_library_text
 
 DENSE_EVERY, FULL_EVERY = 2, 8
 DENSE_KEPT, FULL_KEPT = 10, 2
@@ -71,7 +71,7 @@ def train(manager: ocp.CheckpointManager, steps: int) -> ByteTransformer:
     optimizer = nnx.ModelAndOptimizer(ByteTransformer(nnx.Rngs(0)), optax.adam(3e-3))
     batches, rngs = Batches(standard_library_text()), nnx.Rngs(1)
     for step in tqdm(range(1, steps + 1), "training"):
-        train_step(optimizer, next(batches), rngs)
+        train_step(optimizer, jnp.asarray(next(batches)), rngs)
         if step % DENSE_EVERY == 0:
             dense = lazy_orbax.params_of(optimizer, jnp.bfloat16)
             items = {"params": ocp.args.StandardSave(dense)}
@@ -101,7 +101,7 @@ def main() -> None:
     dense = steps[-DENSE_KEPT:]
     print(f"kept: parameters at {steps}, the whole state at {full}")
     assert dense == list(range(dense[0], arguments.steps + 1, DENSE_EVERY))
-    assert set(full) >= {s for s in range(FULL_EVERY, arguments.steps + 1, FULL_EVERY)[-FULL_KEPT:]}
+    assert set(full) >= set(range(FULL_EVERY, arguments.steps + 1, FULL_EVERY)[-FULL_KEPT:])
 
     sources = [run / "run" / str(step) / "params" for step in dense]
     print(lazy_orbax.merge(sources, "cosine", run / "merged", dtype=jnp.float32))

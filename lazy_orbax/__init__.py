@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lazy_orbax.combine.merge import merge
     from lazy_orbax.combine.params_of import params_of
     from lazy_orbax.combine.schedules import merge_coefficients
+    from lazy_orbax.combine.search import search
     from lazy_orbax.handlers.installed import install, status, uninstall
     from lazy_orbax.handlers.lazy import LazyCheckpointHandler
     from lazy_orbax.handlers.prewarm import prewarm
@@ -62,6 +63,7 @@ _HOMES = {
     "reports": "lazy_orbax.reports",
     "restore_latest_good": "lazy_orbax.restore.latest_good",
     "restore_replacing": "lazy_orbax.restore.replacing",
+    "search": "lazy_orbax.combine.search",
     "split_step": "lazy_orbax.snapshot.split_step",
     "standard_handler": "lazy_orbax.handlers.stock_shaped",
     "status": "lazy_orbax.handlers.installed",
@@ -98,6 +100,7 @@ __all__ = [
     "reports",
     "restore_latest_good",
     "restore_replacing",
+    "search",
     "split_step",
     "standard_handler",
     "status",

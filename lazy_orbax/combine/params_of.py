@@ -1,4 +1,4 @@
-"""`params_of`: the parameters of a training state alone, to be saved often and cheaply beside it."""
+"""`params_of`: the parameters of a training state alone, to be saved often and cheaply."""
 
 from __future__ import annotations
 

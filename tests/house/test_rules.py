@@ -374,6 +374,7 @@ def test_what_is_public_is_documented(name):
         "pytree_handler",
         "restore_latest_good",
         "restore_replacing",
+        "search",
         "split_step",
         "standard_handler",
         "verify",
