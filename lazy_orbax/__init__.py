@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lazy_orbax.combine.merge import merge
     from lazy_orbax.combine.params_of import params_of
     from lazy_orbax.combine.schedules import merge_coefficients
+    from lazy_orbax.combine.search import search
     from lazy_orbax.handlers.installed import install, status, uninstall
     from lazy_orbax.handlers.lazy import LazyCheckpointHandler
     from lazy_orbax.handlers.prewarm import prewarm
@@ -75,6 +76,7 @@ _HOMES = {
     "restore_latest_good": "lazy_orbax.restore.latest_good",
     "restore_newest": "lazy_orbax.tiers.newest",
     "restore_replacing": "lazy_orbax.restore.replacing",
+    "search": "lazy_orbax.combine.search",
     "split_step": "lazy_orbax.snapshot.split_step",
     "standard_handler": "lazy_orbax.handlers.stock_shaped",
     "status": "lazy_orbax.handlers.installed",
@@ -118,6 +120,7 @@ __all__ = [
     "restore_latest_good",
     "restore_newest",
     "restore_replacing",
+    "search",
     "split_step",
     "standard_handler",
     "status",

@@ -8,6 +8,7 @@
 | `Keeper.report` | `KeeperReport` |
 | `restore_replacing` | `RestoredWithReplacements`, with a `Replaced` for each such leaf |
 | `merge` | `Merged` |
+| `search` | `Searched` |
 | `log_failed_saves` | `FailedSaves` |
 | `Preemption.last_save` | `LastSave` |
 | `node_local_options` | `NodeLocalOptions` |
@@ -28,6 +29,7 @@ from lazy_orbax._lazily import exports as _exports
 if TYPE_CHECKING:
     from lazy_orbax.combine.exported import Exported, ExportedTensor
     from lazy_orbax.combine.merge import Merged
+    from lazy_orbax.combine.search import Searched
     from lazy_orbax.handlers.installed import Installation, Status
     from lazy_orbax.inspection.bench import StorageSpeed
     from lazy_orbax.inspection.clean import Abandoned, CleanReport
@@ -76,6 +78,7 @@ _HOMES = {
     "RestoredWithReplacements": "lazy_orbax.restore.replacements",
     "RunListing": "lazy_orbax.inspection.ls",
     "RunTimeline": "lazy_orbax.inspection.timeline",
+    "Searched": "lazy_orbax.combine.search",
     "Skipped": "lazy_orbax.restore.latest_good",
     "StallReport": "lazy_orbax.save.step_times",
     "Status": "lazy_orbax.handlers.installed",
@@ -114,6 +117,7 @@ __all__ = [
     "RestoredWithReplacements",
     "RunListing",
     "RunTimeline",
+    "Searched",
     "Skipped",
     "StallReport",
     "Status",

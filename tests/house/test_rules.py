@@ -380,6 +380,7 @@ def test_what_is_public_is_documented(name):
         "restore_latest_good",
         "restore_newest",
         "restore_replacing",
+        "search",
         "split_step",
         "standard_handler",
         "verify",
