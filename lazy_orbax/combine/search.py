@@ -13,7 +13,8 @@ from lazy_orbax.combine.search_log import SearchLog
 from lazy_orbax.combine.search_population import Candidate, Population
 from lazy_orbax.combine.search_states import combiner, keeps_differences
 from lazy_orbax.errors import OptionError
-from lazy_orbax.restore.load import item_at, load, open_item
+from lazy_orbax.restore.load import load
+from lazy_orbax.restore.opened import item_at, opened
 from lazy_orbax.view.blocks import Block, Column, Lines, Table
 from lazy_orbax.view.viewed import Viewed
 
@@ -104,9 +105,9 @@ def search(  # noqa: PLR0913 - Keywords, of which most calls give none.
     if not paths:
         raise OptionError("There are no sources. Give a list of the paths of checkpoints.")
     n, items = len(paths), [item_at(path) for path in paths]
-    opened = [open_item(item, verify=False) for item in items]
-    leaves = matched(opened, wanted_of(None, "float32", n - 1, n))
-    del opened
+    found = [opened(item, verify=False) for item in items]
+    leaves = matched(found, wanted_of(None, "float32", n - 1, n))
+    del found
     kept = keeps_differences(leaves, n) if keep is None else keep
     known = SearchLog(log, {"lazy_orbax_search": _FORMAT, "seed": seed, "sources": items})
     combine = combiner(lambda i: load(items[i], like), n, keeps=kept)
