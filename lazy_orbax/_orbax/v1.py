@@ -64,8 +64,8 @@ def _probe() -> tuple[str, dict[str, Any], list[str]]:
 def _found_in(root: str) -> tuple[dict[str, Any], list[str]]:
     found, missing = probe(root, _NEEDED)
     for (key, method), names in _USED.items():
-        asked = inspect.unwrap(getattr(found.get(key), method, None))
-        code = getattr(asked, "__code__", None)
+        asked: Any = getattr(found.get(key), method, None)
+        code = getattr(inspect.unwrap(asked), "__code__", None)
         if key in found and not names <= set(getattr(code, "co_names", ())):
             missing.append(f"{root}._src.{_NEEDED[key][0]}.{_NEEDED[key][1]}.{method}")
     return found, missing

@@ -23,6 +23,7 @@ from lazy_orbax.errors import (
     RestoreError,
     summarize,
 )
+from lazy_orbax.integrity.array_format import formats_of
 from lazy_orbax.integrity.digest_file import DIRECTORY
 from lazy_orbax.integrity.sidecar_files import string_at
 from lazy_orbax.integrity.step_place import is_item
@@ -31,7 +32,6 @@ from lazy_orbax.integrity.verify import raise_corrupt
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.plan.transforms.transform_map import TransformMap
 from lazy_orbax.plan.transforms.transform_plan import TransformPlan
-from lazy_orbax.restore.array_format import formats_of
 from lazy_orbax.restore.compare_arrays import explain
 from lazy_orbax.restore.like import Likeness, Rule, likeness_of, likeness_of_stored
 from lazy_orbax.restore.planned import MissingChunkError, read_planned
