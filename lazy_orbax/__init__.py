@@ -12,6 +12,10 @@ from lazy_orbax._lazily import exports as _exports
 if TYPE_CHECKING:
     from lazy_orbax import args, errors, inspect, reports, transforms
     from lazy_orbax.combine.export import export
+    from lazy_orbax.combine.merge import merge
+    from lazy_orbax.combine.params_of import params_of
+    from lazy_orbax.combine.schedules import merge_coefficients
+    from lazy_orbax.combine.search import search
     from lazy_orbax.handlers.installed import install, status, uninstall
     from lazy_orbax.handlers.lazy import LazyCheckpointHandler
     from lazy_orbax.handlers.prewarm import prewarm
@@ -31,6 +35,10 @@ if TYPE_CHECKING:
     from lazy_orbax.save.step_times import StepTimes
     from lazy_orbax.snapshot.snapshot_step import SnapshotStep
     from lazy_orbax.snapshot.split_step import split_step
+    from lazy_orbax.tiers.advise import TierCost, advise
+    from lazy_orbax.tiers.keeping import Keeper
+    from lazy_orbax.tiers.newest import restore_newest
+    from lazy_orbax.tiers.save_interval import SaveIntervalPolicy
     from lazy_orbax.timeline import RestoreTimeline, SaveTimeline
     from lazy_orbax.timeline_lines import timeline_file
 
@@ -39,14 +47,18 @@ _HOMES = {
     "DurablePath": "lazy_orbax.save.durable_path",
     "FromNeighbours": "lazy_orbax.restore.replacements",
     "FromStep": "lazy_orbax.restore.replacements",
+    "Keeper": "lazy_orbax.tiers.keeping",
     # By way of its args, which Orbax must know of as soon as there is such a handler.
     "LazyCheckpointHandler": "lazy_orbax.args",
     "LazyOptions": "lazy_orbax.options",
     "Preemption": "lazy_orbax.recovery.preemption",
     "RestoreTimeline": "lazy_orbax.timeline",
+    "SaveIntervalPolicy": "lazy_orbax.tiers.save_interval",
     "SaveTimeline": "lazy_orbax.timeline",
     "SnapshotStep": "lazy_orbax.snapshot.snapshot_step",
     "StepTimes": "lazy_orbax.save.step_times",
+    "TierCost": "lazy_orbax.tiers.advise",
+    "advise": "lazy_orbax.tiers.advise",
     "args": "lazy_orbax.args",
     "errors": "lazy_orbax.errors",
     "export": "lazy_orbax.combine.export",
@@ -54,12 +66,17 @@ _HOMES = {
     "install": "lazy_orbax.handlers.installed",
     "load": "lazy_orbax.restore.load",
     "log_failed_saves": "lazy_orbax.recovery.failed_saves",
+    "merge": "lazy_orbax.combine.merge",
+    "merge_coefficients": "lazy_orbax.combine.schedules",
     "node_local_options": "lazy_orbax.pods.node_local",
+    "params_of": "lazy_orbax.combine.params_of",
     "prewarm": "lazy_orbax.handlers.prewarm",
     "pytree_handler": "lazy_orbax.handlers.stock_shaped",
     "reports": "lazy_orbax.reports",
     "restore_latest_good": "lazy_orbax.restore.latest_good",
+    "restore_newest": "lazy_orbax.tiers.newest",
     "restore_replacing": "lazy_orbax.restore.replacing",
+    "search": "lazy_orbax.combine.search",
     "split_step": "lazy_orbax.snapshot.split_step",
     "standard_handler": "lazy_orbax.handlers.stock_shaped",
     "status": "lazy_orbax.handlers.installed",
@@ -75,13 +92,17 @@ __all__ = [
     "DurablePath",
     "FromNeighbours",
     "FromStep",
+    "Keeper",
     "LazyCheckpointHandler",
     "LazyOptions",
     "Preemption",
     "RestoreTimeline",
+    "SaveIntervalPolicy",
     "SaveTimeline",
     "SnapshotStep",
     "StepTimes",
+    "TierCost",
+    "advise",
     "args",
     "errors",
     "export",
@@ -89,12 +110,17 @@ __all__ = [
     "install",
     "load",
     "log_failed_saves",
+    "merge",
+    "merge_coefficients",
     "node_local_options",
+    "params_of",
     "prewarm",
     "pytree_handler",
     "reports",
     "restore_latest_good",
+    "restore_newest",
     "restore_replacing",
+    "search",
     "split_step",
     "standard_handler",
     "status",

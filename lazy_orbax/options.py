@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from lazy_orbax._machine import memory_bytes
 from lazy_orbax.errors import OptionError
@@ -62,6 +62,8 @@ class LazyOptions:
             An object store (`gs://`) acknowledges a write in that time, retries included. A local
             directory grows, or the sync of one file ends: a slow disk may take as long as it
             wants, one that hangs may not.
+        keeper: a `lazy_orbax.Keeper`, which takes a snapshot in memory of each step that is saved
+            to storage, from the same copy in host memory.
         on_timeline: called once per saved item, in a thread of its own, when it was committed or
             has failed. The save waits up to 5 seconds for it to return, and then ends without it.
             The log has what it raises, `SystemExit` included; the save goes on. It must not save
@@ -84,6 +86,7 @@ class LazyOptions:
     storage_timeout_s: float = 300.0
     verify_restore: bool = True
     verify_snapshot: int = 100
+    keeper: Any = None
     on_timeline: Callable[[SaveTimeline], None] | None = None
     on_restore: Callable[[RestoreTimeline], None] | None = None
     on_restore_progress: Callable[[int, int], None] | None = None
@@ -114,6 +117,8 @@ class LazyOptions:
             raise OptionError(
                 f"storage_timeout_s={timeout_s!r} must be a finite number of seconds, at least 1."
             )
+        if self.keeper is not None and not hasattr(self.keeper, "take_along"):
+            raise OptionError(f"keeper={self.keeper!r} is not a lazy_orbax.Keeper.")
         self._check_callables()
 
     def _check_callables(self) -> None:

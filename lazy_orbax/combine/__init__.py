@@ -1,4 +1,5 @@
-"""What can be made of checkpoints that are there?
+"""What can be made of several checkpoints, or of parts of one, without a training run?
 
-`export` makes files of tensors that other libraries read.
+Merged steps, searched combinations, parameters alone, files of tensors that other libraries read.
+Begin with `merge.py`, or with `export.py`.
 """

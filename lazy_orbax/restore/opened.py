@@ -36,7 +36,7 @@ def item_at(path: Any) -> str:
         OptionError: there is none, or there are several.
     """
     if not isinstance(path, str | os.PathLike):
-        raise OptionError(f"Give a path: found {path!r}.")
+        raise OptionError(f"Give the path of a checkpoint: found {path!r}.")
     place = epath.Path(_paths.without_dots(os.fspath(path)))
     children = sorted(child.name for child in place.iterdir()) if place.is_dir() else []
     if is_item(children):
@@ -112,6 +112,11 @@ def missing_is_corrupt(recorder: RestoreRecorder, *sources: Checkpoint) -> Itera
 
 def raise_wrong(source: Checkpoint, wrong: list[Piece], unchecked: frozenset[str]) -> None:
     """Raises what the digests say of what was read.
+
+    Args:
+        source: what was read.
+        wrong: its pieces that are not what was saved.
+        unchecked: its leaves whose digests were not compared in passing. They are read again.
 
     Raises:
         CorruptCheckpointError: something is not what was saved.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -124,14 +124,15 @@ async def begin(saver: Saver, directory: Any, args: Any) -> list[Commit]:
     writers = prepared.plan.processes
     agreement = agreement_on(writers, saver.processes, operation=operation, item=item)
     # Created before the snapshot: a state larger than the budget is written while it is taken.
-    commit = Commit(
-        save,
-        directory,
-        custom_metadata,
-        attempt=attempt,
-        agreement=agreement,
-        merge=saver.merge,
-    )
+    with _beside(saver.options.keeper, save, prepared, leaves, args.item):
+        commit = Commit(
+            save,
+            directory,
+            custom_metadata,
+            attempt=attempt,
+            agreement=agreement,
+            merge=saver.merge,
+        )
     commit.others = others
     # From here on the next save, or `close`, ends this one where Orbax does not.
     saver.commits.append(commit)
@@ -139,6 +140,21 @@ async def begin(saver: Saver, directory: Any, args: Any) -> list[Commit]:
     _put_out_of_reach(commit, prepared.arrays(leaves))
     metrics.record_blocking(recorder.timeline)
     return [commit]
+
+
+@contextlib.contextmanager
+def _beside(
+    keeper: Any, save: Save, prepared: Prepared, leaves: Sequence[Any], item: Any
+) -> Iterator[None]:
+    """Lets a keeper have what is saved, unless the save is refused within."""
+    if keeper is not None:
+        texts = prepared.texts(leaves)
+        save.take_along(keeper.take_along(save.path, prepared.plan, item, texts))
+    try:
+        yield
+    except BaseException:
+        save.drop()
+        raise
 
 
 def own_json(custom_metadata: Any) -> Any:

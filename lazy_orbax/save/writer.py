@@ -15,6 +15,7 @@ from lazy_orbax.errors import SaveError
 from lazy_orbax.integrity import digest
 from lazy_orbax.integrity.proof import Evidence
 from lazy_orbax.plan.slabs import Piece, Plan, Slab
+from lazy_orbax.save.beside import Beside
 from lazy_orbax.save.disk_format import Format
 from lazy_orbax.save.item_stores import ItemStores
 from lazy_orbax.save.linked_chunks import Links, links_to_earlier
@@ -41,6 +42,7 @@ class Writer:
 
     Attributes:
         evidence: of what the caller's arrays held; what is written must be that.
+        beside: what else takes the pieces.
     """
 
     def __init__(self, plan: Plan, format_: Format, directory: str, *, timeout_s: float):
@@ -59,6 +61,7 @@ class Writer:
         self._unacknowledged: list[list[Request]] = []
         self.evidence: Evidence | None = None
         self._links: Links | None = None
+        self.beside: Beside | None = None
         self._syncer = self._item.place.syncer(format_.own_directories)
         try:
             self._remove_late_writes()
@@ -112,6 +115,8 @@ class Writer:
         index = piece.index
         if self.evidence and (what := self.evidence.differs(piece, index, view)):
             raise self._error_of(self._plan.leaves[piece.leaf].name, what)
+        if self.beside is not None:
+            self.beside.put(piece, view)
         # What is cast on the way is hashed as it is read back.
         if (dtype := self._format.digests.casts[piece.leaf]) is not None:
             view = digest.cast(view, dtype)
@@ -186,6 +191,8 @@ class Writer:
         """
         if self.evidence and (leaf := self.evidence.conclude()) is not None:
             raise self._error_of(leaf, "a piece of it was not written")
+        if self.beside is not None:  # All pieces were handed over, and storage may take its time.
+            self.beside.finish()
         requests = self._new_requests()
         if self._format.is_primary:
             for leaf in range(len(self._plan.leaves)):

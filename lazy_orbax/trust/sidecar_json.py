@@ -9,6 +9,7 @@ from lazy_orbax.trust.bounded_json import MOST_DIMENSIONS, Complaints, is_shape,
 from lazy_orbax.trust.files import brief
 
 _ENTRIES, _KEY_IMPL = "array_metadatas", "random_key_impl"
+_NESTED_IN_ENTRIES = ("array_metadata", "write_shape", "chunk_shape", "ext_metadata")
 # Those of `jax.sharding.AxisType`.
 _AXIS_TYPES = frozenset(f"AxisType.{kind}" for kind in ("Auto", "Explicit", "Manual"))
 
@@ -33,14 +34,13 @@ def check_array_metadatas(content: bytes, file: Any) -> dict[str, str]:
             complain(where, entry, "the metadata of a named array")
             continue
         # Orbax takes any object of that name for another entry.
-        inner = [entry, one, one.get("ext_metadata") or {}]
-        if _nested(inner, ("array_metadata", "write_shape", "chunk_shape", "ext_metadata")):
+        if _nested([entry, one, one.get("ext_metadata")], _NESTED_IN_ENTRIES):
             complain(where, entry, "nothing but the metadata of an array")
         for name in ("write_shape", "chunk_shape"):
             if not is_shape(one.get(name)):
                 complain(f"{where}, {name}", one.get(name), "a list of sizes")
         more = one.get("ext_metadata")
-        if not isinstance(more, dict | None):
+        if more is not None and not isinstance(more, dict):
             complain(f"{where}, ext_metadata", more, "a JSON object or null")
         elif more and not isinstance(more.get(_KEY_IMPL), str | None):
             complain(f"{where}, {_KEY_IMPL}", more[_KEY_IMPL], "the name of a kind of keys")
@@ -53,8 +53,8 @@ def check_array_metadatas(content: bytes, file: Any) -> dict[str, str]:
 def _nested(objects: list[Any], known: tuple[str, ...]) -> bool:
     """Whether there are objects or lists in fields that are not known."""
     for one in objects:
-        for name, value in one.items() if isinstance(one, dict) else ():
-            if isinstance(value, dict | list) and name not in known:
+        for name, value in one.items() if type(one) is dict else ():
+            if (type(value) is dict or type(value) is list) and name not in known:
                 return True
     return False
 
