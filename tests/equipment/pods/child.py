@@ -285,6 +285,20 @@ def one_save(root: str, how: str) -> Report:
         return {"steps": manager.all_steps()}
 
 
+def linked_saves(root: str) -> Report:
+    """Saves two steps, of which the second links what did not change."""
+    told: list[lazy_orbax.SaveTimeline] = []
+    options = lazy_orbax.LazyOptions(skip_unchanged=True, on_timeline=told.append)
+    handler = lazy_orbax.standard_handler(options=options, use_ocdbt=False)
+    changed, kept = states.on_mesh(_mesh(), 2), states.on_mesh(_mesh(), 1)
+    with ocp.CheckpointManager(root, item_handlers=handler) as manager:
+        for step, others in ((1, kept), (2, {"both": changed["both"], "prime": changed["prime"]})):
+            _save(manager, step, {**kept, **others})
+            manager.wait_until_finished()
+        steps = manager.all_steps()
+    return {"steps": steps, "linked": [one.bytes_linked for one in told]}
+
+
 def two_items(root: str) -> Report:
     """One handler saves two items; one of them fails on the last process."""
     state = states.on_mesh(_mesh(), 0)
@@ -474,6 +488,7 @@ SCENARIOS = {
         flipped,
         killed,
         failing,
+        linked_saves,
         one_save,
         two_items,
         hanging,
