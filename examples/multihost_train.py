@@ -136,11 +136,16 @@ def say(text: str) -> None:
 # ---------------------------------------------------------------- on one machine
 
 
-def start(n: int, arguments: list[str]) -> list[int]:
-    """Runs this file as `n` processes on this machine. Returns how they ended."""
+def address_for_a_job() -> str:
+    """Returns where the processes of a job on this machine can meet."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def start(n: int, arguments: list[str]) -> list[int]:
+    """Runs this file as `n` processes on this machine. Returns how they ended."""
+    address = address_for_a_job()
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from lazy_orbax._machine import memory_bytes
 from lazy_orbax.errors import OptionError
@@ -53,10 +53,17 @@ class LazyOptions:
             thread. With 1, the first save waits until the programs are compiled. Otherwise saves
             go on meanwhile: a thread compiles the programs after the second save of a tree began,
             or `prewarm` does, and the first save that finds them is verified.
+        skip_unchanged: do not write again what is, by its digest, the same in the committed step
+            before: frozen weights, the base under an adapter. The new step gets a hard link to the
+            file of such a chunk, so it stays whole when the older step is deleted. Only for plain
+            Zarr (`use_ocdbt=False`) in a local directory; elsewhere a save raises `OptionError`.
+            Steps share what did not change: a disk that damages it damages it in all of them.
         storage_timeout_s: most seconds in which the storage may do nothing; the save then fails.
             An object store (`gs://`) acknowledges a write in that time, retries included. A local
             directory grows, or the sync of one file ends: a slow disk may take as long as it
             wants, one that hangs may not.
+        keeper: a `lazy_orbax.Keeper`, which takes a snapshot in memory of each step that is saved
+            to storage, from the same copy in host memory.
         on_timeline: called once per saved item, in a thread of its own, when it was committed or
             has failed. The save waits up to 5 seconds for it to return, and then ends without it.
             The log has what it raises, `SystemExit` included; the save goes on. It must not save
@@ -75,9 +82,11 @@ class LazyOptions:
     slab_bytes: int = 64 * _MIB
     write_bytes_per_s: int | None = None
     low_priority: bool = False
+    skip_unchanged: bool = False
     storage_timeout_s: float = 300.0
     verify_restore: bool = True
     verify_snapshot: int = 100
+    keeper: Any = None
     on_timeline: Callable[[SaveTimeline], None] | None = None
     on_restore: Callable[[RestoreTimeline], None] | None = None
     on_restore_progress: Callable[[int, int], None] | None = None
@@ -93,7 +102,7 @@ class LazyOptions:
                 raise OptionError(
                     f"{name}={value!r} must be a whole number of bytes, at least {_MIB} (1 MiB)."
                 )
-        for name in ("low_priority", "verify_restore"):
+        for name in ("low_priority", "skip_unchanged", "verify_restore"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r} is neither True nor False.")
         every = self.verify_snapshot
@@ -108,6 +117,8 @@ class LazyOptions:
             raise OptionError(
                 f"storage_timeout_s={timeout_s!r} must be a finite number of seconds, at least 1."
             )
+        if self.keeper is not None and not hasattr(self.keeper, "take_along"):
+            raise OptionError(f"keeper={self.keeper!r} is not a lazy_orbax.Keeper.")
         self._check_callables()
 
     def _check_callables(self) -> None:

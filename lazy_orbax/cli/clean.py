@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import click
 
 from lazy_orbax.cli.output import as_json, finish
@@ -19,11 +21,14 @@ from lazy_orbax.cli.output import as_json, finish
 )
 @as_json
 def command(run: str, remove: bool, quiet_minutes: float, as_json: bool) -> int:
-    """Find what killed saves left in RUN: directories that were never published.
+    """Find what killed saves left: directories in RUN that were never published, and memory.
 
     It says what it would remove, and removes it only with --remove.
     """
     from lazy_orbax.inspection.clean import clean
+    from lazy_orbax.tiers.kept_listing import left_in_memory
 
     report = clean(run, dry_run=not remove, quiet_s=60 * quiet_minutes)
+    left = left_in_memory(report.path, dry_run=not remove, quiet_s=60 * quiet_minutes)
+    report = dataclasses.replace(report, directories=(*report.directories, *left))
     return finish(report, as_json=as_json)

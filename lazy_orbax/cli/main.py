@@ -17,10 +17,13 @@ COMMANDS = {
     "show": "Show the leaves of a checkpoint.",
     "diff": "Compare two checkpoints.",
     "verify": "Compare checkpoints with their digests.",
+    "export": "Write a checkpoint as safetensors.",
     "du": "Say what the steps of a run cost.",
     "timeline": "Say where the time of saves went.",
     "html": "Write a page about a run.",
     "bench": "Measure what a storage can do.",
+    "merge": "Average checkpoints.",
+    "keeper": "List the snapshots in memory, and who keeps them.",
     "clean": "Find, or remove, what killed saves left.",
 }
 OK, FOUND, USAGE, STORAGE = 0, 1, 2, 3
@@ -96,7 +99,7 @@ def _group() -> Any:
 
     return Commands(
         name="lazy-orbax",
-        help="Look at checkpoints: local directories, or gs:// addresses.",
+        help="Look at checkpoints, and merge them: local directories, or gs:// addresses.",
         epilog="Exit status: 0 fine, 1 something is wrong or differs, 2 wrong usage, 3 storage.",
         context_settings={"help_option_names": ["-h", "--help"]},
     )

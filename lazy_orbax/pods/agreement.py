@@ -18,6 +18,7 @@ import jax
 
 from lazy_orbax._orbax import multihost
 from lazy_orbax.errors import SaveError
+from lazy_orbax.pods.consensus import value_in_time
 
 # How long a process that is not the leader waits longer than the leader does.
 _GRACE_S = 10
@@ -111,10 +112,10 @@ class Agreement:
                     "hang there, or the process may not take part in this save",
                     process=missing[0],
                 )
-            self._value(f"{self.key}/told/{missing[0]}", _LOOK_S)
+            value_in_time(self.store, f"{self.key}/told/{missing[0]}", _LOOK_S)
 
     def _verdict(self, timeout_s: float) -> SaveError | None:
-        value = self._value(f"{self.key}/verdict", timeout_s)
+        value = value_in_time(self.store, f"{self.key}/verdict", timeout_s)
         if value is None:
             return SaveError(
                 f"{_names([self.leader])}, which commits, did not say within {timeout_s:.0f} s "
@@ -122,17 +123,6 @@ class Agreement:
                 process=self.leader,
             )
         return _decoded(value)
-
-    def _value(self, key: str, timeout_s: float) -> str | None:
-        """Waits for a value; `None` where none came in time."""
-        try:
-            return self.store.blocking_key_value_get(key, max(1, int(timeout_s)))
-        except TimeoutError:
-            return None
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" in str(error):
-                return None
-            raise
 
 
 def agreement_on(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from lazy_orbax._jax_context import neutral
+from lazy_orbax._orbax import multihost
+from lazy_orbax.errors import SaveError
 
 
 def any_process(flags: Sequence[bool]) -> list[bool]:
@@ -46,6 +50,49 @@ def from_first(numbers: Sequence[int], *, most: int) -> list[int]:
         halves = multihost_utils.broadcast_one_to_all(_halves(padded))
     found = _whole(halves)
     return found[1 : 1 + found[0]].tolist()
+
+
+def told_by_leader(
+    key: str, ask: Callable[[], list[int]], options: Any, *, timeout_s: float
+) -> list[int]:
+    """Returns what the leading process answers, without the devices: steps go on there.
+
+    Args:
+        key: where in the store it tells it. Different for each question of a job.
+        ask: returns the answer. Only the leader's is asked.
+        options: Orbax's `MultiprocessingOptions`, which say who leads and who asks.
+        timeout_s: how long the others wait for the leader to come to this question.
+
+    Raises:
+        SaveError: the leader did not answer in time.
+    """
+    if jax.process_count() == 1:
+        return ask()
+    leader = getattr(options, "primary_host", 0)
+    if leader is None:
+        leader = min(getattr(options, "active_processes", None) or {0})
+    store = multihost.key_value_store()
+    if multihost.process_index() == leader:
+        answer = ask()
+        store.key_value_set(key, json.dumps(answer), allow_overwrite=True)
+        return answer
+    value = value_in_time(store, key, timeout_s)
+    if value is None:
+        what = f"process {leader} did not say within {timeout_s:.0f} s whether to save"
+        raise SaveError(what, process=leader)
+    return json.loads(value)
+
+
+def value_in_time(store: Any, key: str, timeout_s: float) -> str | None:
+    """Waits for a value of the key-value store; `None` where none came in time."""
+    try:
+        return store.blocking_key_value_get(key, max(1, int(timeout_s)))
+    except TimeoutError:
+        return None
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" in str(error):
+            return None
+        raise
 
 
 def _of_all(numbers: Sequence[int]) -> np.ndarray:

@@ -151,7 +151,7 @@ def _taken(chunk: Chunk, reading: Any) -> Piece | None:
 
 
 def _home(chunk: Chunk) -> np.ndarray | None:
-    if (place := chunk.place) is None:
+    if len(places := chunk.places) != 1:
         return None
     form = chunk.format
-    return np.frombuffer(place, np.uint8).view(form.dtype).reshape(form.chunk)
+    return np.frombuffer(places[0], np.uint8).view(form.dtype).reshape(form.chunk)

@@ -264,4 +264,4 @@ def _inline(chunk: Chunk, value: bytes) -> Piece | None:
     if value[n_bytes:] != chunk.format.tail or len(value) < n_bytes:
         where = f"leaf {chunk.leaf}, chunk {list(chunk.read.position)}"
         raise MalformedCheckpointError(where, f"{len(value)} bytes", f"{n_bytes}, as they are")
-    return arrived(chunk, memoryview(value)[:n_bytes], in_place=False)
+    return arrived(chunk, memoryview(value)[:n_bytes])

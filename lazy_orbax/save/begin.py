@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,9 @@ from lazy_orbax.recovery.attempt import attempt_at
 from lazy_orbax.recovery.cleaning import end_earlier
 from lazy_orbax.recovery.retired_steps import remember
 from lazy_orbax.save.commit import Commit
-from lazy_orbax.save.pipeline import Job, Save
+from lazy_orbax.save.job import Job
+from lazy_orbax.save.linked_chunks import refuse_unlinkable
+from lazy_orbax.save.pipeline import Save
 from lazy_orbax.save.plan_cache import Prepared, prepare
 from lazy_orbax.save.publication import Publications
 from lazy_orbax.save.refused_trees import refuse_relative
@@ -90,7 +92,7 @@ async def begin(saver: Saver, directory: Any, args: Any) -> list[Commit]:
         What Orbax waits for, which is running already.
 
     Raises:
-        OptionError: Orbax cannot write to such a directory.
+        OptionError: Orbax cannot write to such a directory, or nothing can be linked there.
         TreeError: the tree cannot be saved. Nothing was written.
         SaveError: the save failed while it waited for host memory.
         NotDurableError: an earlier step was published unheard, and cannot be synced any more.
@@ -112,6 +114,8 @@ async def begin(saver: Saver, directory: Any, args: Any) -> list[Commit]:
         abstract=False,
     )
     refuse_relative(path, uses_ocdbt=bool(prepared.format.own_directories))
+    if saver.options.skip_unchanged:
+        refuse_unlinkable(prepared.format, path)
     if failures:
         remember(failures, prepared.plan.n_bytes, item_directory=path)
     save = Save(_job(saver, prepared, leaves, recorder))
@@ -120,14 +124,15 @@ async def begin(saver: Saver, directory: Any, args: Any) -> list[Commit]:
     writers = prepared.plan.processes
     agreement = agreement_on(writers, saver.processes, operation=operation, item=item)
     # Created before the snapshot: a state larger than the budget is written while it is taken.
-    commit = Commit(
-        save,
-        directory,
-        custom_metadata,
-        attempt=attempt,
-        agreement=agreement,
-        merge=saver.merge,
-    )
+    with _beside(saver.options.keeper, save, prepared, leaves, args.item):
+        commit = Commit(
+            save,
+            directory,
+            custom_metadata,
+            attempt=attempt,
+            agreement=agreement,
+            merge=saver.merge,
+        )
     commit.others = others
     # From here on the next save, or `close`, ends this one where Orbax does not.
     saver.commits.append(commit)
@@ -135,6 +140,21 @@ async def begin(saver: Saver, directory: Any, args: Any) -> list[Commit]:
     _put_out_of_reach(commit, prepared.arrays(leaves))
     metrics.record_blocking(recorder.timeline)
     return [commit]
+
+
+@contextlib.contextmanager
+def _beside(
+    keeper: Any, save: Save, prepared: Prepared, leaves: Sequence[Any], item: Any
+) -> Iterator[None]:
+    """Lets a keeper have what is saved, unless the save is refused within."""
+    if keeper is not None:
+        texts = prepared.texts(leaves)
+        save.take_along(keeper.take_along(save.path, prepared.plan, item, texts))
+    try:
+        yield
+    except BaseException:
+        save.drop()
+        raise
 
 
 def own_json(custom_metadata: Any) -> Any:

@@ -7,6 +7,7 @@ import queue
 import weakref
 from typing import Any
 
+from lazy_orbax.save.beside import Beside
 from lazy_orbax.snapshot.device_to_host import Held
 from lazy_orbax.snapshot.host_budget import Lease
 
@@ -19,6 +20,7 @@ class Holding:
         on_host: slabs to be written, with their leases; `None` comes last.
         arriving: arrays that are on their way to the host by themselves.
         leases: every lease of host memory of this save.
+        beside: what takes the pieces beside storage, if anything does.
     """
 
     def __init__(self) -> None:
@@ -26,6 +28,7 @@ class Holding:
         self.on_host: queue.SimpleQueue[tuple[Held, Lease] | None] = queue.SimpleQueue()
         self.arriving: list[weakref.ref[Any]] = []
         self.leases: list[Lease] = []
+        self.beside: Beside | None = None
 
     def drop(self) -> None:
         """Returns every byte. Nobody may add any more."""
@@ -36,3 +39,5 @@ class Holding:
         # After the queues: a slab in them is memory that its lease counts.
         for lease in self.leases:
             lease.release()
+        if self.beside is not None:
+            self.beside.end()

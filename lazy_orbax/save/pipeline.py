@@ -7,33 +7,29 @@ the host, Orbax's commit thread writes them. What one has finished waits for the
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import enum
 import threading
 import time
 import traceback
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lazy_orbax._machine import give_back_memory, yield_to_training
 from lazy_orbax.errors import SaveError
-from lazy_orbax.integrity.proof import Evidence, prover_of
-from lazy_orbax.options import LazyOptions
+from lazy_orbax.integrity.proof import prover_of
 from lazy_orbax.plan.slabs import Plan, Slab
 from lazy_orbax.save import in_flight
+from lazy_orbax.save.beside import Beside, PiecesBeside
 from lazy_orbax.save.holding import Holding
-from lazy_orbax.save.plan_cache import Prepared
-from lazy_orbax.save.unchanged_state import Fingerprints
+from lazy_orbax.save.job import Job
 from lazy_orbax.save.write_loop import drain
 from lazy_orbax.save.writer import Writer
 from lazy_orbax.snapshot import device_to_host
 from lazy_orbax.snapshot.choose_mode import Room
 from lazy_orbax.snapshot.host_budget import HOST_BUDGET, Lease, ReservationAborted
 from lazy_orbax.storage.fsync import Inode
-from lazy_orbax.storage.pace import Pace
 from lazy_orbax.storage.save_error import save_error
-from lazy_orbax.timeline import Recorder
 
 
 class State(enum.Enum):
@@ -46,31 +42,6 @@ class State(enum.Enum):
 
 
 _OVER = (State.DURABLE, State.FAILED)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
-    """What is saved, how and where.
-
-    Attributes:
-        prepared: the plan.
-        texts: leaves that are strings, by name. Orbax writes them; their digests are ours.
-        options: how to take the snapshot.
-        limit_bytes: most bytes of snapshot in host memory.
-        pace: how fast it may be written.
-        fingerprints: what the saves before held.
-        recorder: its timeline, whose clock runs.
-        evidence: for a save that is verified, of what the caller's arrays held.
-    """
-
-    prepared: Prepared
-    texts: Mapping[str, str]
-    options: LazyOptions
-    limit_bytes: int
-    pace: Pace
-    fingerprints: Fingerprints
-    recorder: Recorder
-    evidence: Evidence | None
 
 
 class Save:
@@ -164,6 +135,10 @@ class Save:
             raise self.failure
 
     # The caller's thread.
+
+    def take_along(self, beside: Beside | None) -> None:
+        """Sets what else takes the pieces. Before `snapshot`."""
+        self._holding.beside = beside
 
     def snapshot(self, arrays: Sequence[Any]) -> None:
         """Puts every byte out of reach of donation. The caller may donate when this returned.
@@ -270,31 +245,51 @@ class Save:
         Raises:
             SaveError: something failed, here or on the way to the host.
         """
-        if self._job.options.low_priority:
-            yield_to_training()
-        try:
-            if not self.is_over:
-                self._write(directory, custom_metadata)
-                self._move(State.DURABLE)
-        except BaseException as error:  # noqa: BLE001 - Raised below.
-            self.fail(error)
-            traceback.clear_frames(error.__traceback__)  # They hold slabs.
-        # Written or not, nobody reads the slabs any more: their leases end here at the latest.
-        self.drop()
+        self._run(lambda: self._write(directory, custom_metadata))
         give_back_memory()
         if self.failure is not None:
             raise self.failure
         self.recorder.mark("durable")
+
+    def keep(self) -> None:
+        """Hands the pieces to what was taken along, and to nothing else. In a thread of ours."""
+        self._run(self._keep)
+        self.forget()
+
+    def _run(self, work: Callable[[], None]) -> None:
+        """Does what makes the snapshot durable, and drops it."""
+        if self._job.options.low_priority:
+            yield_to_training()
+        try:
+            if not self.is_over:
+                work()
+                self._move(State.DURABLE)
+        except BaseException as error:  # noqa: BLE001 - `failure` has it.
+            self.fail(error)
+            traceback.clear_frames(error.__traceback__)  # They hold slabs.
+        # Written or not, nobody reads the slabs any more: their leases end here at the latest.
+        self.drop()
 
     def _write(self, directory: str, custom_metadata: Any) -> None:
         job, plan = self._job, self._job.prepared.plan
         writer = Writer(
             plan, job.prepared.format, directory, timeout_s=job.options.storage_timeout_s
         )
-        writer.evidence = job.evidence
+        writer.evidence, writer.beside = job.evidence, self._holding.beside
         with contextlib.closing(writer):
+            if job.options.skip_unchanged:
+                writer.link_unchanged()
             drain(self._holding.on_host, writer, plan, pace=job.pace, ended=self._ended)
             if not self.is_over:
                 fingerprint = writer.finish(custom_metadata, job.texts)
+                self.recorder.note(bytes_linked=writer.bytes_linked)
                 job.fingerprints.compare(self.recorder, fingerprint)
                 self.synced_directories = writer.synced_directories
+
+    def _keep(self) -> None:
+        job, beside = self._job, self._holding.beside
+        assert beside is not None
+        writer, on_host = PiecesBeside(beside), self._holding.on_host
+        drain(on_host, writer, job.prepared.plan, pace=job.pace, ended=self._ended)
+        if not self.is_over:
+            beside.finish()

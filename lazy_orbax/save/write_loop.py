@@ -8,6 +8,7 @@ import threading
 import weakref
 
 from lazy_orbax.plan.slabs import Plan
+from lazy_orbax.save.beside import PiecesBeside
 from lazy_orbax.save.writer import Request, Writer
 from lazy_orbax.snapshot import device_to_host
 from lazy_orbax.snapshot.device_to_host import Held
@@ -22,7 +23,7 @@ _LETTING_GO_S = 1.0
 
 def drain(
     arriving: queue.SimpleQueue[tuple[Held, Lease] | None],
-    writer: Writer,
+    writer: Writer | PiecesBeside,
     plan: Plan,
     *,
     pace: Pace,

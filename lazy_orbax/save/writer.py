@@ -15,8 +15,10 @@ from lazy_orbax.errors import SaveError
 from lazy_orbax.integrity import digest
 from lazy_orbax.integrity.proof import Evidence
 from lazy_orbax.plan.slabs import Piece, Plan, Slab
+from lazy_orbax.save.beside import Beside
 from lazy_orbax.save.disk_format import Format
 from lazy_orbax.save.item_stores import ItemStores
+from lazy_orbax.save.linked_chunks import Links, links_to_earlier
 from lazy_orbax.storage.fsync import Inode
 from lazy_orbax.storage.save_error import save_error
 
@@ -40,6 +42,7 @@ class Writer:
 
     Attributes:
         evidence: of what the caller's arrays held; what is written must be that.
+        beside: what else takes the pieces.
     """
 
     def __init__(self, plan: Plan, format_: Format, directory: str, *, timeout_s: float):
@@ -57,6 +60,8 @@ class Writer:
         self._digests: dict[int, int] = {}
         self._unacknowledged: list[list[Request]] = []
         self.evidence: Evidence | None = None
+        self._links: Links | None = None
+        self.beside: Beside | None = None
         self._syncer = self._item.place.syncer(format_.own_directories)
         try:
             self._remove_late_writes()
@@ -83,25 +88,74 @@ class Writer:
     @functools.partial(jax.profiler.annotate_function, name="lazy_orbax write")
     def write(self, pieces: Iterable[tuple[Piece, np.ndarray]]) -> list[Request]:
         """Starts writing pieces and returns what to `wait` for."""
-        requests, casts = self._new_requests(), self._format.digests.casts
+        requests, unchanged = self._new_requests(), []
         for piece, view in pieces:
-            store = self._stores.get(piece.leaf)
-            if store is None:
-                store = self._stores[piece.leaf] = self._open_leaf(piece.leaf, requests)
-            lasting = view.nbytes > _LARGEST_CACHED_BYTES
-            index = piece.index
-            future = store[index].write(view, can_reference_source_data_indefinitely=lasting)
-            requests.append(Request(future, self._plan.leaves[piece.leaf].name))
-            # While TensorStore is at work.
-            if self.evidence and (what := self.evidence.differs(piece, index, view)):
-                raise self._error_of(self._plan.leaves[piece.leaf].name, what)
-            # What is cast on the way is hashed as it is read back.
-            if (dtype := casts[piece.leaf]) is not None:
-                view = digest.cast(view, dtype)
-                if self.evidence:
-                    self.evidence.is_cast(piece, index, view)
-            self._digests[id(piece)] = digest.digest_of(view)
+            if piece.leaf not in self._stores:
+                self._stores[piece.leaf] = self._open_leaf(piece.leaf, requests)
+            before = self._links.digest_of(piece) if self._links else None
+            if before is None:
+                self._start(piece, view, requests)
+                self._take_digest(piece, view)  # While TensorStore is at work.
+            elif self._take_digest(piece, view) == before:
+                unchanged.append((piece, view))
+            else:
+                self._start(piece, view, requests)
+        for piece, view in self._not_linked(unchanged):
+            self._start(piece, view, requests)
         return requests
+
+    def _start(self, piece: Piece, view: np.ndarray, requests: list[Request]) -> None:
+        lasting = view.nbytes > _LARGEST_CACHED_BYTES
+        store = self._stores[piece.leaf][piece.index]
+        future = store.write(view, can_reference_source_data_indefinitely=lasting)
+        requests.append(Request(future, self._plan.leaves[piece.leaf].name))
+
+    def _take_digest(self, piece: Piece, view: np.ndarray) -> int:
+        """Looks at a piece, and notes the digest of what it is on disk."""
+        index = piece.index
+        if self.evidence and (what := self.evidence.differs(piece, index, view)):
+            raise self._error_of(self._plan.leaves[piece.leaf].name, what)
+        if self.beside is not None:
+            self.beside.put(piece, view)
+        # What is cast on the way is hashed as it is read back.
+        if (dtype := self._format.digests.casts[piece.leaf]) is not None:
+            view = digest.cast(view, dtype)
+            if self.evidence:
+                self.evidence.is_cast(piece, index, view)
+        self._digests[id(piece)] = found = digest.digest_of(view)
+        return found
+
+    def link_unchanged(self) -> None:
+        """Lets `write` link what is the same in the committed step before.
+
+        Raises:
+            TimeoutError: the storage does not answer.
+        """
+        directory = self._item.place.directory
+
+        def look() -> None:
+            self._links = links_to_earlier(directory, self._plan, self._format)
+
+        self._item.deadline.run(look, "lazy_orbax-link")
+
+    @property
+    def bytes_linked(self) -> int:
+        """How many bytes were not written, because they are in an earlier step."""
+        return self._links.n_bytes if self._links else 0
+
+    def _not_linked(
+        self, unchanged: Sequence[tuple[Piece, np.ndarray]]
+    ) -> list[tuple[Piece, np.ndarray]]:
+        """Links what did not change. Returns what could not be linked, and is to be written."""
+        links, left = self._links, []
+        if links is None or not unchanged:
+            return left
+
+        def link() -> None:
+            left.extend(one for one in unchanged if not links.link(one[0], one[1].nbytes))
+
+        self._item.deadline.run(link, "lazy_orbax-link")
+        return left
 
     def _error_of(self, leaf: str, what: str) -> SaveError:
         return save_error(self._item.place.directory, ValueError(what), leaf=leaf)
@@ -137,6 +191,8 @@ class Writer:
         """
         if self.evidence and (leaf := self.evidence.conclude()) is not None:
             raise self._error_of(leaf, "a piece of it was not written")
+        if self.beside is not None:  # All pieces were handed over, and storage may take its time.
+            self.beside.finish()
         requests = self._new_requests()
         if self._format.is_primary:
             for leaf in range(len(self._plan.leaves)):

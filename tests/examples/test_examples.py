@@ -17,6 +17,7 @@ ROOT = pathlib.Path(__file__).parents[2]
         ["resume_on_another_mesh.py"],
         ["linen_train_state.py"],
         ["hidden_copy.py"],
+        pytest.param(["outlive.py", "--steps", "24"], marks=pytest.mark.slow),
         ["multihost_train.py", "--demo", "--processes", "2", "--steps", "12", "--save-every", "4"],
     ],
     ids=lambda command: command[0],
@@ -38,5 +39,7 @@ def test_the_example_holds_what_it_claims(command, tmp_path):
     if name == "multihost_train.py":
         assert "resumed from step 8 on 1 processes" in done.stdout
         assert "stock Orbax restores step 12 in one process" in done.stdout
+    elif name == "outlive.py":
+        assert "24 losses are equal, bit for bit" in done.stdout
     elif "--demo" in flags:
         assert "12 losses and the last checkpoint are equal, bit for bit" in done.stdout

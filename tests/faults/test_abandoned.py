@@ -13,7 +13,8 @@ from equipment.trees import on_mesh
 import lazy_orbax
 from lazy_orbax._orbax.records import Destination
 from lazy_orbax.errors import SaveError
-from lazy_orbax.save.pipeline import Job, Save
+from lazy_orbax.save.job import Job
+from lazy_orbax.save.pipeline import Save
 from lazy_orbax.save.plan_cache import prepare
 from lazy_orbax.save.unchanged_state import Fingerprints
 from lazy_orbax.snapshot.host_budget import HOST_BUDGET

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -22,6 +23,7 @@ from equipment.pods.kill_points import killing
 
 import lazy_orbax
 from lazy_orbax import _machine
+from lazy_orbax.combine import merge_work
 from lazy_orbax.save import commit, writer
 from lazy_orbax.snapshot.host_budget import HOST_BUDGET
 from lazy_orbax.storage import pace as pacing
@@ -406,6 +408,44 @@ def preempted(root: str, signalled: list[int], saves: bool) -> Report:
         return {"last": facts, "reached": n, "slow": slow, "hurried": hurried}
 
 
+def at_intervals(root: str) -> Report:
+    """Asks at each of forty steps a policy whose clock, and so all it measures, is this process's.
+
+    By its own clock each process would save at other steps. Some saves take several to be written.
+    """
+    process, clock = jax.process_index(), [0.0]
+    policy = lazy_orbax.SaveIntervalPolicy(most_overhead=0.2, clock=lambda: clock[0])
+    saved, state = [], states.on_mesh(_mesh(), 0)
+    with _manager(root, save_decision_policy=policy) as manager:
+        for n in range(1, 41):
+            if _save(manager, n, state):
+                saved.append(n)
+                clock[0] += 3.0 + 2.0 * process
+            clock[0] += 1.0 + 0.1 * process
+            if n % 2:
+                manager.wait_until_finished()
+        manager.wait_until_finished()
+        return {"saved": saved, "steps": manager.all_steps(), "report": str(policy.report())}
+
+
+def merged(root: str, use_ocdbt: bool) -> Report:
+    """Merges two steps, each process a share; once in vain, for the last one fails."""
+    handler = lazy_orbax.standard_handler(use_ocdbt=use_ocdbt)
+    with ocp.CheckpointManager(root, item_handlers=handler) as manager:
+        for n in (1, 2):
+            _save(manager, n, states.on_mesh(_mesh(), n))
+        manager.wait_until_finished()
+    merge = functools.partial(
+        lazy_orbax.merge, [f"{root}/{n}" for n in (1, 2)], [0.25, 0.75], others=0, host_bytes=2**20
+    )
+    add = merge_work.add
+    if jax.process_index() == jax.process_count() - 1:
+        merge_work.add = None  # type: ignore[assignment]
+    failed = _outcome(lambda: merge(f"{root}/3"))
+    merge_work.add = add
+    return {"failed": failed, "bytes": merge(f"{root}/3").bytes_written}
+
+
 def modes(root: str) -> Report:
     """The three modes of a snapshot, and trees that are refused."""
     return worker.main(pathlib.Path(root))
@@ -441,6 +481,8 @@ SCENARIOS = {
         restored,
         node_local,
         preempted,
+        at_intervals,
+        merged,
         modes,
         saved_by_v1,
         killed_in_v1,

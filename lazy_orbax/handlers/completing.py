@@ -1,0 +1,121 @@
+"""A snapshot in memory is written to storage, as an ordinary step of the run, by a fresh process.
+
+`python -m lazy_orbax.handlers.completing RUN DIRECTORY`: the keeper calls it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from typing import Any
+
+from etils import epath
+
+from lazy_orbax import _paths
+from lazy_orbax._orbax.symbols import ocp
+from lazy_orbax.errors import KeeperError, LazyOrbaxError
+from lazy_orbax.handlers.stock_shaped import pytree_handler
+from lazy_orbax.tiers.kept_tree import KeptTree
+from lazy_orbax.tiers.shelf import Shelf
+from lazy_orbax.tiers.snapshot_file import Snapshot, SnapshotError
+from lazy_orbax.timeline import RestoreRecorder
+
+_LOG = logging.getLogger("lazy_orbax")
+_Items = dict[str, list[Snapshot]]
+
+
+def complete(run: str, directory: str | None = None) -> int:
+    """Writes the newest whole snapshot of a run to storage. Returns its step.
+
+    Every item that the run kept must be whole, with every byte of it on this machine. Arrays are
+    written as NumPy arrays, whatever devices they were on: a restore with a target puts them
+    where that says, and one without a target returns NumPy arrays.
+
+    Args:
+        run: the run's directory, or its `gs://` address, which must be there.
+        directory: the keeper's directory.
+
+    Raises:
+        KeeperError: there is no such snapshot, or somebody has gone on with the run since.
+        SaveError: the storage refused it.
+    """
+    if not epath.Path(run).is_dir():
+        raise KeeperError(f"there is no directory {run} to which a step could be written")
+    steps = _whole(Shelf(directory), run)
+    reasons: list[str] = []
+    for (step, _), items in steps:
+        _refuse_if_outlived(run, step, items)
+        try:
+            values = {item: _value(snapshots) for item, snapshots in items.items()}
+        except (LazyOrbaxError, SnapshotError) as error:
+            reasons.append(f"step {step}: {error}")
+            continue
+        handlers = {item: pytree_handler() for item in values}
+        options = ocp.CheckpointManagerOptions(create=False)
+        with ocp.CheckpointManager(run, item_handlers=handlers, options=options) as manager:
+            args = {item: ocp.args.PyTreeSave(value) for item, value in values.items()}
+            manager.save(step, args=ocp.args.Composite(**args), force=True)
+            manager.wait_until_finished()
+        return step
+    raise KeeperError(f"no snapshot of {run} in memory is whole: {'; '.join(reasons) or 'none'}")
+
+
+def _whole(shelf: Shelf, run: str) -> list[tuple[tuple[int, int], _Items]]:
+    """Returns the steps that have all items, the one that was sealed last first."""
+    found: dict[tuple[int, int], _Items] = {}
+    for _, snapshot in shelf.snapshots():
+        if isinstance(snapshot, Snapshot) and snapshot.facts["run"] == run:
+            items = found.setdefault((snapshot.step, snapshot.facts["life"]), {})
+            items.setdefault(snapshot.facts["item"], []).append(snapshot)
+    wanted = {item for items in found.values() for item in items}
+    whole = [(key, items) for key, items in found.items() if set(items) == wanted]
+    return sorted(whole, key=lambda pair: _written_s(pair[1]), reverse=True)
+
+
+def _written_s(items: _Items) -> float:
+    return max(one.facts["written_s"] for snapshots in items.values() for one in snapshots)
+
+
+def _value(snapshots: list[Snapshot]) -> Any:
+    recorder = RestoreRecorder(snapshots[0].path)
+    return KeptTree(snapshots).restored(None, recorder, on_devices=False)
+
+
+def _refuse_if_outlived(run: str, step: int, items: _Items) -> None:
+    """Refuses to write into a run with which somebody else has gone on.
+
+    Raises:
+        KeeperError: there is a step that is as new, or was written later.
+    """
+    root = epath.Path(run)
+    for path, stored, is_temporary in _paths.steps_in(root) if root.exists() else ():
+        if is_temporary or stored is None:
+            continue
+        if stored >= step or _begun_s(path) > _written_s(items):
+            raise KeeperError(f"step {step} is not written: {path} is newer")
+
+
+def _begun_s(step: Any) -> float:
+    """Returns when a step in storage was begun, as Orbax says; it may have taken its time."""
+    try:
+        told = json.loads((step / _paths.STEP_METADATA).read_text())
+        return told["init_timestamp_nsecs"] / 1e9
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
+
+
+def main(arguments: list[str]) -> int:
+    """Completes a run. Returns the exit status: 0 where a step was written."""
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+    try:
+        step = complete(*arguments)
+    except LazyOrbaxError as error:
+        _LOG.warning("%s", error)
+        return 1
+    _LOG.warning("Step %d of %s was written.", step, arguments[0])
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

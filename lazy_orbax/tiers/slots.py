@@ -1,0 +1,154 @@
+"""The places of all items of one process, and what became of its snapshots."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Mapping, Sequence
+
+import jax
+
+from lazy_orbax.pods import consensus
+from lazy_orbax.tiers.keeper_link import KeeperLink
+from lazy_orbax.tiers.kept_layout import KeptLayout
+from lazy_orbax.tiers.shelf import Shelf
+from lazy_orbax.tiers.slot import Slot, Writing
+from lazy_orbax.tiers.votes import Votes
+
+_LOG = logging.getLogger("lazy_orbax")
+
+
+@dataclasses.dataclass(frozen=True)
+class KeeperReport:
+    """What became of the snapshots of one process so far.
+
+    Attributes:
+        kept: snapshots that are, or were, whole in memory.
+        skipped: steps that were passed over, because the one before was still being copied.
+        failed: snapshots that failed.
+        newest_step: the step of the newest whole one of this process's life; `None`: there is none.
+        error: why the last one failed, if it did.
+    """
+
+    kept: int = 0
+    skipped: int = 0
+    failed: int = 0
+    newest_step: int | None = None
+    error: str | None = None
+
+
+class Slots:
+    """The places of all items of one process.
+
+    Invariant, under the lock: `report` counts each snapshot once, when its fate is known.
+
+    Attributes:
+        shelf: the directory in memory.
+        life: which life of the job this is: a random number.
+        report: what became of the snapshots so far.
+    """
+
+    def __init__(self, shelf: Shelf, link: KeeperLink, run: str):
+        """Begins with none.
+
+        Args:
+            shelf: where they are.
+            link: whom to ask for room.
+            run: the name of the run.
+        """
+        self.shelf, self.life, self.report = shelf, 0, KeeperReport()
+        self._link, self._run, self._lock = link, run, threading.Lock()
+        self._slots: dict[str, Slot] = {}
+
+    def begin_life(self, restored: Mapping[str, str] | None = None) -> None:
+        """Tells snapshots from now on apart from those before. Every process must call it.
+
+        A step that is taken a second time, from an older state, may come to other values: nobody
+        may put snapshots of both together.
+
+        Args:
+            restored: the file of each item with which this life begins.
+        """
+        (self.life,) = consensus.from_first([secrets.randbits(62)], most=1)
+        for item in {*self._slots, *(restored or {})}:
+            path = (restored or {}).get(item)
+            self._slot(item).begin_life(self._votes(item), path)
+
+    def _votes(self, item: str) -> Votes:
+        return Votes(f"{self.life}/{item}")
+
+    def begin(
+        self, step: int, item: str, layout: KeptLayout, texts: dict[str, str]
+    ) -> Writing | None:
+        """Returns a snapshot that may be written now; `None`: the one before is not done.
+
+        Args:
+            step: the step.
+            item: the item.
+            layout: what goes where.
+            texts: the leaves that are strings, by name.
+
+        Raises:
+            TreeError: leaves cannot be kept.
+        """
+        layout.refuse_others()
+        slot = self._slot(item)
+        if not slot.begin():
+            slot.tell(step, is_sealed=False)
+            with self._lock:
+                self.report = dataclasses.replace(self.report, skipped=self.report.skipped + 1)
+            _LOG.info("Step %d is not kept in memory: the one before is still copied.", step)
+            return None
+        facts = {
+            "run": self._run,
+            "item": item,
+            "step": step,
+            "life": self.life,
+            "process": jax.process_index(),
+            "processes": jax.process_count(),
+            "written_s": time.time(),
+            "texts": texts,
+        }
+        return Writing(slot, layout, facts, self._told)
+
+    def _slot(self, item: str) -> Slot:
+        with self._lock:
+            if item not in self._slots:
+                whose = (self._run, item, jax.process_index())
+                self._slots[item] = Slot(self.shelf, self._link, whose, self._votes(item))
+            return self._slots[item]
+
+    def _told(self, writing: Writing, error: BaseException | None) -> None:
+        if error is not None:
+            self.failed(writing.step, error)
+            return
+        with self._lock:
+            self.report = dataclasses.replace(
+                self.report, kept=self.report.kept + 1, newest_step=writing.step, error=None
+            )
+
+    def failed(self, step: int, error: BaseException) -> None:
+        """Notes that a step could not be kept."""
+        text = str(error) or type(error).__name__
+        with self._lock:
+            is_new = text != self.report.error
+            self.report = dataclasses.replace(
+                self.report, failed=self.report.failed + 1, error=text
+            )
+        if is_new:  # What fails at each step is said once.
+            _LOG.warning("Step %d is not kept in memory: %s", step, text)
+
+    def files(self, items: Sequence[str]) -> list[str]:
+        """Returns the names of this process's files."""
+        return [name for item in items for name in self._slot(item).names]
+
+    def close(self) -> list[str]:
+        """Lets go of the memory. Returns the names of the files."""
+        names = self.files(list(self._slots))
+        for slot in self._slots.values():
+            slot.close()
+        self._slots.clear()
+        return names

@@ -1,0 +1,70 @@
+"""Which steps have all processes of a job sealed? Told in the store that JAX's runtime has.
+
+A process overwrites a snapshot only when it knows what became of the newer one everywhere: if all
+have that, the older one is of no use; if one has not, nobody will ever restore the newer one.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+from typing import Any
+
+import jax
+
+from lazy_orbax._orbax import multihost
+
+
+class Votes:
+    """What the processes of a job tell each other of the steps of one item."""
+
+    def __init__(self, name: str, store: Any = None):
+        """Begins to take part.
+
+        Args:
+            name: the same on all processes of a job, and different in each life of it.
+            store: the key-value store; `None` is JAX's.
+        """
+        self._name, self._process, self._n = name, jax.process_index(), jax.process_count()
+        self._store, self._told = store, list[int]()
+        if store is None and self._n > 1:
+            self._store = multihost.key_value_store()
+
+    def _key(self, step: int, process: int) -> str:
+        return f"lazy_orbax/kept/{self._name}/{step}/{process}"
+
+    def tell(self, step: int, *, is_sealed: bool) -> None:
+        """Tells the others what became of a step here. Once for each step."""
+        if self._n > 1:
+            value = "sealed" if is_sealed else "lost"
+            self._store.key_value_set(self._key(step, self._process), value, allow_overwrite=True)
+            self._told.append(step)
+
+    def is_common(self, step: int, *, timeout_s: float) -> bool | None:
+        """Returns whether all processes have sealed a step that this one has.
+
+        Args:
+            step: the step.
+            timeout_s: most seconds to wait for the others.
+
+        Returns:
+            `None` if another process has not told yet.
+        """
+        for process in range(self._n):
+            if process == self._process:
+                continue
+            try:
+                key = self._key(step, process)
+                told = self._store.blocking_key_value_get(key, max(1, int(timeout_s)))
+            except (TimeoutError, concurrent.futures.TimeoutError):
+                return None
+            except jax.errors.JaxRuntimeError:  # It took too long, or the job is ending.
+                return None
+            if told != "sealed":
+                return False
+        self._forget_before(step)
+        return True
+
+    def _forget_before(self, step: int) -> None:
+        """Removes what was told before a step that all have: whoever has it, has read all that."""
+        while self._told and self._told[0] != step:
+            self._store.key_value_delete(self._key(self._told.pop(0), self._process))

@@ -1,0 +1,66 @@
+"""What became of snapshots is counted, and a warning is not said at each step."""
+
+import types
+
+import jax.numpy as jnp
+import pytest
+from equipment.kept import plan_of
+
+from lazy_orbax.errors import TreeError
+from lazy_orbax.tiers.kept_layout import layout_of
+from lazy_orbax.tiers.shelf import Shelf
+from lazy_orbax.tiers.slots import Slots
+
+TREE = {"a": jnp.ones(2)}
+PLAN = plan_of(TREE)
+
+
+@pytest.fixture
+def slots(place):
+    shelf = Shelf(place)
+
+    def ask(message):
+        shelf.make_room(message["file"], message["n_bytes"], 2**24)
+
+    return Slots(shelf, types.SimpleNamespace(ask=ask), "run")
+
+
+def test_each_snapshot_is_counted_once(slots):
+    layout = layout_of(PLAN, TREE)
+    lost = slots.begin(1, "default", layout, {})
+    assert slots.begin(2, "default", layout, {}) is None
+    lost.end()
+    lost.end()
+    kept = slots.begin(3, "default", layout, {})
+    (piece,) = (piece for slab in PLAN.slabs for piece in slab.pieces)
+    kept.put(piece, jnp.ones(2).__array__())
+    kept.finish()
+    report = slots.report
+    assert (report.kept, report.skipped, report.failed, report.newest_step) == (1, 1, 1, 3)
+    assert report.error is None
+    assert slots.close() == slots.files(["default"])
+
+
+def test_the_same_failure_is_said_once(slots, caplog):
+    for step in range(3):
+        slots.failed(step, ValueError("why"))
+    slots.failed(3, ValueError("another"))
+    assert [r.message for r in caplog.records] == [
+        "Step 0 is not kept in memory: why",
+        "Step 3 is not kept in memory: another",
+    ]
+    assert slots.report.failed == 4
+
+
+def test_a_life_is_told_from_the_one_before(slots):
+    slots.begin_life()
+    first = slots.life
+    slots.begin_life()
+    assert slots.life != first
+
+
+def test_a_tree_that_cannot_be_kept_takes_no_place(slots):
+    tree = {"a": jnp.ones(2), "z": object()}
+    with pytest.raises(TreeError, match="z"):
+        slots.begin(1, "default", layout_of(plan_of({"a": jnp.ones(2)}), tree), {})
+    assert slots.begin(2, "default", layout_of(PLAN, TREE), {}) is not None
