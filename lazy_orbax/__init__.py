@@ -11,6 +11,11 @@ from lazy_orbax._lazily import exports as _exports
 
 if TYPE_CHECKING:
     from lazy_orbax import args, errors, inspect, reports, transforms
+    from lazy_orbax.combine.export import export
+    from lazy_orbax.combine.merge import merge
+    from lazy_orbax.combine.params_of import params_of
+    from lazy_orbax.combine.schedules import merge_coefficients
+    from lazy_orbax.combine.search import search
     from lazy_orbax.handlers.installed import install, status, uninstall
     from lazy_orbax.handlers.lazy import LazyCheckpointHandler
     from lazy_orbax.handlers.prewarm import prewarm
@@ -23,7 +28,8 @@ if TYPE_CHECKING:
     from lazy_orbax.recovery.preemption import Preemption
     from lazy_orbax.restore.latest_good import restore_latest_good
     from lazy_orbax.restore.load import load
-    from lazy_orbax.restore.replacing import FromStep, restore_replacing
+    from lazy_orbax.restore.replacements import FromNeighbours, FromStep
+    from lazy_orbax.restore.replacing import restore_replacing
     from lazy_orbax.save.durable_path import DurablePath
     from lazy_orbax.save.in_flight import wait_until_staged
     from lazy_orbax.save.step_times import StepTimes
@@ -39,7 +45,8 @@ if TYPE_CHECKING:
 # Where each name comes from, once somebody asks for it: `import lazy_orbax` imports no JAX.
 _HOMES = {
     "DurablePath": "lazy_orbax.save.durable_path",
-    "FromStep": "lazy_orbax.restore.replacing",
+    "FromNeighbours": "lazy_orbax.restore.replacements",
+    "FromStep": "lazy_orbax.restore.replacements",
     "Keeper": "lazy_orbax.tiers.keeping",
     # By way of its args, which Orbax must know of as soon as there is such a handler.
     "LazyCheckpointHandler": "lazy_orbax.args",
@@ -54,17 +61,22 @@ _HOMES = {
     "advise": "lazy_orbax.tiers.advise",
     "args": "lazy_orbax.args",
     "errors": "lazy_orbax.errors",
+    "export": "lazy_orbax.combine.export",
     "inspect": "lazy_orbax.inspect",
     "install": "lazy_orbax.handlers.installed",
     "load": "lazy_orbax.restore.load",
     "log_failed_saves": "lazy_orbax.recovery.failed_saves",
+    "merge": "lazy_orbax.combine.merge",
+    "merge_coefficients": "lazy_orbax.combine.schedules",
     "node_local_options": "lazy_orbax.pods.node_local",
+    "params_of": "lazy_orbax.combine.params_of",
     "prewarm": "lazy_orbax.handlers.prewarm",
     "pytree_handler": "lazy_orbax.handlers.stock_shaped",
     "reports": "lazy_orbax.reports",
     "restore_latest_good": "lazy_orbax.restore.latest_good",
     "restore_newest": "lazy_orbax.tiers.newest",
     "restore_replacing": "lazy_orbax.restore.replacing",
+    "search": "lazy_orbax.combine.search",
     "split_step": "lazy_orbax.snapshot.split_step",
     "standard_handler": "lazy_orbax.handlers.stock_shaped",
     "status": "lazy_orbax.handlers.installed",
@@ -78,6 +90,7 @@ _HOMES = {
 
 __all__ = [
     "DurablePath",
+    "FromNeighbours",
     "FromStep",
     "Keeper",
     "LazyCheckpointHandler",
@@ -92,17 +105,22 @@ __all__ = [
     "advise",
     "args",
     "errors",
+    "export",
     "inspect",
     "install",
     "load",
     "log_failed_saves",
+    "merge",
+    "merge_coefficients",
     "node_local_options",
+    "params_of",
     "prewarm",
     "pytree_handler",
     "reports",
     "restore_latest_good",
     "restore_newest",
     "restore_replacing",
+    "search",
     "split_step",
     "standard_handler",
     "status",

@@ -8,6 +8,7 @@
 | `NotDurableError` | the same; the step is listed, but only a later one will survive a power cut |
 | `RestoreError` | fixes the restore target |
 | `TransformError` | fixes the rules by which a restore transforms what is stored |
+| `MergeError` | merges checkpoints that fit each other, or says what is to be taken from one |
 | `CorruptCheckpointError` | takes an older step: this one is not what was saved |
 | `MalformedCheckpointError` | restores another checkpoint; nobody should trust this one |
 | `KeeperError` | trains without snapshots in memory, or gives the keeper what it needs |
@@ -110,6 +111,18 @@ class TransformError(RestoreError):
         self.problems = tuple(problems)
         listed = summarize(problems)
         super().__init__(f"The transforms do not make what is wanted from what is stored:{listed}")
+
+
+class MergeError(LazyOrbaxError, ValueError):
+    """Checkpoints do not fit each other, so they have no merge. Nothing is left of it.
+
+    Attributes:
+        problems: every misfit that was found, by leaf.
+    """
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = tuple(problems)
+        super().__init__(f"These checkpoints cannot be merged:{summarize(problems)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,6 +53,11 @@ class LazyOptions:
             thread. With 1, the first save waits until the programs are compiled. Otherwise saves
             go on meanwhile: a thread compiles the programs after the second save of a tree began,
             or `prewarm` does, and the first save that finds them is verified.
+        skip_unchanged: do not write again what is, by its digest, the same in the committed step
+            before: frozen weights, the base under an adapter. The new step gets a hard link to the
+            file of such a chunk, so it stays whole when the older step is deleted. Only for plain
+            Zarr (`use_ocdbt=False`) in a local directory; elsewhere a save raises `OptionError`.
+            Steps share what did not change: a disk that damages it damages it in all of them.
         storage_timeout_s: most seconds in which the storage may do nothing; the save then fails.
             An object store (`gs://`) acknowledges a write in that time, retries included. A local
             directory grows, or the sync of one file ends: a slow disk may take as long as it
@@ -77,6 +82,7 @@ class LazyOptions:
     slab_bytes: int = 64 * _MIB
     write_bytes_per_s: int | None = None
     low_priority: bool = False
+    skip_unchanged: bool = False
     storage_timeout_s: float = 300.0
     verify_restore: bool = True
     verify_snapshot: int = 100
@@ -96,7 +102,7 @@ class LazyOptions:
                 raise OptionError(
                     f"{name}={value!r} must be a whole number of bytes, at least {_MIB} (1 MiB)."
                 )
-        for name in ("low_priority", "verify_restore"):
+        for name in ("low_priority", "skip_unchanged", "verify_restore"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r} is neither True nor False.")
         every = self.verify_snapshot

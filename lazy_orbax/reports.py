@@ -7,6 +7,8 @@
 | `restore_newest` | `Newest` |
 | `Keeper.report` | `KeeperReport` |
 | `restore_replacing` | `RestoredWithReplacements`, with a `Replaced` for each such leaf |
+| `merge` | `Merged` |
+| `search` | `Searched` |
 | `log_failed_saves` | `FailedSaves` |
 | `Preemption.last_save` | `LastSave` |
 | `node_local_options` | `NodeLocalOptions` |
@@ -15,6 +17,7 @@
 | `StepTimes.report` | `StallReport` |
 | `advise` | `Advice`, with a `TierAdvice` for each tier |
 | `SaveIntervalPolicy.report` | `IntervalReport` |
+| `export` | `Exported`, with an `ExportedTensor` for each |
 
 The functions of `lazy_orbax.inspect` say there which record they return.
 """
@@ -24,6 +27,9 @@ from typing import TYPE_CHECKING
 from lazy_orbax._lazily import exports as _exports
 
 if TYPE_CHECKING:
+    from lazy_orbax.combine.exported import Exported, ExportedTensor
+    from lazy_orbax.combine.merge import Merged
+    from lazy_orbax.combine.search import Searched
     from lazy_orbax.handlers.installed import Installation, Status
     from lazy_orbax.inspection.bench import StorageSpeed
     from lazy_orbax.inspection.clean import Abandoned, CleanReport
@@ -38,7 +44,7 @@ if TYPE_CHECKING:
     from lazy_orbax.recovery.failed_saves import FailedSaves
     from lazy_orbax.recovery.preemption import LastSave
     from lazy_orbax.restore.latest_good import LatestGood, Skipped
-    from lazy_orbax.restore.replacing import Replaced, RestoredWithReplacements
+    from lazy_orbax.restore.replacements import Replaced, RestoredWithReplacements
     from lazy_orbax.save.step_times import StallReport
     from lazy_orbax.tiers.advise import Advice, TierAdvice
     from lazy_orbax.tiers.keeping import KeeperReport
@@ -52,6 +58,8 @@ _HOMES = {
     "CleanReport": "lazy_orbax.inspection.clean",
     "Difference": "lazy_orbax.inspection.diff",
     "DiskUse": "lazy_orbax.inspection.du",
+    "Exported": "lazy_orbax.combine.exported",
+    "ExportedTensor": "lazy_orbax.combine.exported",
     "FailedSaves": "lazy_orbax.recovery.failed_saves",
     "FixedLeaf": "lazy_orbax.inspection.du",
     "Installation": "lazy_orbax.handlers.installed",
@@ -63,12 +71,14 @@ _HOMES = {
     "LatestGood": "lazy_orbax.restore.latest_good",
     "LeafDifference": "lazy_orbax.inspection.diff",
     "LeafEntry": "lazy_orbax.inspection.leaves",
+    "Merged": "lazy_orbax.combine.merge",
     "Newest": "lazy_orbax.tiers.newest",
     "NodeLocalOptions": "lazy_orbax.pods.node_local",
-    "Replaced": "lazy_orbax.restore.replacing",
-    "RestoredWithReplacements": "lazy_orbax.restore.replacing",
+    "Replaced": "lazy_orbax.restore.replacements",
+    "RestoredWithReplacements": "lazy_orbax.restore.replacements",
     "RunListing": "lazy_orbax.inspection.ls",
     "RunTimeline": "lazy_orbax.inspection.timeline",
+    "Searched": "lazy_orbax.combine.search",
     "Skipped": "lazy_orbax.restore.latest_good",
     "StallReport": "lazy_orbax.save.step_times",
     "Status": "lazy_orbax.handlers.installed",
@@ -87,6 +97,8 @@ __all__ = [
     "CleanReport",
     "Difference",
     "DiskUse",
+    "Exported",
+    "ExportedTensor",
     "FailedSaves",
     "FixedLeaf",
     "Installation",
@@ -98,12 +110,14 @@ __all__ = [
     "LatestGood",
     "LeafDifference",
     "LeafEntry",
+    "Merged",
     "Newest",
     "NodeLocalOptions",
     "Replaced",
     "RestoredWithReplacements",
     "RunListing",
     "RunTimeline",
+    "Searched",
     "Skipped",
     "StallReport",
     "Status",

@@ -43,6 +43,8 @@ class SaveTimeline(Viewed):
             `+`, or `"host"` if no leaf was on a device.
         reason: why `mode` was chosen, for each of its parts.
         bytes_written: how many bytes of arrays this process wrote, before compression.
+        bytes_linked: of these, how many were in the step before as they are now, so that their
+            files were linked, and not written (`LazyOptions.skip_unchanged`).
         waited_s: how many seconds `save()` waited for host memory.
         planned_s: it was known what is written where.
         enqueued_s: all bytes were out of reach of donation. `save()` returned soon after.
@@ -60,6 +62,7 @@ class SaveTimeline(Viewed):
     mode: str = "host"
     reason: str = ""
     bytes_written: int = 0
+    bytes_linked: int = 0
     waited_s: float = 0.0
     planned_s: float | None = None
     enqueued_s: float | None = None

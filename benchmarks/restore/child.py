@@ -123,13 +123,13 @@ def _by_manager(run: Reading, reports: list[Any]) -> Iterator[Callable[[], Any]]
 @contextlib.contextmanager
 def _into_another_tree(run: Reading, reports: list[Any]) -> Iterator[Callable[[], Any]]:
     """Yields what restores through transforms, and adds what lazy_orbax reports to a list."""
-    import lazy_orbax
     from benchmarks.restore import transformed
+    from lazy_orbax import LazyOptions, load  # Importing it is no part of a restore.
 
     path = pathlib.Path(run.path) / str(STEP)
     like, rules = transformed.wanted(run), transformed.rules_of(run)
-    options = lazy_orbax.LazyOptions(on_restore=reports.append)
-    yield lambda: lazy_orbax.load(path, like, transforms=rules, options=options)
+    options = LazyOptions(on_restore=reports.append)
+    yield lambda: load(path, like, transforms=rules, options=options)
 
 
 def _fields_of(report: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import os
 import sys
 from typing import Any
 
+from lazy_orbax._machine import without_garbage_collection
 from lazy_orbax.errors import LazyOrbaxError, OptionError
 from lazy_orbax.view.text import visible
 
@@ -16,10 +17,12 @@ COMMANDS = {
     "show": "Show the leaves of a checkpoint.",
     "diff": "Compare two checkpoints.",
     "verify": "Compare checkpoints with their digests.",
+    "export": "Write a checkpoint as safetensors.",
     "du": "Say what the steps of a run cost.",
     "timeline": "Say where the time of saves went.",
     "html": "Write a page about a run.",
     "bench": "Measure what a storage can do.",
+    "merge": "Average checkpoints.",
     "keeper": "List the snapshots in memory, and who keeps them.",
     "clean": "Find, or remove, what killed saves left.",
 }
@@ -43,7 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments is None and isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # Not every terminal has every character.
     try:
-        status = int(_group().main(arguments, "lazy-orbax", standalone_mode=False) or OK)
+        with without_garbage_collection():
+            status = int(_group().main(arguments, "lazy-orbax", standalone_mode=False) or OK)
         sys.stdout.flush()
         return status
     except (BrokenPipeError, SystemExit):
@@ -95,7 +99,7 @@ def _group() -> Any:
 
     return Commands(
         name="lazy-orbax",
-        help="Look at checkpoints: local directories, or gs:// addresses.",
+        help="Look at checkpoints, and merge them: local directories, or gs:// addresses.",
         epilog="Exit status: 0 fine, 1 something is wrong or differs, 2 wrong usage, 3 storage.",
         context_settings={"help_option_names": ["-h", "--help"]},
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import struct
+from collections.abc import Mapping
 from typing import Any
 
 import tensorstore as ts
@@ -13,6 +14,7 @@ from lazy_orbax.plan.boxes import Box, Shape
 _OTHER_DTYPES = ("int2", "int4", "uint2", "uint4", "bool", "string", "json")
 # Of a Zarr v3 shard with one chunk: its offset and size, and a checksum of these.
 _INDEX_BYTES = 20
+MOST_KEYS = 1000
 
 
 def chunk_shape(store: ts.TensorStore) -> Shape:
@@ -27,21 +29,29 @@ def chunk_keys(store: ts.TensorStore, box: Box) -> list[str]:
         store: an open array of driver `zarr` or `zarr3`.
         box: a box of it.
     """
-    metadata = store.spec().to_json()["metadata"]
-    chunk = chunk_shape(store)
+    return keys_of(store.spec().to_json()["metadata"], chunk_shape(store), box)
+
+
+def keys_of(metadata: Mapping[str, Any], chunk: Shape, box: Box) -> list[str]:
+    """Returns the same, at most 1000, of what describes an array.
+
+    Args:
+        metadata: of either version of Zarr, as JSON values.
+        chunk: shape of the chunks.
+        box: a box of the array.
+    """
     ranges = [
         range(a // c, (a + n - 1) // c + 1)
         for a, n, c in zip(box.start, box.shape, chunk, strict=True)
     ]
-    zarr3 = "chunk_key_encoding" in metadata
-    if zarr3:
+    if "chunk_key_encoding" in metadata:
         encoding = metadata["chunk_key_encoding"]
         is_v2 = encoding["name"] == "v2"
         separator = encoding.get("configuration", {}).get("separator", "." if is_v2 else "/")
         first = [] if is_v2 else ["c"]
     else:
         separator, first = metadata.get("dimension_separator", "."), []
-    keys = itertools.islice(itertools.product(*ranges), 1000)
+    keys = itertools.islice(itertools.product(*ranges), MOST_KEYS)
     return [separator.join([*first, *map(str, key)]) or "0" for key in keys]
 
 

@@ -247,11 +247,14 @@ def _parsed(found: dict[str, Any]) -> ProcessDigests:
     if proof and len(proof) != len(digests):
         raise DigestError(f"it has {len(proof)} fingerprints for {len(digests)} pieces")
     leaves, done = [], 0
-    alike: dict[str, tuple[Box, ...]] = {}  # Most leaves of a model are divided like others.
+    alike: dict[str, tuple[Box, ...]] = {}  # Most leaves of a model are divided like others,
+    last, boxes = None, ()  # and many like the one before, which is sooner seen.
     for name, dtype, shape, pieces in found["leaves"]:
-        kind = f"{shape!r} {pieces!r}"  # A text is no list that looks like it.
-        if (boxes := alike.get(kind)) is None:
-            boxes = alike[kind] = tuple(_box(start, extent, shape) for start, extent in pieces)
+        if (shape, pieces) != last:
+            last = shape, pieces
+            kind = f"{shape!r} {pieces!r}"  # A text is no list that looks like it.
+            if (boxes := alike.get(kind)) is None:
+                boxes = alike[kind] = tuple(_box(start, extent, shape) for start, extent in pieces)
         part = slice(done, done + len(boxes))
         mine = tuple(digests[part]), tuple(proof[part])
         done += len(boxes)

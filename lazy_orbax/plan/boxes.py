@@ -45,11 +45,14 @@ class Box:
         """Returns what two rectangles have in common, if that is anything."""
         if len(self.start) != len(other.start):
             return None
-        start = tuple(map(max, self.start, other.start))
-        sides = zip(self.start, self.shape, other.start, other.shape, strict=True)
-        ends = [min(i + n, j + m) for i, n, j, m in sides]
-        shape = tuple(end - first for end, first in zip(ends, start, strict=True))
-        return Box(start, shape) if all(n > 0 for n in shape) else None
+        start, shape = [], []
+        for i, n, j, m in zip(self.start, self.shape, other.start, other.shape, strict=True):
+            first, end = max(i, j), min(i + n, j + m)
+            if first >= end:  # Of many boxes most end here: there is nothing else to look at.
+                return None
+            start.append(first)
+            shape.append(end - first)
+        return Box(tuple(start), tuple(shape))
 
     def is_within(self, whole: Box) -> bool:
         """Whether nothing of it is outside of `whole`."""

@@ -6,8 +6,10 @@ it, one shard for example, is a box. A chunk is read once, however many boxes wa
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -30,21 +32,35 @@ class Placed(NamedTuple):
     target: Index
 
 
-class ChunkRead(NamedTuple):
-    """A chunk, and what is to be done with it.
+class Span(NamedTuple):
+    """Some bytes of a chunk that go where they belong as they are.
+
+    Attributes:
+        wanted: to which of the wanted boxes.
+        offset: where they go, in bytes from the start of that box.
+        n_bytes: how many.
+    """
+
+    wanted: int
+    offset: int
+    n_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class ChunkRead:
+    """A chunk, and what is to be done with it. Leaves that look alike share it.
 
     Attributes:
         position: its place in the grid of chunks.
         box: what of the array is in it: at the end of an axis, less than a chunk.
         placed: the parts of it that are wanted.
-        offset: where it goes, in bytes from the start of the wanted box, if it goes there as it is:
-            whole, in one piece of memory; else `None`.
+        spans: all of its bytes, in their order, where each goes to one place as it is; else none.
     """
 
     position: Shape
     box: Box
     placed: tuple[Placed, ...]
-    offset: int | None
+    spans: tuple[Span, ...]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -85,21 +101,47 @@ def _read_of(
         common = mine.overlap(box)
         assert common is not None
         placed.append(Placed(i, common.relative_to(mine), common.relative_to(box)))
-    offset = None
-    if len(wanting) == 1 and extent == chunk and mine.is_within(wanting[0][1]):
-        offset = _offset(mine, wanting[0][1], itemsize)
-    return ChunkRead(position, mine, tuple(placed), offset)
+    spans = _spans(mine, placed, [box for _, box in wanting], itemsize) if extent == chunk else ()
+    return ChunkRead(position, mine, tuple(placed), spans)
 
 
-def _offset(part: Box, whole: Box, itemsize: int) -> int | None:
-    """Returns where a box starts in the memory of another, if it is in one piece there."""
+def _spans(
+    chunk: Box, placed: Sequence[Placed], boxes: Sequence[Box], itemsize: int
+) -> tuple[Span, ...]:
+    """Returns where the bytes of a chunk go as they are; nothing, if some do not, or to two places.
+
+    Args:
+        chunk: the chunk, all of which is of the array.
+        placed: what of it is wanted.
+        boxes: the box that wants it, for each of these.
+        itemsize: bytes of one element.
+    """
+    found = []
+    for one, box in zip(placed, boxes, strict=True):
+        shape = _shape_of(one.source)
+        first = _offset(one.source, shape, chunk.shape, itemsize)
+        offset = _offset(one.target, shape, box.shape, itemsize)
+        if first is None or offset is None:
+            return ()
+        found.append((first, Span(one.wanted, offset, math.prod(shape) * itemsize)))
+    found.sort()
+    end = 0
+    for first, span in found:
+        if first != end:
+            return ()
+        end += span.n_bytes
+    return tuple(span for _, span in found) if end == math.prod(chunk.shape) * itemsize else ()
+
+
+def _offset(part: Index, shape: Shape, whole: Shape, itemsize: int) -> int | None:
+    """Returns where a part of an array starts in its memory, if it is in one piece there."""
     axis = 0
-    while axis < len(part.shape) and part.shape[axis] == 1:
+    while axis < len(shape) and shape[axis] == 1:
         axis += 1
-    if part.shape[axis + 1 :] != whole.shape[axis + 1 :]:
+    if shape[axis + 1 :] != whole[axis + 1 :]:
         return None
     elements = 0
-    for index, n in zip(part.relative_to(whole), whole.shape, strict=True):
+    for index, n in zip(part, whole, strict=True):
         elements = elements * n + index.start
     return elements * itemsize
 
@@ -167,7 +209,8 @@ class Rows(NamedTuple):
     placed: tuple[Placed, ...]
 
 
-def rows_of(read: ChunkRead, chunk: Shape, itemsize: int, limit_bytes: int) -> Iterator[Rows]:
+@functools.lru_cache(maxsize=256)
+def rows_of(read: ChunkRead, chunk: Shape, itemsize: int, limit_bytes: int) -> tuple[Rows, ...]:
     """Cuts a chunk in rows, for one that is not to be held as a whole.
 
     Args:
@@ -177,18 +220,21 @@ def rows_of(read: ChunkRead, chunk: Shape, itemsize: int, limit_bytes: int) -> I
         limit_bytes: most bytes of some rows.
     """
     inside = Box((0,) * len(chunk), read.box.shape)
+    wholes = [
+        (one, Box(tuple(s.start for s in one.source), _shape_of(one.source))) for one in read.placed
+    ]
+    found = []
     for box in parts(chunk, itemsize, limit_bytes):
         placed = []
-        for one in read.placed:
-            whole = Box(tuple(s.start for s in one.source), _shape_of(one.source))
-            common = box.overlap(whole)
-            if common is not None:
+        for one, whole in wholes:
+            if (common := box.overlap(whole)) is not None:
                 shifts = [t.start - s.start for s, t in zip(one.source, one.target, strict=True)]
                 start = tuple(a + b for a, b in zip(common.start, shifts, strict=True))
                 target = Box(start, common.shape).index
                 placed.append(Placed(one.wanted, common.relative_to(box), target))
         kept = box.overlap(inside)
-        yield Rows(box, kept.relative_to(box) if kept else None, tuple(placed))
+        found.append(Rows(box, kept.relative_to(box) if kept else None, tuple(placed)))
+    return tuple(found)
 
 
 def _shape_of(index: Index) -> Shape:

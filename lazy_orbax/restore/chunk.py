@@ -11,9 +11,9 @@ import numpy as np
 import tensorstore as ts
 
 from lazy_orbax.integrity import digest
+from lazy_orbax.integrity.array_format import ArrayFormat
 from lazy_orbax.integrity.stored_item import Piece
 from lazy_orbax.plan.reads import ChunkRead
-from lazy_orbax.restore.array_format import ArrayFormat
 
 # What NumPy casts sooner than TensorStore, which takes some 80 us for anything.
 _SHORT_BYTES = 2**19
@@ -55,33 +55,49 @@ class Chunk(NamedTuple):
         return Piece(self.leaf, self.read.box, self.digest)
 
     @property
-    def place(self) -> memoryview | None:
-        """The memory to which it goes as it is; `None` if it does not."""
-        offset = self.read.offset
-        if offset is None:
-            return None
-        memory = self.targets[self.read.placed[0].wanted].memory
-        return None if memory is None else memory[offset : offset + self.format.chunk_bytes]
+    def places(self) -> list[memoryview]:
+        """The memory to which its bytes go as they are, one part after the other; else none."""
+        found = []
+        for wanted, offset, n_bytes in self.read.spans:
+            memory = self.targets[wanted].memory
+            if memory is None:
+                return []
+            found.append(memory[offset : offset + n_bytes])
+        return found
 
     def is_other(self, data: np.ndarray) -> bool:
         """Whether this, in the dtype that is stored, is known not to be what was saved."""
         return self.digest is not None and digest.digest_of(data) != self.digest
 
 
-def arrived(chunk: Chunk, memory: Any, *, in_place: bool) -> Piece | None:
-    """Looks at the bytes of a chunk, and puts them in their places if they are not there.
+def arrived_in_place(chunk: Chunk, places: Sequence[memoryview]) -> Piece | None:
+    """Looks at the bytes of a chunk that are where they go.
+
+    Args:
+        chunk: what they are of.
+        places: where they are, one part after the other.
+    """
+    if chunk.digest is None:
+        return None
+    if len(places) == 1:
+        return chunk.piece if digest.digest_of_bytes(places[0]) != chunk.digest else None
+    hasher = digest.hasher()
+    for place in places:
+        hasher.update(place)
+    return chunk.piece if hasher.intdigest() != chunk.digest else None
+
+
+def arrived(chunk: Chunk, memory: Any) -> Piece | None:
+    """Looks at the bytes of a chunk, and puts them in their places.
 
     Args:
         chunk: what they are of.
         memory: the bytes.
-        in_place: whether they are where they go.
     """
     form, read = chunk.format, chunk.read
     is_whole = read.box.shape == form.chunk
     if is_whole and chunk.digest is not None and digest.digest_of_bytes(memory) != chunk.digest:
         return chunk.piece
-    if in_place:
-        return None
     data = np.frombuffer(memory, np.uint8).view(form.dtype).reshape(form.chunk)
     if not is_whole:
         data = data[tuple(slice(n) for n in read.box.shape)]

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from lazy_orbax.integrity.array_format import ArrayFormat
 from lazy_orbax.integrity.stored_item import Piece
 from lazy_orbax.plan.boxes import Shape
-from lazy_orbax.restore.array_format import ArrayFormat
 from lazy_orbax.restore.chunk import Chunk, scatter
 from lazy_orbax.storage.place import Place
 
@@ -151,7 +151,7 @@ def _taken(chunk: Chunk, reading: Any) -> Piece | None:
 
 
 def _home(chunk: Chunk) -> np.ndarray | None:
-    if (place := chunk.place) is None:
+    if len(places := chunk.places) != 1:
         return None
     form = chunk.format
-    return np.frombuffer(place, np.uint8).view(form.dtype).reshape(form.chunk)
+    return np.frombuffer(places[0], np.uint8).view(form.dtype).reshape(form.chunk)

@@ -125,17 +125,23 @@ def _placed(family: Sequence[Wanted], first: int) -> tuple[list[Member], int]:
 def targets_of(group: Group) -> list[tuple[Target, ...]]:
     """Returns memory for each box of each leaf of a group."""
     slab = aligned(group.n_bytes)
-    return [_targets(slab, member) for member in group.members]
+    memory = slab.data
+    return [_targets(slab, memory, member) for member in group.members]
 
 
-def _targets(slab: np.ndarray, member: Member) -> tuple[Target, ...]:
+def _targets(slab: np.ndarray, memory: memoryview, member: Member) -> tuple[Target, ...]:
     leaf, boxes, first, step = member.wanted, member.boxes, member.first, member.step
     if not boxes:
         return ()
-    n_bytes = math.prod(boxes[0].shape) * leaf.dtype.itemsize
-    memory = slab[first : first + step * len(boxes)].reshape(-1, step)[:, :n_bytes]
-    arrays = memory.view(leaf.dtype).reshape(-1, *boxes[0].shape)
-    is_same = leaf.form is not None and leaf.dtype == leaf.form.dtype
+    shape, dtype = boxes[0].shape, leaf.dtype
+    n_bytes = math.prod(shape) * dtype.itemsize
+    starts = range(first, first + step * len(boxes), step)
+    arrays = [np.ndarray(shape, dtype, slab, start) for start in starts]
+    if leaf.form is None or dtype != leaf.form.dtype:
+        return tuple([Target(array, None) for array in arrays])
     return tuple(
-        Target(arrays[i, ...], memory[i].data if is_same else None) for i in range(len(boxes))
+        [
+            Target(array, memory[start : start + n_bytes])
+            for array, start in zip(arrays, starts, strict=True)
+        ]
     )

@@ -2,43 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-from etils import epath
 
 from lazy_orbax import _paths
 from lazy_orbax._machine import memory_bytes, without_garbage_collection
 from lazy_orbax.errors import (
-    CorruptCheckpointError,
-    LazyOrbaxError,
     MalformedCheckpointError,
     OptionError,
-    Problem,
     RestoreError,
     summarize,
 )
-from lazy_orbax.integrity.digest_file import DIRECTORY
 from lazy_orbax.integrity.sidecar_files import string_at
-from lazy_orbax.integrity.step_place import is_item
-from lazy_orbax.integrity.stored_item import Piece, StoredItem
-from lazy_orbax.integrity.verify import raise_corrupt
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.plan.transforms.transform_map import TransformMap
 from lazy_orbax.plan.transforms.transform_plan import TransformPlan
-from lazy_orbax.restore.array_format import formats_of
-from lazy_orbax.restore.compare_arrays import explain
 from lazy_orbax.restore.like import Likeness, Rule, likeness_of, likeness_of_stored
-from lazy_orbax.restore.planned import MissingChunkError, read_planned
+from lazy_orbax.restore.opened import item_at, missing_is_corrupt, opened, raise_wrong
+from lazy_orbax.restore.planned import read_planned
 from lazy_orbax.restore.transformed import Checkpoint, read_transformed
 from lazy_orbax.storage.places import place_of
 from lazy_orbax.timeline import RestoreRecorder
-from lazy_orbax.trust.malformed import refuse_malformed
 
 # Of what only passes through host memory, on the way to devices.
 _LIMIT_BYTES = 2**32
@@ -93,7 +81,7 @@ def load(  # noqa: PLR0913 - Keywords, of which most calls give none.
     try:
         with without_garbage_collection():
             verifies = options.verify_restore
-            sources = {name: _opened(_item(one), verifies) for name, one in several.items()}
+            sources = {name: opened(item_at(one), verifies) for name, one in several.items()}
             if transforms is None:
                 return _as_it_is(like, _Place(mesh, rule), sources[""], recorder)
             wanted = likeness_of(like, None, mesh, rule)
@@ -106,56 +94,6 @@ def load(  # noqa: PLR0913 - Keywords, of which most calls give none.
         recorder.report(options.on_restore)
 
 
-def _item(path: Any) -> str:
-    """Returns the directory of the item that a path means.
-
-    Raises:
-        OptionError: there is none, or there are several.
-    """
-    if not isinstance(path, str | os.PathLike):
-        raise OptionError(f"load takes a path, and found {path!r}.")
-    place = epath.Path(_paths.without_dots(os.fspath(path)))
-    children = sorted(child.name for child in place.iterdir()) if place.is_dir() else []
-    if is_item(children):
-        return str(place)
-    inside = [name for name in children if not name.startswith((".", "_"))]
-    items = [
-        name
-        for name in inside
-        if (place / name).is_dir() and is_item([part.name for part in (place / name).iterdir()])
-    ]
-    if len(items) == 1:
-        return str(place / items[0])
-    found = f"the items {', '.join(items)}" if items else "no checkpoint"
-    raise OptionError(f"{place} holds {found}. Give the directory of one item.")
-
-
-def _opened(directory: str, verify: bool) -> Checkpoint:
-    """Looks at a checkpoint, and at its digests."""
-    try:
-        contents = refuse_malformed(directory, None, DIRECTORY if verify else "")
-    except MalformedCheckpointError as error:
-        if verify:
-            found = StoredItem(directory)
-            problems = [*found.problems, *found.check_files()]
-            raise_corrupt(directory, problems, error, look=True)
-        raise
-    if contents is None or contents.tree is None:
-        raise OptionError(f"{directory} holds no {_paths.TREE}: it is too old for load.")
-    stored = StoredItem(directory, contents.files) if verify else None
-    if stored is not None and stored.is_covered:
-        raise_corrupt(directory, [*stored.problems, *stored.check_files()], look=True)
-    else:
-        stored = None
-    try:
-        return Checkpoint(contents, formats_of(contents), stored)
-    except ValueError as error:
-        if stored is not None:
-            raise_corrupt(directory, stored.check_arrays(), error, look=True)
-        wanted = "a Zarr array as Orbax writes it"
-        raise MalformedCheckpointError(directory, str(error), wanted) from error
-
-
 def _as_it_is(like: Any, place: _Place, source: Checkpoint, recorder: RestoreRecorder) -> Any:
     tree = source.contents.tree
     assert tree is not None
@@ -165,11 +103,11 @@ def _as_it_is(like: Any, place: _Place, source: Checkpoint, recorder: RestoreRec
     else:
         wanted = likeness_of(like, source.formats, place.mesh, place.rule)
     digests = source.stored.leaves if source.stored is not None else {}
-    with _missing_is_corrupt(recorder, source):
+    with missing_is_corrupt(recorder, source):
         found = read_planned(
             wanted.wanted, source.contents, digests, limit_bytes=_LIMIT_BYTES, recorder=recorder
         )
-    _raise_wrong(source, found.wrong, found.unchecked)
+    raise_wrong(source, found.wrong, found.unchecked)
     recorder.mark("on_device", "verified")
     return _rebuilt(wanted, found.values, {"": source})
 
@@ -197,49 +135,14 @@ def _transformed(
     recorder: RestoreRecorder,
 ) -> Any:
     recorder.note(transforms=plan.report)
-    with _missing_is_corrupt(recorder, *sources.values()):
+    with missing_is_corrupt(recorder, *sources.values()):
         found = read_transformed(
             wanted.wanted, plan, sources, limit_bytes=_LIMIT_BYTES, recorder=recorder
         )
     for name, source in sources.items():
-        _raise_wrong(source, found.wrong[name], found.unchecked[name])
+        raise_wrong(source, found.wrong[name], found.unchecked[name])
     recorder.mark("on_device", "verified")
     return _rebuilt(wanted, found.values, sources)
-
-
-@contextlib.contextmanager
-def _missing_is_corrupt(recorder: RestoreRecorder, *sources: Checkpoint) -> Iterator[None]:
-    """Says of a checkpoint that cannot be read what is wrong with it.
-
-    Raises:
-        CorruptCheckpointError: a chunk is missing, or is not what its metadata says.
-    """
-    try:
-        yield
-    except (MissingChunkError, ValueError, KeyError, OSError) as error:
-        if isinstance(error, LazyOrbaxError) or error is recorder.ended_by:
-            raise
-        for source in sources:
-            if source.stored is not None:
-                problems = source.stored.check_arrays()
-                problems = problems or list(source.stored.check_pieces(source.stored.pieces))
-                raise_corrupt(source.contents.directory, problems, error, look=True)
-        places = ", ".join(source.contents.directory for source in sources)
-        raise CorruptCheckpointError(places, [Problem(f"cannot be read: {error}")]) from error
-
-
-def _raise_wrong(source: Checkpoint, wrong: list[Piece], unchecked: frozenset[str]) -> None:
-    """Raises what the digests say of what was read.
-
-    Raises:
-        CorruptCheckpointError: something is not what was saved.
-    """
-    if source.stored is None:
-        return
-    problems = [explain(source.stored, piece) for piece in wrong]
-    left = (piece for piece in source.stored.pieces if piece.leaf in unchecked)
-    problems = problems or list(source.stored.check_pieces(left))
-    raise_corrupt(source.contents.directory, problems, look=True)
 
 
 def _rebuilt(wanted: Likeness, values: Mapping[int, Any], sources: Mapping[str, Checkpoint]) -> Any:

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lazy_orbax.errors import MalformedCheckpointError
+from lazy_orbax.integrity.array_format import ArrayFormat
 from lazy_orbax.integrity.digest_file import LeafDigests
 from lazy_orbax.integrity.stored_item import Piece
 from lazy_orbax.plan.boxes import Box
 from lazy_orbax.plan.reads import ChunkRead, chunk_reads
 from lazy_orbax.restore import arrays
-from lazy_orbax.restore.array_format import ArrayFormat
 from lazy_orbax.restore.chunk import Chunk, Target, arrived
 from lazy_orbax.restore.decoder import Decoder, decode
 from lazy_orbax.restore.groups import Group, grouped, in_order, targets_of
@@ -264,4 +264,4 @@ def _inline(chunk: Chunk, value: bytes) -> Piece | None:
     if value[n_bytes:] != chunk.format.tail or len(value) < n_bytes:
         where = f"leaf {chunk.leaf}, chunk {list(chunk.read.position)}"
         raise MalformedCheckpointError(where, f"{len(value)} bytes", f"{n_bytes}, as they are")
-    return arrived(chunk, memoryview(value)[:n_bytes], in_place=False)
+    return arrived(chunk, memoryview(value)[:n_bytes])

@@ -15,7 +15,8 @@ from lazy_orbax.errors import MalformedCheckpointError
 from lazy_orbax.integrity import digest
 from lazy_orbax.integrity.stored_item import Piece
 from lazy_orbax.plan.reads import Run, coalesced, rows_of
-from lazy_orbax.restore.chunk import Chunk, arrived, check_tail, put
+from lazy_orbax.plan.runs import runs
+from lazy_orbax.restore.chunk import Chunk, arrived, arrived_in_place, check_tail, put
 from lazy_orbax.restore.memory import aligned, rounded_up
 from lazy_orbax.restore.source import Source
 from lazy_orbax.storage.threads import Crew
@@ -119,22 +120,23 @@ class Reader:
 
     def _read_run(self, file: str, run: Run, members: list[tuple[Chunk, Extent]]) -> list[Piece]:
         mine = [members[i] for i in run.members]
-        places = [chunk.place for chunk, _ in mine]
+        places = [chunk.places for chunk, _ in mine]
         elsewhere = [
-            c.format.chunk_bytes for (c, _), p in zip(mine, places, strict=True) if p is None
+            c.format.chunk_bytes for (c, _), own in zip(mine, places, strict=True) if not own
         ]
         spare = aligned(sum(map(rounded_up, elsewhere))).data
         gap = memoryview(bytearray(self._source.gap_bytes))
         buffers, tails, memories, position = [], [], [], run.start
-        for (chunk, extent), place in zip(mine, places, strict=True):
+        for (chunk, extent), own in zip(mine, places, strict=True):
             if extent.offset > position:
                 buffers.append(gap[: extent.offset - position])
-            n_bytes = chunk.format.chunk_bytes
-            memory = spare[:n_bytes] if place is None else place
-            if place is None:
-                spare = spare[rounded_up(n_bytes) :]
+            if own:
+                memory = own
+            else:
+                n_bytes = chunk.format.chunk_bytes
+                memory, spare = [spare[:n_bytes]], spare[rounded_up(n_bytes) :]
             memories.append(memory)
-            buffers.append(memory)
+            buffers += memory
             if chunk.format.tail:
                 tails.append((chunk, tail := bytearray(len(chunk.format.tail))))
                 buffers.append(memoryview(tail))
@@ -143,30 +145,37 @@ class Reader:
         for chunk, tail in tails:
             check_tail(chunk, tail)
         found = [
-            arrived(chunk, memory, in_place=place is not None)
-            for (chunk, _), memory, place in zip(mine, memories, places, strict=True)
+            arrived_in_place(chunk, own) if own else arrived(chunk, memory[0])
+            for (chunk, _), memory, own in zip(mine, memories, places, strict=True)
         ]
         return [wrong for wrong in found if wrong is not None]
 
     def _read_large(self, file: str, run: Run, members: list[tuple[Chunk, Extent]]) -> list[Piece]:
         (chunk, extent) = members[run.members[0]]
         hasher = digest.hasher() if chunk.digest is not None else None
-        place, done = chunk.place, 0
-        if place is not None:
-            for part in range(0, len(place), self._source.part_bytes):
-                memory = place[part : part + self._source.part_bytes]
-                self._source.read(file, extent.offset + part, [memory])
-                if hasher is not None:
-                    hasher.update(memory)
-            done = len(place)
-        else:
-            done = self._scatter_rows(file, extent, chunk, hasher)
+        fill = self._fill_places if chunk.places else self._scatter_rows
+        done = fill(file, extent, chunk, hasher)
         if chunk.format.tail:
             tail = bytearray(len(chunk.format.tail))
             self._source.read(file, extent.offset + done, [memoryview(tail)])
             check_tail(chunk, tail)
         wrong = hasher is not None and hasher.intdigest() != chunk.digest
         return [chunk.piece] if wrong else []
+
+    def _fill_places(self, file: str, extent: Extent, chunk: Chunk, hasher: Any) -> int:
+        most_bytes, done = self._source.part_bytes, 0
+        own = (
+            place[first : first + most_bytes]
+            for place in chunk.places
+            for first in range(0, len(place), most_bytes)
+        )
+        for together in runs(own, len, most_bytes, self._source.most_buffers):
+            self._source.read(file, extent.offset + done, together)
+            for memory in together:
+                done += len(memory)
+                if hasher is not None:
+                    hasher.update(memory)
+        return done
 
     def _scatter_rows(self, file: str, extent: Extent, chunk: Chunk, hasher: Any) -> int:
         form, done = chunk.format, 0

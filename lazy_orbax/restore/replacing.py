@@ -22,59 +22,25 @@ from lazy_orbax.integrity.verify import raise_corrupt
 from lazy_orbax.pods import consensus
 from lazy_orbax.restore.either_way import Question
 from lazy_orbax.restore.latest_good import refuse_no_manager
+from lazy_orbax.restore.neighbours import (
+    LEARNING_RATE_FACTOR,
+    FreshMoment,
+    fresh,
+    moments_of,
+    rebuilt,
+    refuse_neighbours,
+)
+from lazy_orbax.restore.replacements import (
+    FromNeighbours,
+    FromStep,
+    Replaced,
+    RestoredWithReplacements,
+)
 from lazy_orbax.restore.verified import STAGING_BYTES, examined, restore
 from lazy_orbax.timeline import RestoreRecorder
 
+_ANEW = "its parameter is rebuilt, and it begins anew"
 _LOG = logging.getLogger("lazy_orbax")
-
-
-@dataclasses.dataclass(frozen=True)
-class FromStep:
-    """A replacement: the leaf as an older step has it.
-
-    Attributes:
-        step: that step.
-
-    Raises:
-        OptionError: it is no step.
-    """
-
-    step: int
-
-    def __post_init__(self) -> None:
-        is_number = isinstance(self.step, int | np.integer) and not isinstance(self.step, bool)
-        if not is_number or self.step < 0:
-            raise OptionError(f"FromStep({self.step!r}): a step is a whole number, at least 0.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Replaced:
-    """A leaf that was replaced.
-
-    Attributes:
-        leaf: the leaf, as Orbax names it.
-        by: what it was replaced by.
-        why: what is wrong with what was saved.
-    """
-
-    leaf: str
-    by: str
-    why: str
-
-
-@dataclasses.dataclass(frozen=True)
-class RestoredWithReplacements:
-    """What `restore_replacing` restored.
-
-    Attributes:
-        value: the tree.
-        replaced: every leaf that is not what was saved at that step. Keep it with the run.
-        not_needed: leaves for which a replacement was given, and which were restored as saved.
-    """
-
-    value: Any
-    replaced: tuple[Replaced, ...]
-    not_needed: tuple[str, ...]
 
 
 def restore_replacing(
@@ -94,8 +60,8 @@ def restore_replacing(
         manager: the manager.
         step: the step to restore.
         args: what `manager.restore` takes for the item, with the whole target in `item`.
-        replacements: by name of the leaf, as `CorruptCheckpointError.leaf` has it: `FromStep`, or
-            an array of the same shape and dtype.
+        replacements: by name of the leaf, as `CorruptCheckpointError.leaf` has it: `FromStep`,
+            `FromNeighbours`, or an array of the same shape and dtype.
         item: the item's name, where the manager has several.
 
     Returns:
@@ -119,23 +85,23 @@ def restore_replacing(
     stored = StoredItem(directory)
     if not stored.is_covered:
         raise OptionError(f"{directory} has no digests, so no leaf of it is known to be wrong.")
-    wrong = _needed(stored, replacements)
-    steps = _Steps(manager, item, args, leaves)
-    found = steps.read(step, set(leaves) - set(wrong))
-    from_steps = {n: r.step for n in wrong if isinstance(r := replacements[n], FromStep)}
-    for older in sorted(set(from_steps.values())):
-        found |= steps.read(older, {n for n, of_step in from_steps.items() if of_step == older})
-    records = _replace(found, wrong, replacements, leaves)
+    moments = moments_of(leaves, replacements)
+    wrong = _needed(stored, replacements, moments)
+    replacements = {**moments, **replacements}
+    found = _Steps(manager, item, args, leaves).read_all(step, wrong, replacements)
+    records = _replace(found, wrong, replacements, leaves, directory)
     for record in records:
         _LOG.warning(
             "%s: leaf %s is replaced by %s: %s", directory, record.leaf, record.by, record.why
         )
-    not_needed = tuple(name for name in replacements if name not in wrong)
+    not_needed = tuple(name for name in replacements if name not in {**moments, **wrong})
     for name in not_needed:
         _LOG.warning("%s: leaf %s is as it was saved and was not replaced.", directory, name)
     names = ocp.tree.get_param_names(target)
     value = jax.tree.map(lambda name: found[name], names)
-    return RestoredWithReplacements(value, records, not_needed)
+    is_rebuilt = any(isinstance(replacements[name], FromNeighbours) for name in wrong)
+    factor = LEARNING_RATE_FACTOR if is_rebuilt else 1.0
+    return RestoredWithReplacements(value, records, not_needed, factor)
 
 
 def _replace(
@@ -143,12 +109,19 @@ def _replace(
     wrong: Mapping[str, str],
     replacements: Mapping[str, Any],
     leaves: Mapping[str, Any],
+    directory: str,
 ) -> tuple[Replaced, ...]:
     """Puts the values that were given for wrong leaves in their place. Returns all replacements."""
     records = []
     for name, why in wrong.items():
-        if isinstance(replacements[name], FromStep):
-            by = f"step {replacements[name].step}"
+        if isinstance(one := replacements[name], FromStep):
+            by = f"step {one.step}"
+        elif isinstance(one, FromNeighbours):
+            value, by = rebuilt(name, one, found, leaves[name], directory)
+            found[name] = _placed(value, leaves[name])
+        elif isinstance(one, FreshMoment):
+            value, by = fresh(name, one, found, leaves[name], directory)
+            found[name] = _placed(value, leaves[name])
         else:
             found[name], by = _placed(replacements[name], leaves[name]), "a given value"
         records.append(Replaced(name, by, why))
@@ -162,6 +135,17 @@ class _Steps(NamedTuple):
     item: str | None
     args: Any
     leaves: Mapping[str, Any]
+
+    def read_all(
+        self, step: int, wrong: Mapping[str, str], replacements: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Restores the leaves that are not wrong, and those that older steps have for others."""
+        whole = {name for name, why in wrong.items() if why is _ANEW}
+        found = self.read(step, set(self.leaves) - set(wrong) | whole)
+        from_steps = {n: r.step for n in wrong if isinstance(r := replacements[n], FromStep)}
+        for older in sorted(set(from_steps.values())):
+            found |= self.read(older, {n for n, of_step in from_steps.items() if of_step == older})
+        return found
 
     def read(self, step: int, names: Collection[str]) -> dict[str, Any]:
         """Restores the leaves of these names."""
@@ -181,7 +165,9 @@ class _Steps(NamedTuple):
         return handed_in.named_leaves(self.manager.restore(step, args=whole)[item])
 
 
-def _needed(stored: StoredItem, replacements: Mapping[str, Any]) -> dict[str, str]:
+def _needed(
+    stored: StoredItem, replacements: Mapping[str, Any], moments: Mapping[str, FreshMoment]
+) -> dict[str, str]:
     """Returns which replacements are needed, and why: the same on all processes.
 
     Raises:
@@ -190,16 +176,21 @@ def _needed(stored: StoredItem, replacements: Mapping[str, Any]) -> dict[str, st
     wrong: dict[str | None, Problem] = {}
     for problem in stored.check_pieces(stored.pieces):
         wrong.setdefault(problem.leaf, problem)
+    # All must restore the same.
+    needs = consensus.any_process([name in wrong for name in replacements])
+    needed = list(itertools.compress(replacements, needs))
+    anew = [name for name, one in moments.items() if one.parameter in needed]
     problems = [*stored.problems, *stored.check_files()]
-    problems += [problem for leaf, problem in wrong.items() if leaf not in replacements]
+    problems += [p for leaf, p in wrong.items() if leaf not in replacements and leaf not in anew]
     if consensus.which_processes(bool(problems)):
         elsewhere = Problem("another process found it to be not what was saved")
         look = jax.process_index() == 0
         raise_corrupt(stored.directory, problems or [elsewhere], look=look)
-    # All must restore the same.
-    needs = consensus.any_process([name in wrong for name in replacements])
-    needed = itertools.compress(replacements, needs)
-    return {name: str(wrong.get(name, "another process could not read it")) for name in needed}
+    found = {name: str(wrong.get(name, "another process could not read it")) for name in needed}
+    lost = consensus.any_process([name in wrong for name in anew]) if anew else ()
+    for name, is_lost in zip(anew, lost, strict=True):
+        found[name] = str(wrong.get(name, "it is lost as well")) if is_lost else _ANEW
+    return found
 
 
 def _refuse_absent(
@@ -229,7 +220,7 @@ def _refuse_misfits(leaves: Mapping[str, Any], replacements: Any) -> None:
     for name, replacement in replacements.items():
         if name not in leaves:
             raise OptionError(f"The target has no leaf {name!r}; it has {', '.join(leaves)}.")
-        if isinstance(replacement, FromStep):
+        if isinstance(replacement, FromStep | FromNeighbours):
             continue
         found = (np.shape(replacement), getattr(replacement, "dtype", type(replacement)))
         wanted = (np.shape(leaves[name]), getattr(leaves[name], "dtype", type(leaves[name])))
@@ -238,6 +229,7 @@ def _refuse_misfits(leaves: Mapping[str, Any], replacements: Any) -> None:
                 f"The replacement of {name} is {found[1]}{list(found[0])}, the target wants "
                 f"{wanted[1]}{list(wanted[0])}; give that, or FromStep."
             )
+    refuse_neighbours(leaves, replacements)
 
 
 def _by_ourselves(directory: str, partial: Any, args: Any) -> dict[str, Any]:

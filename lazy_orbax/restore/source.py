@@ -85,17 +85,9 @@ class Directory(Source):
     def _read(self, file: str, start: int, buffers: Sequence[memoryview], wanted: int) -> None:
         with self._lock:
             descriptor = self._open(file)
-        done = os.preadv(descriptor, buffers, start) if wanted else 0
-        while done < wanted:  # Of a long read the system may give a part.
-            left, skip = [], done
-            for buffer in buffers:
-                if skip < len(buffer):
-                    left.append(buffer[skip:])
-                skip = max(0, skip - len(buffer))
-            more = os.preadv(descriptor, left, start + done)
-            if more == 0:
-                raise ValueError(f"{file} ends before byte {start + wanted}")
-            done += more
+        for first in range(0, len(buffers), self.most_buffers):
+            some = buffers[first : first + self.most_buffers]
+            start = _filled(descriptor, file, start, some)
 
     def _opened(self, file: str) -> int:
         path = os.path.join(self._directory, file)
@@ -152,6 +144,27 @@ class Bucket(Source):
             with self._changed:
                 self._waiting_for -= n_bytes
                 self._changed.notify_all()
+
+
+def _filled(descriptor: int, file: str, start: int, buffers: Sequence[memoryview]) -> int:
+    """Fills buffers, no more than the system takes at once. Returns the byte after the last.
+
+    Raises:
+        ValueError: the file ends too early.
+    """
+    wanted = sum(map(len, buffers))
+    done = os.preadv(descriptor, buffers, start) if wanted else 0
+    while done < wanted:  # Of a long read the system may give a part.
+        left, skip = [], done
+        for buffer in buffers:
+            if skip < len(buffer):
+                left.append(buffer[skip:])
+            skip = max(0, skip - len(buffer))
+        more = os.preadv(descriptor, left, start + done)
+        if more == 0:
+            raise ValueError(f"{file} ends before byte {start + wanted}")
+        done += more
+    return start + wanted
 
 
 def source_of(place: Place) -> Source:

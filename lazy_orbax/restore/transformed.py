@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lazy_orbax.integrity.array_format import ArrayFormat
 from lazy_orbax.integrity.stored_item import Piece, StoredItem
 from lazy_orbax.plan.boxes import Box
 from lazy_orbax.plan.transforms.takes import Fill, Take
 from lazy_orbax.plan.transforms.transform_plan import TransformPlan
-from lazy_orbax.restore.array_format import ArrayFormat
 from lazy_orbax.restore.chunk import Target
 from lazy_orbax.restore.groups import Group, grouped
 from lazy_orbax.restore.planned import Job, Request, read_groups
@@ -85,32 +85,67 @@ def read_transformed(
         ValueError: what is stored does not have the form that it should have.
         OSError: the storage refused.
     """
-    jobs = {
-        name: Job(one.contents, one.stored.leaves if one.stored is not None else {})
-        for name, one in checkpoints.items()
-    }
-    wrong: dict[str, list[Piece]] = {name: [] for name in jobs}
+    with contextlib.closing(Reading(plan, checkpoints)) as reading:
+        groups = list(grouped(families_of(wanted, plan), limit_bytes))
+        staging = read_groups(groups, reading.start, limit_bytes=limit_bytes, recorder=recorder)
+    recorder.note(bytes_read=reading.n_bytes, requests=reading.requests)
+    return Transformed(staging.values, reading.unchecked, reading.wrong)
 
-    def start(group: Group, targets: Sequence[tuple[Target, ...]]) -> list[Any]:
-        requests, after = _requests(group, targets, plan, checkpoints)
+
+class Reading:
+    """Reads what leaves are made of, into memory that others have.
+
+    Attributes:
+        wrong: the pieces that are not what was saved, for each checkpoint.
+    """
+
+    def __init__(self, plan: TransformPlan, checkpoints: Mapping[str, Checkpoint]):
+        """Reads nothing yet. The arguments are those of `read_transformed`."""
+        self._plan, self._checkpoints = plan, checkpoints
+        self._jobs = {
+            name: Job(one.contents, one.stored.leaves if one.stored is not None else {})
+            for name, one in checkpoints.items()
+        }
+        self.wrong: dict[str, list[Piece]] = {name: [] for name in checkpoints}
+
+    def start(self, group: Group, targets: Sequence[tuple[Target, ...]]) -> list[Any]:
+        """Starts to read a group.
+
+        Args:
+            group: the leaves, and the boxes that are wanted of each.
+            targets: where each box goes.
+
+        Returns:
+            Futures, whose results are to be asked for in this order.
+        """
+        requests, after = _requests(group, targets, self._plan, self._checkpoints)
         futures = [
-            _Noted(future, wrong[name])
+            _Noted(future, self.wrong[name])
             for name, mine in requests.items()
-            for future in jobs[name].start(mine)
+            for future in self._jobs[name].start(mine)
         ]
         return [*futures, *map(_Later, after)]
 
-    with contextlib.ExitStack() as open_jobs:
-        for job in jobs.values():
-            open_jobs.enter_context(contextlib.closing(job))
-        groups = list(grouped(_families(wanted, plan), limit_bytes))
-        staging = read_groups(groups, start, limit_bytes=limit_bytes, recorder=recorder)
-    recorder.note(
-        bytes_read=sum(job.n_bytes for job in jobs.values()),
-        requests=sum(job.requests for job in jobs.values()),
-    )
-    unchecked = {name: frozenset(job.unchecked) for name, job in jobs.items()}
-    return Transformed(staging.values, unchecked, wrong)
+    @property
+    def unchecked(self) -> dict[str, frozenset[str]]:
+        """For each checkpoint, the stored leaves whose digests were not compared."""
+        return {name: frozenset(job.unchecked) for name, job in self._jobs.items()}
+
+    @property
+    def n_bytes(self) -> int:
+        """How many bytes were read."""
+        return sum(job.n_bytes for job in self._jobs.values())
+
+    @property
+    def requests(self) -> int:
+        """In how many reads."""
+        return sum(job.requests for job in self._jobs.values())
+
+    def close(self) -> None:
+        """Waits for the threads, and closes files."""
+        with contextlib.ExitStack() as open_jobs:
+            for job in self._jobs.values():
+                open_jobs.callback(job.close)
 
 
 class _Noted(NamedTuple):
@@ -126,7 +161,7 @@ class _Noted(NamedTuple):
         return found
 
 
-def _families(wanted: Sequence[Wanted], plan: TransformPlan) -> Iterator[list[Wanted]]:
+def families_of(wanted: Sequence[Wanted], plan: TransformPlan) -> Iterator[list[Wanted]]:
     """Brings leaves together that are made of the same stored one: it is read once."""
     parent = list(range(len(wanted)))
 

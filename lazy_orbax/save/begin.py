@@ -27,6 +27,7 @@ from lazy_orbax.recovery.cleaning import end_earlier
 from lazy_orbax.recovery.retired_steps import remember
 from lazy_orbax.save.commit import Commit
 from lazy_orbax.save.job import Job
+from lazy_orbax.save.linked_chunks import refuse_unlinkable
 from lazy_orbax.save.pipeline import Save
 from lazy_orbax.save.plan_cache import Prepared, prepare
 from lazy_orbax.save.publication import Publications
@@ -91,7 +92,7 @@ async def begin(saver: Saver, directory: Any, args: Any) -> list[Commit]:
         What Orbax waits for, which is running already.
 
     Raises:
-        OptionError: Orbax cannot write to such a directory.
+        OptionError: Orbax cannot write to such a directory, or nothing can be linked there.
         TreeError: the tree cannot be saved. Nothing was written.
         SaveError: the save failed while it waited for host memory.
         NotDurableError: an earlier step was published unheard, and cannot be synced any more.
@@ -113,6 +114,8 @@ async def begin(saver: Saver, directory: Any, args: Any) -> list[Commit]:
         abstract=False,
     )
     refuse_relative(path, uses_ocdbt=bool(prepared.format.own_directories))
+    if saver.options.skip_unchanged:
+        refuse_unlinkable(prepared.format, path)
     if failures:
         remember(failures, prepared.plan.n_bytes, item_directory=path)
     save = Save(_job(saver, prepared, leaves, recorder))

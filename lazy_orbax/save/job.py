@@ -1,4 +1,4 @@
-"""What is saved, how and where."""
+"""What one save of one item is told: the plan, how to follow it, and who is told of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lazy_orbax.timeline import Recorder
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """One save of one item.
+    """What is saved, how and where.
 
     Attributes:
         prepared: the plan.

@@ -277,9 +277,12 @@ class Save:
         )
         writer.evidence, writer.beside = job.evidence, self._holding.beside
         with contextlib.closing(writer):
+            if job.options.skip_unchanged:
+                writer.link_unchanged()
             drain(self._holding.on_host, writer, plan, pace=job.pace, ended=self._ended)
             if not self.is_over:
                 fingerprint = writer.finish(custom_metadata, job.texts)
+                self.recorder.note(bytes_linked=writer.bytes_linked)
                 job.fingerprints.compare(self.recorder, fingerprint)
                 self.synced_directories = writer.synced_directories
 

@@ -18,6 +18,7 @@ from lazy_orbax.plan.slabs import Piece, Plan, Slab
 from lazy_orbax.save.beside import Beside
 from lazy_orbax.save.disk_format import Format
 from lazy_orbax.save.item_stores import ItemStores
+from lazy_orbax.save.linked_chunks import Links, links_to_earlier
 from lazy_orbax.storage.fsync import Inode
 from lazy_orbax.storage.save_error import save_error
 
@@ -53,12 +54,13 @@ class Writer:
             directory: the item's (temporary) directory, or its `gs://` address.
             timeout_s: most seconds in which the storage may acknowledge nothing.
         """
-        self._plan, self._format = plan, format_
+        self._plan = plan
         self._item = ItemStores(format_, directory, timeout_s=timeout_s)
         self._stores: dict[int, ts.TensorStore] = {}
         self._digests: dict[int, int] = {}
         self._unacknowledged: list[list[Request]] = []
         self.evidence: Evidence | None = None
+        self._links: Links | None = None
         self.beside: Beside | None = None
         self._syncer = self._item.place.syncer(format_.own_directories)
         try:
@@ -86,27 +88,74 @@ class Writer:
     @functools.partial(jax.profiler.annotate_function, name="lazy_orbax write")
     def write(self, pieces: Iterable[tuple[Piece, np.ndarray]]) -> list[Request]:
         """Starts writing pieces and returns what to `wait` for."""
-        requests, casts = self._new_requests(), self._format.digests.casts
+        requests, unchanged = self._new_requests(), []
         for piece, view in pieces:
-            store = self._stores.get(piece.leaf)
-            if store is None:
-                store = self._stores[piece.leaf] = self._open_leaf(piece.leaf, requests)
-            lasting = view.nbytes > _LARGEST_CACHED_BYTES
-            index = piece.index
-            future = store[index].write(view, can_reference_source_data_indefinitely=lasting)
-            requests.append(Request(future, self._plan.leaves[piece.leaf].name))
-            # While TensorStore is at work.
-            if self.evidence and (what := self.evidence.differs(piece, index, view)):
-                raise self._error_of(self._plan.leaves[piece.leaf].name, what)
-            if self.beside is not None:
-                self.beside.put(piece, view)
-            # What is cast on the way is hashed as it is read back.
-            if (dtype := casts[piece.leaf]) is not None:
-                view = digest.cast(view, dtype)
-                if self.evidence:
-                    self.evidence.is_cast(piece, index, view)
-            self._digests[id(piece)] = digest.digest_of(view)
+            if piece.leaf not in self._stores:
+                self._stores[piece.leaf] = self._open_leaf(piece.leaf, requests)
+            before = self._links.digest_of(piece) if self._links else None
+            if before is None:
+                self._start(piece, view, requests)
+                self._take_digest(piece, view)  # While TensorStore is at work.
+            elif self._take_digest(piece, view) == before:
+                unchanged.append((piece, view))
+            else:
+                self._start(piece, view, requests)
+        for piece, view in self._not_linked(unchanged):
+            self._start(piece, view, requests)
         return requests
+
+    def _start(self, piece: Piece, view: np.ndarray, requests: list[Request]) -> None:
+        lasting = view.nbytes > _LARGEST_CACHED_BYTES
+        store = self._stores[piece.leaf][piece.index]
+        future = store.write(view, can_reference_source_data_indefinitely=lasting)
+        requests.append(Request(future, self._plan.leaves[piece.leaf].name))
+
+    def _take_digest(self, piece: Piece, view: np.ndarray) -> int:
+        """Looks at a piece, and notes the digest of what it is on disk."""
+        index = piece.index
+        if self.evidence and (what := self.evidence.differs(piece, index, view)):
+            raise self._error_of(self._plan.leaves[piece.leaf].name, what)
+        if self.beside is not None:
+            self.beside.put(piece, view)
+        # What is cast on the way is hashed as it is read back.
+        if (dtype := self._item.format.digests.casts[piece.leaf]) is not None:
+            view = digest.cast(view, dtype)
+            if self.evidence:
+                self.evidence.is_cast(piece, index, view)
+        self._digests[id(piece)] = found = digest.digest_of(view)
+        return found
+
+    def link_unchanged(self) -> None:
+        """Lets `write` link what is the same in the committed step before.
+
+        Raises:
+            TimeoutError: the storage does not answer.
+        """
+        directory = self._item.place.directory
+
+        def look() -> None:
+            self._links = links_to_earlier(directory, self._plan, self._item.format)
+
+        self._item.deadline.run(look, "lazy_orbax-link")
+
+    @property
+    def bytes_linked(self) -> int:
+        """How many bytes were not written, because they are in an earlier step."""
+        return self._links.n_bytes if self._links else 0
+
+    def _not_linked(
+        self, unchanged: Sequence[tuple[Piece, np.ndarray]]
+    ) -> list[tuple[Piece, np.ndarray]]:
+        """Links what did not change. Returns what could not be linked, and is to be written."""
+        links, left = self._links, []
+        if links is None or not unchanged:
+            return left
+
+        def link() -> None:
+            left.extend(one for one in unchanged if not links.link(one[0], one[1].nbytes))
+
+        self._item.deadline.run(link, "lazy_orbax-link")
+        return left
 
     def _error_of(self, leaf: str, what: str) -> SaveError:
         return save_error(self._item.place.directory, ValueError(what), leaf=leaf)
@@ -117,8 +166,8 @@ class Writer:
         return requests
 
     def _open_leaf(self, leaf: int, requests: list[Request]) -> ts.TensorStore:
-        stored = self._format.leaves[leaf]
-        if self._format.is_primary:
+        stored = self._item.format.leaves[leaf]
+        if self._item.format.is_primary:
             key = stored.prefix + stored.metadata_key
             future = self._item.arrays[stored.kvstore].write(key, stored.metadata)
             requests.append(Request(future, key))
@@ -145,13 +194,13 @@ class Writer:
         if self.beside is not None:  # All pieces were handed over, and storage may take its time.
             self.beside.finish()
         requests = self._new_requests()
-        if self._format.is_primary:
+        if self._item.format.is_primary:
             for leaf in range(len(self._plan.leaves)):
                 if leaf not in self._stores:
                     self._stores[leaf] = self._open_leaf(leaf, requests)
-        files = self._format.metadata_files(custom_metadata)
+        files = self._item.format.metadata_files(custom_metadata)
         fingerprints = self.evidence.found if self.evidence else None
-        ours, digests, fingerprint = self._format.digests.fill(
+        ours, digests, fingerprint = self._item.format.digests.fill(
             self._digests, files, texts, self._item.place.directory, fingerprints
         )
         if self._item.files is not None:

@@ -39,9 +39,11 @@ def _wanted(names: set[str], args: Any) -> tuple[set[str], dict[str, int]]:
     item, restore_args = getattr(args, "item", None), getattr(args, "restore_args", None)
     if item is None or getattr(args, "transforms", None) is not None:
         return names, {}
-    in_item = {_name(path) for path, leaf in _with_path(item) if leaf is not ...}
-    if not getattr(args, "partial_restore", False):
-        in_item = names - {_name(path) for path, leaf in _with_path(item) if leaf is ...}
+    leaves = _with_path(item)
+    if getattr(args, "partial_restore", False):
+        in_item = {_name(path) for path, leaf in leaves if leaf is not ...}
+    else:
+        in_item = names - {_name(path) for path, leaf in leaves if leaf is ...}
     given = {
         _name(path): math.prod(leaf.global_shape)
         for path, leaf in _with_path(restore_args)
@@ -60,9 +62,14 @@ def _with_path(tree: Any) -> list[tuple[Any, Any]]:
 
 def _name(path: Any) -> str:
     """Returns the name under which Orbax stores a leaf."""
-    return ".".join(
-        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
-    )
+    return ".".join([str(_text(key)) for key in path])
+
+
+def _text(key: Any) -> Any:
+    for name in ("key", "name", "idx"):
+        if hasattr(key, name):
+            return getattr(key, name)
+    return key
 
 
 def refuse_oversize(directory: Any, arrays: Arrays, names: set[str], args: Any) -> None:

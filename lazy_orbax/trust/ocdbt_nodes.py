@@ -113,14 +113,12 @@ class _Reader:
         """Takes what is in some nodes. Yields the nodes below them."""
         reading = [self._start(node) for node in nodes]
         for node, one in zip(nodes, reading, strict=True):
-            found = self._node(node, one.result())
-            for entry in found["entries"]:
-                key = node.prefix + entry["key"]
-                if node.height:
-                    inner = node.prefix + entry["subtree_common_prefix"]
-                    yield _Node(entry["location"], node.height - 1, inner)
-                else:
-                    self._take(key, entry)
+            entries = self._node(node, one.result())["entries"]
+            if not node.height:
+                self._take(node.prefix, entries)
+            for entry in entries if node.height else ():
+                inner = node.prefix + entry["subtree_common_prefix"]
+                yield _Node(entry["location"], node.height - 1, inner)
 
     def _start(self, node: _Node) -> _Range:
         place = _place(node.location, self._files)
@@ -141,21 +139,24 @@ class _Reader:
             raise MalformedCheckpointError(where, what, f"one at height {node.height}")
         return found
 
-    def _take(self, key: bytes, entry: dict[str, Any]) -> None:
-        if key.endswith(self._suffixes):
-            if "inline_value" in entry:
-                self._inline[key] = bytes(entry["inline_value"])
-            else:
-                self._elsewhere[key] = entry["indirect_value"]
-            return
-        name = key.decode(errors="backslashreplace")
-        if "inline_value" in entry:
-            self._values[name] = bytes(entry["inline_value"])
-            return
-        file, offset, length = entry["indirect_value"].rsplit(":", 2)
-        self._values[name] = found = Extent(self._file_of(file), int(offset), int(length))
-        if found.length > self._longest[1]:
-            self._longest = (name, found.length)
+    def _take(self, prefix: bytes, entries: list[dict[str, Any]]) -> None:
+        values, suffixes, file_of = self._values, self._suffixes, self._file_of
+        for entry in entries:
+            key, is_inline = prefix + entry["key"], "inline_value" in entry
+            if key.endswith(suffixes):
+                if is_inline:
+                    self._inline[key] = bytes(entry["inline_value"])
+                else:
+                    self._elsewhere[key] = entry["indirect_value"]
+                continue
+            name = key.decode(errors="backslashreplace")
+            if is_inline:
+                values[name] = bytes(entry["inline_value"])
+                continue
+            file, offset, length = entry["indirect_value"].rsplit(":", 2)
+            values[name] = found = Extent(file_of(file), int(offset), int(length))
+            if found.length > self._longest[1]:
+                self._longest = (name, found.length)
 
     def _descriptions(self) -> dict[str, bytes]:
         reading = {}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from lazy_orbax.trust.bounded_json import MOST_DIMENSIONS, Complaints, is_shape, parse_json
 from lazy_orbax.trust.files import brief
 
+_KNOWN = frozenset({"array_metadata", "write_shape", "chunk_shape", "ext_metadata"})
 _ENTRIES, _KEY_IMPL = "array_metadatas", "random_key_impl"
 # Those of `jax.sharding.AxisType`.
 _AXIS_TYPES = frozenset(f"AxisType.{kind}" for kind in ("Auto", "Explicit", "Manual"))
@@ -32,14 +33,14 @@ def check_array_metadatas(content: bytes, file: Any) -> dict[str, str]:
         if not isinstance(one, dict) or not isinstance(one.get("param_name"), str):
             complain(where, entry, "the metadata of a named array")
             continue
+        more = one.get("ext_metadata")
         # Orbax takes any object of that name for another entry.
-        inner = [entry, one, one.get("ext_metadata") or {}]
-        if _nested(inner, ("array_metadata", "write_shape", "chunk_shape", "ext_metadata")):
+        inner = [entry, one, more] if more else [entry, one]
+        if _nested(inner, _KNOWN):
             complain(where, entry, "nothing but the metadata of an array")
         for name in ("write_shape", "chunk_shape"):
             if not is_shape(one.get(name)):
                 complain(f"{where}, {name}", one.get(name), "a list of sizes")
-        more = one.get("ext_metadata")
         if not isinstance(more, dict | None):
             complain(f"{where}, ext_metadata", more, "a JSON object or null")
         elif more and not isinstance(more.get(_KEY_IMPL), str | None):
@@ -50,11 +51,11 @@ def check_array_metadatas(content: bytes, file: Any) -> dict[str, str]:
     return {name: kind for name, kind in kinds.items() if kind}
 
 
-def _nested(objects: list[Any], known: tuple[str, ...]) -> bool:
+def _nested(objects: list[Any], known: Collection[str]) -> bool:
     """Whether there are objects or lists in fields that are not known."""
     for one in objects:
-        for name, value in one.items() if isinstance(one, dict) else ():
-            if isinstance(value, dict | list) and name not in known:
+        for name, value in one.items() if type(one) is dict else ():
+            if (type(value) is dict or type(value) is list) and name not in known:
                 return True
     return False
 

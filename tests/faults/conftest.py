@@ -32,3 +32,13 @@ def first_step(zygote: crashes.Zygote, tmp_path_factory: pytest.TempPathFactory)
     root = tmp_path_factory.mktemp("first") / "run"
     zygote.save(root, 1)
     return root
+
+
+@pytest.fixture(scope="module")
+def first_of_linked(
+    zygote: crashes.Zygote, tmp_path_factory: pytest.TempPathFactory
+) -> pathlib.Path:
+    """A run with one step, to whose files the next one links."""
+    root = tmp_path_factory.mktemp("linked") / "run"
+    zygote.save(root, 1, linked=True)
+    return root

@@ -10,8 +10,17 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 
-def make_state(step: int, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Returns a state of two slabs, of random bits that are others in every step."""
+def make_state(step: int, mesh: jax.sharding.Mesh, *, frozen: bool = False) -> dict[str, Any]:
+    """Returns a state of two slabs, of random bits that are others in every step.
+
+    Args:
+        step: the step.
+        mesh: where it lies.
+        frozen: whether most of it is the same in every step.
+    """
+    if frozen:
+        first = make_state(0, mesh)
+        return {**make_state(step, mesh), "split": first["split"], "large": first["large"]}
     rng = np.random.default_rng(step)
 
     def on_mesh(shape: tuple[int, ...], *spec: Any) -> jax.Array:

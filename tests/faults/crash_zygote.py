@@ -12,6 +12,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 
 import ctypes
+import dataclasses
 import faulthandler
 import functools
 import json
@@ -56,13 +57,14 @@ class Death(NamedTuple):
 OPTIONS = lazy_orbax.LazyOptions(mode="direct", slab_bytes=2**20)
 
 
-def save(
+def save(  # noqa: PLR0913 - As they come in a request.
     root: str,
     step: int,
     *,
     stock: bool,
     durable_path: bool,
     v1: str = "",
+    linked: bool = False,
     death: Death | None = None,
 ) -> None:
     """Saves a step, and dies before a call, or when it is done.
@@ -73,11 +75,12 @@ def save(
         stock: whether stock Orbax saves it.
         durable_path: whether it is synced before it is listed.
         v1: whether v1 saves it, and how: `save` or `Checkpointer`.
+        linked: whether most of it is the same in every step, and linked.
         death: how the process ends, if it does.
     """
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("a",))
-    state = make_state(step, mesh)
-    begin, end = _saving(root, stock=stock, durable_path=durable_path, v1=v1)
+    state = make_state(step, mesh, frozen=linked)
+    begin, end = _saving(root, stock=stock, durable_path=durable_path, v1=v1, linked=linked)
     if death is None:
         begin(step, state)
         end()
@@ -94,7 +97,7 @@ def save(
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _saving(root: str, *, stock: bool, durable_path: bool, v1: str) -> Any:
+def _saving(root: str, *, stock: bool, durable_path: bool, v1: str, linked: bool) -> Any:
     """Returns what begins a save, and what waits for its end."""
     if v1:
         lazy_v1(OPTIONS)
@@ -103,7 +106,8 @@ def _saving(root: str, *, stock: bool, durable_path: bool, v1: str) -> Any:
     if v1:
         checkpointer = orbax_v1.training.Checkpointer(root)
         return functools.partial(checkpointer.save_async, force=True), checkpointer.wait
-    handler = None if stock else lazy_orbax.standard_handler(options=OPTIONS)
+    options = dataclasses.replace(OPTIONS, skip_unchanged=linked)
+    handler = None if stock else lazy_orbax.standard_handler(options=options, use_ocdbt=not linked)
     path_class = {"temporary_path_class": lazy_orbax.DurablePath} if durable_path else {}
     manager = ocp.CheckpointManager(
         root,

@@ -90,7 +90,7 @@ class Zygote:
             root: the run's directory.
             step: what to save.
             death: the fields of `crash_zygote.Death`.
-            **how: `stock`, `durable_path` or `v1`, as of `crash_zygote.save`.
+            **how: `stock`, `durable_path`, `v1` or `linked`, as of `crash_zygote.save`.
 
         Returns:
             The calls that began. The last of them was not made, unless it is `finished`.
@@ -118,10 +118,10 @@ def published(calls: list[str], step: int) -> bool:
     return f"rename /{step}" in calls[:-1]
 
 
-def wanted(step: int) -> Any:
+def wanted(step: int, *, frozen: bool = False) -> Any:
     """Returns the state of a step, on the host."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("a",))
-    return jax.tree.map(np.asarray, make_state(step, mesh))
+    return jax.tree.map(np.asarray, make_state(step, mesh, frozen=frozen))
 
 
 def stock_lists(root: pathlib.Path) -> list[int]:
@@ -130,14 +130,14 @@ def stock_lists(root: pathlib.Path) -> list[int]:
         return list(manager.all_steps())
 
 
-def stock_restores(root: pathlib.Path, *steps: int) -> dict[int, str]:
+def stock_restores(root: pathlib.Path, *steps: int, frozen: bool = False) -> dict[int, str]:
     """Returns which steps stock Orbax does not restore bit for bit, and why."""
     wrong = {}
     with ocp.CheckpointManager(root, item_handlers=ocp.StandardCheckpointHandler()) as manager:
         for step in steps:
             try:
                 restored = manager.restore(step)
-                assert_same(jax.tree.map(np.asarray, restored), wanted(step))
+                assert_same(jax.tree.map(np.asarray, restored), wanted(step, frozen=frozen))
             except Exception as error:  # noqa: BLE001 - Orbax's own, of many types.
                 wrong[step] = f"{type(error).__name__}: {error}"[:300]
     return wrong

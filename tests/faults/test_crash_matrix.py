@@ -21,7 +21,7 @@ from faults import crashes
 MERGED = "rename /2.orbax-checkpoint-tmp/default.orbax-checkpoint-tmp/manifest.ocdbt"
 
 
-def check(root, calls):
+def check(root, calls, *, frozen=False):
     """The invariants, after `calls` began of which the last was not made."""
     made = [call.split() for call in calls[:-1]]
     removing = [i for i, (call, *file) in enumerate(made) if is_removal(call, *file)]
@@ -31,7 +31,8 @@ def check(root, calls):
     assert max(steps) == (2 if crashes.published(calls, 2) else 1)
     assert 1 in steps or removing
     # Orbax removes a step file by file, and lists it until the last is gone.
-    assert crashes.stock_restores(root, *(set(steps) - ({1} if removing else set()))) == {}
+    whole = set(steps) - ({1} if removing else set())
+    assert crashes.stock_restores(root, *whole, frozen=frozen) == {}
     crashes.save_again(root, 3)
 
 
@@ -77,3 +78,49 @@ def test_a_save_killed_at_every_call(zygote, first_step, tmp_path, tell, durable
         f"{sum(published for _, published in deaths)} after the step was listed",
         f"{len(kinds)} kinds of calls",
     )
+
+
+# At the links; and everywhere, at night.
+@pytest.mark.parametrize("everywhere", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_save_that_links_killed_at_every_call(
+    zygote, first_of_linked, tmp_path, tell, everywhere
+):
+    root = tmp_path / "run"
+    failures, n_kills = [], 0
+
+    def kill(call="", nth=1):
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(first_of_linked, root)
+        before = content_of(root / "1")
+        calls = zygote.die(root, 2, {"call": call, "nth": nth}, linked=True)
+        try:
+            check(root, calls, frozen=True)
+            after = content_of(root / "1")
+            assert after.items() <= before.items(), "the older step was changed"
+        except Exception as error:  # noqa: BLE001 - All are told at the end.
+            failures.append(f"killed before {nth}. {call or 'nothing'}: {error!r}")
+        return calls
+
+    runs = [kill()[:-1] for _ in range(3 if everywhere else 1)]
+    links = [call for call in runs[0] if call.startswith("linkat")]
+    assert len(links) == 4, "two leaves of two chunks"
+    if not everywhere:
+        runs = [[*links, "rename /2"]]
+    points = {call: max(run.count(call) for run in runs) for run in runs for call in run}
+    for call, n_calls in points.items():
+        for nth in range(1, n_calls + 1):
+            kill(call, nth)
+            n_kills += 1
+    assert not failures, "\n".join(failures)
+    tell(
+        "Saves killed at every call that changes the file system",
+        "linked to the step before" if everywhere else "linked, at the links",
+        f"{max(map(len, runs))} calls",
+        f"{n_kills} kills",
+    )
+
+
+def content_of(step):
+    """What is in the arrays of a step; nothing of a file that is gone."""
+    files = (path for path in (step / "default").rglob("*") if path.is_file())
+    return {str(path): path.read_bytes() for path in files}

@@ -45,31 +45,34 @@ def disk(request, tmp_path):
 class Cuts:
     """Cuts the power of a disk in the second save of a run."""
 
-    def __init__(self, zygote, disk, first_step, copy):
-        self.zygote, self.disk, self.first_step, self.copy = zygote, disk, first_step, copy
+    def __init__(self, zygote, disk, first_steps, copy):
+        self.zygote, self.disk, self.first_steps, self.copy = zygote, disk, first_steps, copy
 
     def cut(self, call="", nth=1, *, late, **how):
         """Returns the calls that began, the steps that stock Orbax lists, and what is wrong."""
-        root = self.disk.replace(self.first_step)
+        linked = how.get("linked", False)
+        root = self.disk.replace(self.first_steps[linked])
         death = {"call": call, "nth": nth, "cut": str(self.disk.mounted), "late": late}
         calls = self.zygote.die(root, 2, death, **how)
         self.disk.after_the_cut(root, self.copy)
         steps = crashes.stock_lists(self.copy)
         removing = any(is_removal(*made.split(" ")) for made in calls[:-1])
         # Orbax removes a step file by file, and lists it until the last is gone.
-        wrong = crashes.stock_restores(self.copy, *(steps[-1:] if removing else steps))
+        whole = steps[-1:] if removing else steps
+        wrong = crashes.stock_restores(self.copy, *whole, frozen=linked)
         return calls, steps, wrong
 
 
 @pytest.fixture
-def cuts(zygote, disk, first_step, tmp_path):
-    return Cuts(zygote, disk, first_step, tmp_path / "copy")
+def cuts(zygote, disk, first_step, first_of_linked, tmp_path):
+    return Cuts(zygote, disk, (first_step, first_of_linked), tmp_path / "copy")
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "a little later"])
-@pytest.mark.parametrize("how", ["stock", "default", "DurablePath"])
+@pytest.mark.parametrize("how", ["stock", "default", "DurablePath", "linked"])
 def test_a_step_that_is_finished(cuts, late, how, tell, request):
-    options = {"stock": {"stock": True}, "DurablePath": {"durable_path": True}}.get(how, {})
+    fields = {"stock": "stock", "DurablePath": "durable_path", "linked": "linked"}
+    options = {fields[how]: True} if how in fields else {}
     for _ in range(_CUTS_OF_STOCK if how == "stock" else 1):
         calls, steps, wrong = cuts.cut(late=late, **options)
         assert calls[-1] == "finished"
@@ -87,6 +90,24 @@ def test_a_step_that_is_finished(cuts, late, how, tell, request):
 
 def kind_of_disk(request):
     return request.node.callspec.params["disk"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("disk", ["xfs", NO_HEURISTIC], indirect=True)
+def test_a_save_that_links_whose_power_is_cut_at_every_call(cuts, tell, request):
+    run = cuts.cut(late=False, linked=True)[0][:-1]
+    end = run.index("fsync ", run.index("rename /2")) + 5
+    failures = []
+    for position in range(run.index(next(c for c in run if c.startswith("linkat"))), end):
+        call, nth = run[position], run[: position + 1].count(run[position])
+        calls, steps, wrong = cuts.cut(call, nth, late=True, linked=True)
+        is_synced = calls[-1] == "finished" or (
+            "fsync " in calls[calls.index("rename /2") : -1] if "rename /2" in calls else False
+        )
+        if wrong or steps[-1] not in ([2] if is_synced else [1, 2]):
+            failures.append(f"cut before {nth}. {call}: {steps} {wrong}")
+    assert not failures, "\n".join(failures)
+    tell(TABLE, kind_of_disk(request), "linked", f"{end} calls of a save", "each step is whole")
 
 
 # What ext4 loses with its heuristic it also loses without.

@@ -111,6 +111,22 @@ class Job:
             wrong += [f"{step}: {a[0]}" for a, b in pairs if a != b]
         return wrong
 
+    def merge(self, out: str, *sources: str) -> list[str]:
+        """Merges two checkpoints. Returns which floats are wrong, and what `verify` says."""
+        lazy_orbax.merge(sources, [0.25, 0.5], out, others=0)
+        a, b, found = (lazy_orbax.load(path) for path in (*sources, out))
+        with np.errstate(all="ignore"):
+            wrong = [
+                name
+                for name in ("w", "v", "replicated")
+                if not np.array_equal(
+                    np.float32(0.25) * a[name] + np.float32(0.5) * b[name],
+                    found[name],
+                    equal_nan=True,
+                )
+            ]
+        return [*wrong, *map(str, lazy_orbax.verify(out).all_problems)]
+
     def save_leaves(self, step: int, n: int) -> None:
         """Saves `leaves_of` the mesh."""
         self.manager.save(step, args=ocp.args.StandardSave(leaves_of(self._mesh, n)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 
-def test_every_command_that_reads_reads_a_bucket(start, root):
+def test_every_command_that_reads_reads_a_bucket(start, root, tmp_path):
     job = start()
     job.do("open", root)
     for step in (1, 2, 3):
@@ -36,6 +36,9 @@ def test_every_command_that_reads_reads_a_bucket(start, root):
     (report,) = found("verify", root, status=1)
     assert ["never committed" in problem["what"] for problem in report["problems"]] == [True]
     assert "</html>" in found("html", root)["page"]
+    exported = found("export", root, str(tmp_path / "out"))
+    assert exported["verified"]
+    assert len(list((tmp_path / "out").iterdir())) == 1
     assert found("bench", root.rpartition("/")[0], "--mebibytes", "16")["n_bytes"] == 2**24
     (torn,) = found("clean", root)["directories"]
     assert (torn["path"], torn["removed"]) == (f"{root}/3", False)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from equipment.pods.jobs import reports, run_job
+
+pytestmark = pytest.mark.slow  # `tests/unit/tiers` has threads that agree in the same way.
 
 
 def test_two_processes_save_at_the_steps_that_the_first_decides(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -92,3 +94,17 @@ def test_resuming_on_other_processes_and_back(tmp_path):
         assert [report["wrong"] for report in reports(ended)] == [[]] * n
         assert not any("harding info" in process.log for process in ended)
     assert states.differences(restore(third, 1, mesh_of(4, 2)), wanted) == []
+
+
+def test_each_process_links_what_it_wrote_and_did_not_change(tmp_path):
+    root = tmp_path / "run"
+    processes = reports(run_job(2, "linked_saves", root, logs=tmp_path / "logs"))
+    assert all(process["steps"] == [1, 2] for process in processes)
+    values, changed = states.values(1), states.values(2)
+    same = sum(v.nbytes for name, v in values.items() if name not in ("both", "prime"))
+    assert [sum(n) for n in zip(*(p["linked"] for p in processes), strict=True)] == [0, same]
+    assert all(process["linked"][1] > 0 for process in processes)
+    shutil.rmtree(root / "1")
+    wanted = {**values, "both": changed["both"], "prime": changed["prime"]}
+    assert states.differences(restore(root, 2, mesh_of(4, 2)), wanted) == []
+    assert lazy_orbax.verify(root).ok

@@ -55,19 +55,22 @@ class TransformMap:
         if problems:
             raise TransformError(problems)
 
-    def plan(self, stored: Specs | Mapping[str, Specs], wanted: Specs) -> TransformPlan:
+    def plan(
+        self, stored: Specs | Mapping[str, Specs], wanted: Specs | None = None
+    ) -> TransformPlan:
         """Applies the rules to names, shapes and dtypes.
 
         Args:
             stored: the stored leaves; where there are several checkpoints, those of each, by the
                 name of the checkpoint.
-            wanted: the wanted leaves.
+            wanted: the wanted leaves; `None` wants whatever the rules leave, in any shape.
 
         Raises:
             TransformError: the rules do not make each wanted leaf once, in its shape and dtype; a
                 rule is about no leaf; or nobody wants a stored leaf.
         """
-        names = {name: (tuple(shape), _dtype(dtype)) for name, (shape, dtype) in wanted.items()}
+        given = wanted or {}
+        names = {name: (tuple(shape), _dtype(dtype)) for name, (shape, dtype) in given.items()}
         leaves = Leaves(self._entries(stored), names)
         counts = []
         for number, rule in enumerate(self.rules):
@@ -77,6 +80,8 @@ class TransformMap:
             counts.append(apply(leaves, number, rule))
             if leaves.problems:
                 raise TransformError(leaves.problems)
+        if wanted is None:
+            names = {e.name: (e.array.shape, e.array.dtype) for e in leaves.entries.values()}
         problems = [
             f"rule {rule}: it is about no leaf; mend its pattern, or remove it"
             for rule, n in zip(self.rules, counts, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -22,6 +23,7 @@ from equipment.pods.kill_points import killing
 
 import lazy_orbax
 from lazy_orbax import _machine
+from lazy_orbax.combine import merge_work
 from lazy_orbax.save import commit, writer
 from lazy_orbax.snapshot.host_budget import HOST_BUDGET
 from lazy_orbax.storage import pace as pacing
@@ -283,6 +285,20 @@ def one_save(root: str, how: str) -> Report:
         return {"steps": manager.all_steps()}
 
 
+def linked_saves(root: str) -> Report:
+    """Saves two steps, of which the second links what did not change."""
+    told: list[lazy_orbax.SaveTimeline] = []
+    options = lazy_orbax.LazyOptions(skip_unchanged=True, on_timeline=told.append)
+    handler = lazy_orbax.standard_handler(options=options, use_ocdbt=False)
+    changed, kept = states.on_mesh(_mesh(), 2), states.on_mesh(_mesh(), 1)
+    with ocp.CheckpointManager(root, item_handlers=handler) as manager:
+        for step, others in ((1, kept), (2, {"both": changed["both"], "prime": changed["prime"]})):
+            _save(manager, step, {**kept, **others})
+            manager.wait_until_finished()
+        steps = manager.all_steps()
+    return {"steps": steps, "linked": [one.bytes_linked for one in told]}
+
+
 def two_items(root: str) -> Report:
     """One handler saves two items; one of them fails on the last process."""
     state = states.on_mesh(_mesh(), 0)
@@ -426,6 +442,24 @@ def at_intervals(root: str) -> Report:
         return {"saved": saved, "steps": manager.all_steps(), "report": str(policy.report())}
 
 
+def merged(root: str, use_ocdbt: bool) -> Report:
+    """Merges two steps, each process a share; once in vain, for the last one fails."""
+    handler = lazy_orbax.standard_handler(use_ocdbt=use_ocdbt)
+    with ocp.CheckpointManager(root, item_handlers=handler) as manager:
+        for n in (1, 2):
+            _save(manager, n, states.on_mesh(_mesh(), n))
+        manager.wait_until_finished()
+    merge = functools.partial(
+        lazy_orbax.merge, [f"{root}/{n}" for n in (1, 2)], [0.25, 0.75], others=0, host_bytes=2**20
+    )
+    add = merge_work.add
+    if jax.process_index() == jax.process_count() - 1:
+        merge_work.add = None  # type: ignore[assignment]
+    failed = _outcome(lambda: merge(f"{root}/3"))
+    merge_work.add = add
+    return {"failed": failed, "bytes": merge(f"{root}/3").bytes_written}
+
+
 def modes(root: str) -> Report:
     """The three modes of a snapshot, and trees that are refused."""
     return worker.main(pathlib.Path(root))
@@ -434,6 +468,11 @@ def modes(root: str) -> Report:
 def saved_by_v1(root: str) -> Report:
     """Saves with the functions of Orbax v1, and with its `Checkpointer`."""
     return v1.main(pathlib.Path(root), _mesh())
+
+
+def killed_in_v1(root: str, way: str, **kill: Any) -> None:
+    """Saves step 1 with Orbax v1, and dies in the save of step 2."""
+    v1.killed(pathlib.Path(root), _mesh(), way, v1.Kill(**kill))
 
 
 def preempted_in_v1(root: str, signalled: int) -> Report:
@@ -449,6 +488,7 @@ SCENARIOS = {
         flipped,
         killed,
         failing,
+        linked_saves,
         one_save,
         two_items,
         hanging,
@@ -457,8 +497,10 @@ SCENARIOS = {
         node_local,
         preempted,
         at_intervals,
+        merged,
         modes,
         saved_by_v1,
+        killed_in_v1,
         preempted_in_v1,
     )
 }

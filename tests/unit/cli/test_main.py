@@ -104,6 +104,16 @@ def test_commands_that_write_files(runs, is_json, tmp_path, monkeypatch, capsys)
     assert (json.loads(out)["entries"][0]["step"] == 1) if is_json else ("step 1" in out)
 
 
+def test_merge_makes_a_step_of_steps(runs, tmp_path, capsys):
+    sources = [str(runs / "lazy" / step) for step in ("1", "2")]
+    arguments = ["merge", str(tmp_path / "9"), *sources, "--coefficients", "0.5,0.5"]
+    assert main(arguments) == 1
+    assert "layer.bias" in capsys.readouterr().err
+    assert main([*arguments, "--others", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["coefficients"] == [0.5, 0.5]
+    assert main(["verify", str(tmp_path / "9")]) == 0
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_has_help(command, capsys):
     assert main([command, "--help"]) == 0

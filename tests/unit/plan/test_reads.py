@@ -14,7 +14,8 @@ from lazy_orbax.plan.reads import chunk_reads, coalesced, rows_of
 
 def test_a_chunk_that_is_a_wanted_box_goes_there_whole():
     (read,) = chunk_reads((8, 4), (8, 4), 4, (Box((0, 0), (8, 4)),))
-    assert (read.position, read.box, read.offset) == ((0, 0), Box((0, 0), (8, 4)), 0)
+    assert (read.position, read.box) == ((0, 0), Box((0, 0), (8, 4)))
+    assert read.spans == ((0, 0, 128),)
 
 
 @pytest.mark.parametrize(
@@ -30,14 +31,37 @@ def test_a_chunk_that_is_a_wanted_box_goes_there_whole():
 )
 def test_where_a_chunk_goes_in_memory(chunk, wanted, offsets):
     reads = chunk_reads((8, 4), chunk, 4, (wanted,))
-    assert [read.offset for read in reads] == offsets
+    found = [read.spans[0].offset if read.spans else None for read in reads]
+    assert found == offsets
+
+
+@pytest.mark.parametrize(
+    ("boxes", "spans"),
+    [
+        ([((0, 0), (5, 4)), ((5, 0), (3, 4))], [(0, 0, 80), (1, 0, 48)]),
+        ([((5, 0), (3, 4)), ((0, 0), (5, 4))], [(1, 0, 80), (0, 0, 48)]),  # As they are stored.
+        ([((i, 0), (1, 4)) for i in range(8)], [(i, 0, 16) for i in range(8)]),
+        ([((0, 0), (5, 4)), ((6, 0), (2, 4))], []),  # A row is not wanted.
+        ([((0, 0), (5, 4)), ((4, 0), (4, 4))], []),  # One is wanted twice.
+        ([((0, 0), (8, 4)), ((0, 0), (8, 4))], []),  # All are.
+        ([((0, 0), (8, 2)), ((0, 2), (8, 2))], []),  # Columns are not in one piece.
+    ],
+)
+def test_where_the_parts_of_a_chunk_go_in_memory(boxes, spans):
+    (read,) = chunk_reads((8, 4), (8, 4), 4, tuple(Box(*box) for box in boxes))
+    assert read.spans == tuple(spans)
+
+
+def test_a_part_goes_behind_what_other_chunks_have_of_its_box():
+    reads = chunk_reads((8, 4), (4, 4), 4, (Box((0, 0), (3, 4)), Box((3, 0), (5, 4))))
+    assert [read.spans for read in reads] == [((0, 0, 48), (1, 0, 16)), ((1, 16, 64),)]
 
 
 def test_a_chunk_that_two_boxes_want_is_read_once_and_scattered():
     boxes = (Box((0, 0), (8, 2)), Box((0, 2), (8, 2)))
     (read,) = chunk_reads((8, 4), (8, 4), 4, boxes)
     assert [one.wanted for one in read.placed] == [0, 1]
-    assert read.offset is None
+    assert read.spans == ()
 
 
 def test_nothing_is_read_that_is_not_wanted():
@@ -47,7 +71,7 @@ def test_nothing_is_read_that_is_not_wanted():
 
 def test_an_array_without_dimensions_is_one_chunk():
     (read,) = chunk_reads((), (), 4, (Box((), ()),))
-    assert (read.position, read.offset) == ((), 0)
+    assert (read.position, read.spans) == ((), ((0, 0, 4),))
 
 
 @st.composite
@@ -78,13 +102,14 @@ def test_each_element_of_each_box_comes_once_by_either_way(array, limit_bytes):
     for read in reads:
         padded = stored_chunk(whole, chunk, read)
         data = padded[tuple(slice(n) for n in read.box.shape)]
-        if read.offset is not None:
-            at_once[read.placed[0].wanted].reshape(-1)[
-                read.offset // 4 : read.offset // 4 + padded.size
-            ] += padded.reshape(-1)
-        for one in read.placed if read.offset is None else ():
-            at_once[one.wanted][one.target] += data[one.source]
         content, done, kept = padded.reshape(-1), 0, []
+        for wanted, offset, n_bytes in read.spans:
+            first, n, done = offset // 4, n_bytes // 4, done + n_bytes // 4
+            at_once[wanted].reshape(-1)[first : first + n] += content[done - n : done]
+        assert done == (padded.size if read.spans else 0)
+        done = 0
+        for one in () if read.spans else read.placed:
+            at_once[one.wanted][one.target] += data[one.source]
         for rows in rows_of(read, chunk, 4, limit_bytes):
             n = math.prod(rows.box.shape)
             part, done = content[done : done + n].reshape(rows.box.shape), done + n

@@ -8,9 +8,9 @@ import pytest
 import tensorstore as ts
 
 from lazy_orbax.integrity import digest
+from lazy_orbax.integrity.array_format import ArrayFormat
 from lazy_orbax.plan.boxes import Box
 from lazy_orbax.plan.reads import chunk_reads
-from lazy_orbax.restore.array_format import ArrayFormat
 from lazy_orbax.restore.chunk import Chunk, Target, arrived, put
 
 FLOATS = [
@@ -77,7 +77,7 @@ def test_what_a_chunk_has_beyond_the_array_is_left_out(position):
     mine = whole[read.box.index]
     stored = np.pad(mine, (0, 20 - len(mine)), constant_values=7).tobytes()
     chunk = Chunk("leaf", form, read, [target], digest.digest_of(mine))
-    assert arrived(chunk, stored, in_place=False) is None
+    assert arrived(chunk, stored) is None
     np.testing.assert_array_equal(target.array[read.box.index], mine)
     assert np.count_nonzero(target.array == -1) == 50 - len(mine)
 
@@ -88,5 +88,5 @@ def test_what_was_not_saved_goes_nowhere():
     target = Target(np.zeros(8, np.float32), None)
     (read,) = chunk_reads((8,), (8,), 4, (Box((0,), (8,)),))
     chunk = Chunk("leaf", form, read, [target], digest.digest_of(values) ^ 1)
-    assert arrived(chunk, values.tobytes(), in_place=False) == chunk.piece
+    assert arrived(chunk, values.tobytes()) == chunk.piece
     assert not target.array.any()

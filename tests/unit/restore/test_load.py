@@ -140,7 +140,7 @@ def test_a_step_of_one_item_is_enough(tmp_path):
     ("arguments", "error", "message"),
     [
         (lambda d: (d / "nowhere",), OptionError, "holds no checkpoint"),
-        (lambda d: (3,), OptionError, "takes a path, and found 3"),
+        (lambda d: (3,), OptionError, "path of a checkpoint: found 3"),
         (lambda d: (d / "c", {"x": np.zeros(3)}), RestoreError, "leaf x: found no such array"),
         (lambda d: (d / "c", {"w": np.zeros(3)}), RestoreError, r"found \[4\], wanted \[3\]"),
         (lambda d: (d / "c", {"w": 3}), RestoreError, r"found \[4\], wanted a number"),

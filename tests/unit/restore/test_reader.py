@@ -5,9 +5,9 @@ import pytest
 
 from lazy_orbax.errors import MalformedCheckpointError
 from lazy_orbax.integrity import digest
+from lazy_orbax.integrity.array_format import ArrayFormat
 from lazy_orbax.plan.boxes import Box
 from lazy_orbax.plan.reads import chunk_reads
-from lazy_orbax.restore.array_format import ArrayFormat
 from lazy_orbax.restore.chunk import Chunk, Target
 from lazy_orbax.restore.memory import aligned
 from lazy_orbax.restore.reader import Reader
@@ -76,7 +76,13 @@ def test_boxes_are_what_was_stored(tmp_path, chunk, boxes, tail):
 
 
 @pytest.mark.parametrize(
-    "boxes", [[Box((0, 0), (2048, 1500))], [Box((0, 750 * i), (2048, 750)) for i in range(2)]]
+    "boxes",
+    [
+        [Box((0, 0), (2048, 1500))],
+        [Box((0, 750 * i), (2048, 750)) for i in range(2)],
+        [Box((0, 0), (1300, 1500)), Box((1300, 0), (748, 1500))],
+        [Box((2 * i, 0), (2, 1500)) for i in range(1024)],
+    ],
 )
 @pytest.mark.parametrize("chunk", [(2048, 1500), (1100, 1500)])
 def test_a_large_chunk_comes_in_parts(tmp_path, boxes, chunk):
@@ -86,6 +92,36 @@ def test_a_large_chunk_comes_in_parts(tmp_path, boxes, chunk):
     assert source.requests > 10
     for box, array in zip(boxes, found, strict=True):
         np.testing.assert_array_equal(array, whole[box.index])
+
+
+@pytest.mark.parametrize("n_rows", [64, 2**13])
+def test_parts_of_a_chunk_are_read_where_they_go(tmp_path, n_rows):
+    whole = np.arange(n_rows * 192, dtype=np.float32).reshape(n_rows, 192)
+    boxes = [Box((n_rows // 4 * i, 0), (n_rows // 4, 192)) for i in range(4)]
+    targets = [target_of(box)._replace(array=None) for box in boxes]  # Nothing is copied there.
+    form = form_of(whole.shape, whole.shape)
+    _, wrong, _ = read(tmp_path, whole, form, boxes, targets=targets)
+    assert not wrong
+    for box, target in zip(boxes, targets, strict=True):
+        assert bytes(target.memory) == whole[box.index].tobytes()
+
+
+def test_a_part_that_is_cast_is_copied_and_so_are_the_others(tmp_path):
+    boxes = [Box((0, 0), (32, 48)), Box((32, 0), (32, 48))]
+    targets = [target_of(boxes[0]), target_of(boxes[1], np.float16, in_one_piece=False)]
+    found, wrong, _ = read(tmp_path, WHOLE, form_of((64, 48), (64, 48)), boxes, targets=targets)
+    assert not wrong
+    np.testing.assert_array_equal(found[0], WHOLE[:32])
+    np.testing.assert_array_equal(found[1], WHOLE[32:].astype(np.float16))
+
+
+def test_a_chunk_may_go_to_more_places_than_the_system_fills_at_once(tmp_path):
+    whole = np.arange(5000, dtype=np.float32).reshape(2500, 2)
+    boxes = [Box((i, 0), (1, 2)) for i in range(2500)]
+    found, wrong, source = read(tmp_path, whole, form_of((2500, 2), (2500, 2)), boxes)
+    assert not wrong
+    assert source.requests == 1
+    np.testing.assert_array_equal(np.concatenate(found), whole)
 
 
 @pytest.mark.parametrize("in_one_piece", [True, False])
@@ -116,7 +152,8 @@ def test_a_changed_byte_is_a_wrong_piece(tmp_path, chunk, at):
 
 def test_a_changed_byte_of_a_large_chunk_is_a_wrong_piece(tmp_path):
     whole = np.zeros((2048, 1500), np.float32)
-    for boxes in ([Box((0, 0), whole.shape)], [Box((0, 0), (2048, 700))]):
+    halves = [Box((1024 * i, 0), (1024, 1500)) for i in range(2)]
+    for boxes in ([Box((0, 0), whole.shape)], [Box((0, 0), (2048, 700))], halves):
         form = form_of(whole.shape, whole.shape)
         _, wrong, _ = read(tmp_path, whole, form, boxes, content=lambda s: s[:-1] + b"\1")
         assert [piece.leaf for piece in wrong] == ["leaf"]

@@ -1,0 +1,66 @@
+"""Sums of arrays, element by element in a fixed order: each product and each sum is rounded once.
+
+For float32 the result is that of `c0 * x0 + c1 * x1 + ...` in NumPy, from left to right.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+# Of elements that are worked on while they are in the processor's cache.
+_BLOCK = 2**15
+_DIRECT = frozenset({"float16", "float32", "float64", "complex64", "complex128"})
+
+
+@np.errstate(all="ignore")  # What is not finite, or gets too large, is the caller's.
+def add(total: np.ndarray, data: np.ndarray, factor: float, *, is_first: bool) -> None:
+    """Adds a multiple of an array.
+
+    Args:
+        total: what is added to, in one dimension, of float32, float64 or complex numbers.
+        data: the array, of as many elements, in any dtype of floats. May be `total` itself, if it
+            is the first.
+        factor: the multiple, which is rounded to the dtype of `total`.
+        is_first: whether `total` has nothing yet.
+    """
+    by = total.dtype.type(factor)
+    product = np.empty(min(_BLOCK, total.size), total.dtype)
+    is_same = data.dtype == total.dtype
+    for first in range(0, total.size, _BLOCK):
+        sums, some = total[first : first + _BLOCK], data[first : first + _BLOCK]
+        into = sums if is_first else product[: some.size]
+        if not is_same:
+            np.copyto(into, some, casting="unsafe")
+            some = into
+        np.multiply(some, by, out=into)
+        if not is_first:
+            np.add(sums, into, out=sums)
+
+
+@np.errstate(all="ignore")
+def round_to(result: np.ndarray, total: np.ndarray) -> None:
+    """Rounds sums to the dtype of the result, once, to the nearest and of two such to the even.
+
+    Args:
+        result: where they go, in one dimension.
+        total: the sums.
+    """
+    is_twice = result.dtype.name not in _DIRECT and total.dtype == np.float64
+    for first in range(0, total.size, _BLOCK):
+        some = total[first : first + _BLOCK]
+        # NumPy rounds to such a dtype by way of float32.
+        some = _to_odd(some) if is_twice else some
+        np.copyto(result[first : first + _BLOCK], some, casting="unsafe")
+
+
+def _to_odd(values: np.ndarray) -> np.ndarray:
+    """Returns float64 as float32, inexact ones with a last bit of 1.
+
+    That is as good as all bits for who rounds once more, to a dtype of far fewer (Boldo and
+    Melquiond, "Emulation of FMA and correctly rounded sums", IEEE TC 2008).
+    """
+    near = values.astype(np.float32)
+    is_even = (near.view(np.uint32) & 1) == 0
+    wrong = is_even & (near != values) & np.isfinite(near)
+    towards = np.where(values > near, np.float32(np.inf), np.float32(-np.inf))
+    return np.where(wrong, np.nextafter(near, towards), near)
