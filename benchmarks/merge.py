@@ -24,6 +24,7 @@ _CASES = {
     "float32, OCDBT": ("float32", {}),
     "float32, Zarr 3 files": ("float32", {"use_ocdbt": False, "use_zarr3": True}),
     "bfloat16, OCDBT": ("bfloat16", {}),
+    "float32, zstd": ("float32", {"use_compression": True}),
 }
 _SOURCES = ("1", "2")
 _KINDS = ("raw read", "raw read, write", "merge")
@@ -69,8 +70,8 @@ def _make(place: pathlib.Path, case: str, mib: int, leaf_mib: int) -> None:
     n, size = mib // leaf_mib, leaf_mib * 2**20 // jnp.dtype(dtype).itemsize
     rng = np.random.default_rng(0)
     for name in _SOURCES:
-        some = [jnp.asarray(rng.normal(size=size // 1024).astype(np.float32)) for _ in range(n)]
-        state = {f"w{i}": jnp.tile(one.astype(dtype), 1024) for i, one in enumerate(some)}
+        some = [rng.standard_normal(size, np.float32).astype(jnp.dtype(dtype)) for _ in range(n)]
+        state = {f"w{i}": jnp.asarray(one) for i, one in enumerate(some)}
         checkpointer = ocp.Checkpointer(lazy_orbax.pytree_handler(**keywords))
         checkpointer.save(place / name, args=ocp.args.PyTreeSave(state))
 

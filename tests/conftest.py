@@ -32,6 +32,16 @@ settings.register_profile(
 settings.load_profile("lazy_orbax")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def little_to_collect() -> None:
+    """What is alive before a module of tests is not looked at again in each of its collections.
+
+    It is modules, tests that were collected, and programs of JAX: a million objects.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def mesh() -> jax.sharding.Mesh:
     """Eight devices as 4 x 2, axes a and b."""

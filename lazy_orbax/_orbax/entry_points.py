@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 
-from lazy_orbax._orbax.lifecycle import operation_id
 from lazy_orbax._orbax.symbols import MISSING, SRC, ocp, warn_if_stock
 
 Undo = Callable[[], None]
@@ -72,12 +71,12 @@ def when_made(
     return undo
 
 
-def note_stock_saves(note: Callable[[str, bool], None]) -> None:
+def note_stock_saves(note: Callable[[Any, bool], None]) -> None:
     """Calls `note` before each save of a tree that goes the stock way, from now on.
 
     Args:
-        note: takes which save of Orbax it is (`operation_id`), and whether its handler was made by
-            Orbax itself, because nobody gave one.
+        note: takes the directory of the item, as Orbax hands it in, and whether its handler was
+            made by Orbax itself, because nobody gave one.
     """
     if MISSING:
         return
@@ -91,10 +90,10 @@ def note_stock_saves(note: Callable[[str, bool], None]) -> None:
             made_by_orbax.add(self)
 
     @functools.wraps(save)
-    async def noted(self: Any, *positional: Any, **keywords: Any) -> Any:
+    async def noted(self: Any, directory: Any, *positional: Any, **keywords: Any) -> Any:
         if type(self) is kind:  # Not a lazy handler, which derives from it.
-            note(operation_id(), self in made_by_orbax)
-        return await save(self, *positional, **keywords)
+            note(directory, self in made_by_orbax)
+        return await save(self, directory, *positional, **keywords)
 
     kind.__init__, kind.async_save = noted_init, noted
 

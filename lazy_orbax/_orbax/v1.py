@@ -11,6 +11,8 @@ import contextvars
 import functools
 import importlib
 import importlib.util
+import inspect
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -28,12 +30,15 @@ _NEEDED = {
     "create_v0_handler": ("handlers.pytree_handler", "_create_v0_handler"),
     "for_manager": ("handlers.compatibility", "get_compatibility_handler"),
     "response": ("saving.execution", "_SaveResponse"),
+    "atomicity": ("saving.execution", "atomicity"),
     "compatible": ("serialization.compatibility", "CompatibleTypeHandler"),
     "arrays": ("serialization.array_leaf_handler", "ArrayLeafHandler"),
     "numpy": ("serialization.numpy_leaf_handler", "NumpyLeafHandler"),
     "scalars": ("serialization.scalar_leaf_handler", "ScalarLeafHandler"),
     "strings": ("serialization.string_leaf_handler", "StringLeafHandler"),
 }
+# The function of `atomicity` that publishes a step.
+PUBLISH = "on_commit_callback"
 # What methods of those use, by which ours is found and told: a handler that no longer asks would
 # save the stock way, and not say so.
 _USED = {
@@ -41,6 +46,7 @@ _USED = {
     ("pytree", "save"): {"_handler_impl", "async_save", "path"},
     ("pytree", "_finalize"): {"_handler_impl", "_finalize_async"},
     ("response", "__init__"): {"_operation_id", "_finalize_save"},
+    ("response", "_finalize_save"): {"atomicity", PUBLISH},
 }
 
 Make: TypeAlias = "Callable[[Any, Any, Any], Inside]"
@@ -58,7 +64,8 @@ def _probe() -> tuple[str, dict[str, Any], list[str]]:
 def _found_in(root: str) -> tuple[dict[str, Any], list[str]]:
     found, missing = probe(root, _NEEDED)
     for (key, method), names in _USED.items():
-        code = getattr(getattr(found.get(key), method, None), "__code__", None)
+        asked: Any = getattr(found.get(key), method, None)
+        code = getattr(inspect.unwrap(asked), "__code__", None)
         if key in found and not names <= set(getattr(code, "co_names", ())):
             missing.append(f"{root}._src.{_NEEDED[key][0]}.{_NEEDED[key][1]}.{method}")
     return found, missing
@@ -69,6 +76,8 @@ if not TYPE_CHECKING:
     ocp1 = importlib.import_module(_ROOT) if _ROOT else None
 
 _of_process: list[Make] = []
+# Whether this thread publishes a step of ours next, which v1 saves.
+_publishes = threading.local()
 # Where it is set, one handler is made with it, whatever the process does.
 _of_handler: contextvars.ContextVar[Make | None] = contextvars.ContextVar(
     "lazy_orbax_v1", default=None
@@ -125,11 +134,18 @@ class Inside:
     async def _finalize_async(self, directory: Any) -> None:
         """A function of v1 publishes the step next, in this thread."""
         if not self.is_managed:
-            self.handler.finalize(directory)
+            self.finalize(directory)
 
     def finalize(self, directory: Any) -> None:
         """The manager publishes the step next, in this thread."""
         self.handler.finalize(directory)
+        _publishes.ours = True
+
+
+def publishes_ours() -> bool:
+    """Whether this thread publishes a step of ours now, which v1 saves. It does so once."""
+    ours, _publishes.ours = getattr(_publishes, "ours", False), False
+    return ours
 
 
 def hook() -> None:

@@ -8,6 +8,7 @@ import os
 import sys
 from typing import Any
 
+from lazy_orbax._machine import without_garbage_collection
 from lazy_orbax.errors import LazyOrbaxError, OptionError
 from lazy_orbax.view.text import visible
 
@@ -45,7 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments is None and isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # Not every terminal has every character.
     try:
-        status = int(_group().main(arguments, "lazy-orbax", standalone_mode=False) or OK)
+        with without_garbage_collection():
+            status = int(_group().main(arguments, "lazy-orbax", standalone_mode=False) or OK)
         sys.stdout.flush()
         return status
     except (BrokenPipeError, SystemExit):

@@ -15,9 +15,9 @@ import tensorstore as ts
 from lazy_orbax import _paths
 from lazy_orbax._orbax.stored_kinds import EMPTY
 from lazy_orbax.errors import MergeError, OptionError
+from lazy_orbax.integrity.array_format import ArrayFormat
 from lazy_orbax.integrity.sidecar_files import string_at
 from lazy_orbax.plan.boxes import Shape
-from lazy_orbax.restore.array_format import ArrayFormat
 from lazy_orbax.restore.transformed import Checkpoint
 from lazy_orbax.storage.place import MOST_BYTES
 from lazy_orbax.trust.tree_file import Tree

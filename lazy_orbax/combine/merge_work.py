@@ -62,7 +62,10 @@ class Work:
             limit_bytes: most memory.
         """
         self._sources, self._coefficients = sources, coefficients
-        self._leaves, self._writer, self._limit_bytes = leaves, writer, limit_bytes
+        self._leaves, self._writer = leaves, writer
+        # What is compressed or encoded in another way is held once more while it is coded.
+        are_plain = all(form.is_plain for leaf in leaves for form in leaf.forms if leaf.total)
+        self._limit_bytes = limit_bytes if are_plain else limit_bytes // 2
         self._jobs = [Job(one.contents, one.stored.leaves if one.stored else {}) for one in sources]
         self._boxes: dict[Box, tuple[Box, ...]] = {}
         self.wrong: list[list[Piece]] = [[] for _ in sources]

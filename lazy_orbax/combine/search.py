@@ -70,9 +70,8 @@ def search(  # noqa: PLR0913 - Keywords, of which most calls give none.
     """Searches the linear combination of checkpoints with the lowest score.
 
     The method is LCSC's (arXiv 2404.02241): an evolution of coefficients that add up to 1. It tries
-    the last checkpoint, the mean and moving averages of several rates first, so what it finds is
-    never worse than those on what `evaluate` measures; measure on held-out data. The proposals
-    depend on the seed and the scores alone.
+    the last checkpoint, the mean and moving averages of six rates first; measure on held-out data.
+    The proposals depend on the seed and the scores alone.
 
     Args:
         evaluate: is given a tree as `load` returns it, with JAX arrays where floats are, and
@@ -97,17 +96,10 @@ def search(  # noqa: PLR0913 - Keywords, of which most calls give none.
         CorruptCheckpointError: a source is not what was saved.
         MalformedCheckpointError: a source is not a checkpoint that Orbax wrote.
     """
-    paths = list(sources)
-    if not callable(evaluate):
-        raise OptionError(f"evaluate={evaluate!r} is not callable.")
-    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
-        raise OptionError(f"budget={budget!r} must be a whole number of candidates, at least 1.")
-    if not paths:
-        raise OptionError("There are no sources. Give a list of the paths of checkpoints.")
-    n, items = len(paths), [item_at(path) for path in paths]
+    items = _items_of(evaluate, sources, budget)
+    n = len(items)
     found = [opened(item, verify=False) for item in items]
     leaves = matched(found, wanted_of(None, "float32", n - 1, n))
-    del found
     kept = keeps_differences(leaves, n) if keep is None else keep
     known = SearchLog(log, {"lazy_orbax_search": _FORMAT, "seed": seed, "sources": items})
     combine = combiner(lambda i: load(items[i], like), n, keeps=kept)
@@ -123,8 +115,27 @@ def search(  # noqa: PLR0913 - Keywords, of which most calls give none.
         tried.append((math.inf if math.isnan(score) else score, candidate))
         if on_progress:
             on_progress(number + 1, budget)
+    return _searched(tried, kept)
+
+
+def _searched(tried: Sequence[tuple[float, Candidate]], kept: bool) -> Searched:
     score, best = min(tried, key=lambda one: one[0])
     emas = [score for score, one in tried if one.origin.startswith("ema:")]
-    return Searched(
-        best.coefficients, score, tried[0][0], min(emas, default=math.inf), budget, kept
-    )
+    best_ema = min(emas, default=math.inf)
+    return Searched(best.coefficients, score, tried[0][0], best_ema, len(tried), kept)
+
+
+def _items_of(evaluate: Any, sources: Sequence[Any], budget: Any) -> list[str]:
+    """Checks arguments of `search`. Returns the items that are searched.
+
+    Raises:
+        OptionError: one is out of range.
+    """
+    if not callable(evaluate):
+        raise OptionError(f"evaluate={evaluate!r} is not callable.")
+    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+        raise OptionError(f"budget={budget!r} must be a whole number of candidates, at least 1.")
+    items = [item_at(path) for path in sources]
+    if not items:
+        raise OptionError("There are no sources. Give a list of the paths of checkpoints.")
+    return items

@@ -159,7 +159,7 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         """
         if getattr(args, "partial_save_mode", False):
             return await super().async_save(directory, args=args)
-        STOCK_SAVES.note_lazy()
+        STOCK_SAVES.note_lazy(directory)
         return await begin(self._saver, directory, args)  # type: ignore[return-value]
 
     def go_on_for(self, saver: Saver, settings: Settings) -> None:

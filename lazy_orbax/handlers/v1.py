@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 from lazy_orbax._orbax import symbols, v1
+from lazy_orbax._orbax.publishing import publish_with
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax._orbax.v1_leaves import TypeHandlers, restore_args_in_v0
 from lazy_orbax.handlers.lazy import LazyCheckpointHandler
 from lazy_orbax.handlers.stock_fallback import GB, checked_options
 from lazy_orbax.options import LazyOptions
 from lazy_orbax.save.begin import Saver
+from lazy_orbax.save.durable_path import durable
 from lazy_orbax.save.finish import end_function
 from lazy_orbax.save.process_end import finish_at_the_end
 
@@ -40,6 +42,7 @@ def lazy_v1(
     make = _maker(checked_options(options), use_compression=use_compression)
     if symbols.warn_if_stock([*symbols.MISSING, *v1.MISSING]):
         return lambda: None
+    publish_with(durable)
     return v1.make_all_with(make)
 
 
@@ -60,6 +63,7 @@ def v1_registry(options: LazyOptions | None = None, *, use_compression: bool = F
     make = _maker(checked_options(options), use_compression=use_compression)
     if symbols.warn_if_stock([*symbols.MISSING, *v1.MISSING]):
         return v1.ocp1.handlers.local_registry()
+    publish_with(durable)
     stock, lazy = v1.ocp1.handlers.PyTreeHandler, v1.pytree_handler_with(make)
     everything = v1.ocp1.handlers.global_registry()
     registry = v1.ocp1.handlers.local_registry(include_global_registry=False)

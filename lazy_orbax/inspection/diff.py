@@ -139,8 +139,9 @@ def diff(
         second = dict(zip(first, second.values()))
     comparing = _Comparing(stats, on_progress)
     for name in sorted(first.keys() | second.keys()):
-        pair = [ItemLeaves(found[name]) if name in found else None for found in (first, second)]
-        comparing.compare(name, pair[0], pair[1])
+        a = ItemLeaves(first[name]) if name in first else None
+        b = ItemLeaves(second[name], like=a) if name in second else None
+        comparing.compare(name, a, b)
     comparing.read_values()
     leaves = tuple(comparing.leaves)
     problems = tuple(comparing.problems)
@@ -242,6 +243,8 @@ def _difference(a: ItemLeaves, b: ItemLeaves, mine: LeafEntry, other: LeafEntry)
     if not mine.dtype or not mine.n_bytes:
         return ""
     digests = a.digests.get(mine.name), b.digests.get(mine.name)
+    if digests[0] is not None and digests[0] == digests[1]:
+        return ""
     pieces = [_pieces(each) for each in digests if each]
     if len(pieces) < 2 or pieces[0].keys() != pieces[1].keys():
         return UNKNOWN

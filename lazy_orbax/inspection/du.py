@@ -162,8 +162,11 @@ def du(run: Any) -> DiskUse:
     """
     seen = look(run, (RUN,))
     costs, all_values, before = [], list[_Values](), _Values()
-    for entry in ls(seen.path).steps:
-        values = _values_of(entry) if entry.state == "committed" and entry.with_digests else None
+    steps = ls(seen.path).steps
+    told = {entry.path for entry in steps if entry.state == "committed" and entry.with_digests}
+    for entry in steps:
+        # One step alone has nothing to be the same as.
+        values = _values_of(entry) if len(told) > 1 and entry.path in told else None
         repeated = None
         if values is not None:
             if all_values:

@@ -60,18 +60,19 @@ class ItemLeaves:
         problems: what is wrong with the digests themselves.
     """
 
-    def __init__(self, directory: str):
+    def __init__(self, directory: str, like: ItemLeaves | None = None):
         """Reads the metadata.
 
         Args:
             directory: the item's directory, or its address.
+            like: another item, whose metadata may be the same in part.
 
         Raises:
             MalformedCheckpointError: it is not a checkpoint that Orbax wrote.
             OSError: the storage refused.
         """
         with without_garbage_collection():
-            contents = refuse_malformed(directory, None, _paths.DIGESTS)
+            contents = refuse_malformed(directory, None, _paths.DIGESTS, like and like.contents)
         if contents is None:
             raise FileNotFoundError(f"{directory} is not there.")
         self.directory, self.contents = directory, contents

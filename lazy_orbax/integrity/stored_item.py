@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
@@ -14,26 +15,19 @@ from lazy_orbax.errors import MalformedCheckpointError, Problem
 from lazy_orbax.integrity import digest, digest_file, sidecar_files
 from lazy_orbax.integrity.digest_file import DigestError, LeafDigests, ProcessDigests
 from lazy_orbax.integrity.digest_in_parts import PART_BYTES, digest_in_parts
+from lazy_orbax.integrity.plain_pieces import Piece, PlainPieces
 from lazy_orbax.integrity.step_place import wrong_step
 from lazy_orbax.integrity.stored_arrays import StoredArrays
-from lazy_orbax.plan.boxes import Box
 from lazy_orbax.plan.runs import runs
 from lazy_orbax.storage.place import MOST_BYTES
 from lazy_orbax.storage.places import place_of
+from lazy_orbax.trust.contents import Contents
 from lazy_orbax.trust.files import ItemFiles
 
 # Pieces that are read at once, and how much of a large one.
 _BATCH_BYTES = PART_BYTES
 _BATCH_PIECES = 256
 _CACHE_BYTES = 2**27
-
-
-class Piece(NamedTuple):
-    """A piece that was saved, and its digest."""
-
-    leaf: str
-    box: Box
-    digest: int
 
 
 class StoredItem:
@@ -157,8 +151,18 @@ class StoredItem:
         what = f"found {found[0]}{list(found[1])}, saved was {wanted[0]}{list(wanted[1])}"
         return Problem(what, self._arrays.metadata_file(name), name)
 
-    def check_pieces(self, pieces: Iterable[Piece]) -> Iterator[Problem]:
-        """Reads pieces again and tells which are not what was saved."""
+    def check_pieces(
+        self, pieces: Iterable[Piece], contents: Contents | None = None
+    ) -> Iterator[Problem]:
+        """Reads pieces again and tells which are not what was saved.
+
+        Args:
+            pieces: what to read.
+            contents: what the item holds, where that is known: what is stored plainly is read
+                without opening its array.
+        """
+        if contents is not None:
+            pieces = PlainPieces(contents, self._arrays.driver).without_good(pieces, self.leaves)
         for _, found in self.read(pieces):
             if isinstance(found, Problem):
                 yield found
@@ -205,9 +209,13 @@ class StoredItem:
 
     def bytes_of(self, piece: Piece) -> int:
         """Returns the size of a piece, in bytes."""
-        dtype = ts.dtype(self.leaves[piece.leaf].dtype).numpy_dtype
-        return math.prod(piece.box.shape) * dtype.itemsize
+        return math.prod(piece.box.shape) * _itemsize(self.leaves[piece.leaf].dtype)
 
     def file_of(self, piece: Piece) -> str | None:
         """Returns the file that holds a piece, or the first of them; `None` where none is found."""
         return self._arrays.file_of(piece.leaf, piece.box)
+
+
+@functools.lru_cache(maxsize=64)
+def _itemsize(dtype: str) -> int:
+    return ts.dtype(dtype).numpy_dtype.itemsize

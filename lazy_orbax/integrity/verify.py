@@ -236,7 +236,7 @@ def _verify_item(place: Any, watch: _Watch) -> ItemReport:
     stored = StoredItem(directory, contents.files if contents else None)
     if not stored.is_covered:
         return ItemReport(directory, 0, 0, (_NO_DIGESTS,), ())
-    found = stored.check_pieces(watch.over(stored))
+    found = stored.check_pieces(watch.over(stored), contents)
     problems = [*stored.problems, *stored.check_files(), *found]
     others = tuple(f"leaf {name}: its own type handler wrote it" for name in stored.others)
     n_leaves = len(stored.leaves) + len(stored.strings)

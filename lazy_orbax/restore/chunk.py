@@ -11,9 +11,9 @@ import numpy as np
 import tensorstore as ts
 
 from lazy_orbax.integrity import digest
+from lazy_orbax.integrity.array_format import ArrayFormat
 from lazy_orbax.integrity.stored_item import Piece
 from lazy_orbax.plan.reads import ChunkRead
-from lazy_orbax.restore.array_format import ArrayFormat
 
 # What NumPy casts sooner than TensorStore, which takes some 80 us for anything.
 _SHORT_BYTES = 2**19

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from lazy_orbax.integrity.array_format import ArrayFormat
 from lazy_orbax.integrity.stored_item import Piece
 from lazy_orbax.plan.boxes import Shape
-from lazy_orbax.restore.array_format import ArrayFormat
 from lazy_orbax.restore.chunk import Chunk, scatter
 from lazy_orbax.storage.place import Place
 

@@ -11,8 +11,8 @@ import jax
 
 from lazy_orbax._orbax import handed_in
 from lazy_orbax.errors import MalformedCheckpointError
+from lazy_orbax.integrity.array_format import formats_of
 from lazy_orbax.integrity.stored_item import Piece, StoredItem
-from lazy_orbax.restore.array_format import formats_of
 from lazy_orbax.restore.compare_arrays import far_from_the_host
 from lazy_orbax.restore.planned import Read, read_planned
 from lazy_orbax.restore.wanted import OrbaxOnlyError, Request, requested

@@ -13,9 +13,9 @@ from lazy_orbax._orbax import restored_kinds
 from lazy_orbax._orbax.restored_kinds import ARRAY, NUMPY, SCALAR
 from lazy_orbax._orbax.stored_kinds import SEQUENCE
 from lazy_orbax.errors import RestoreError, summarize
+from lazy_orbax.integrity.array_format import ArrayFormat, native
 from lazy_orbax.plan.boxes import Shape
 from lazy_orbax.plan.shards import is_key
-from lazy_orbax.restore.array_format import ArrayFormat, native
 from lazy_orbax.restore.wanted import Wanted, is_in_default_memory
 from lazy_orbax.trust.tree_file import Tree
 

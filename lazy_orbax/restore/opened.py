@@ -17,11 +17,11 @@ from lazy_orbax.errors import (
     OptionError,
     Problem,
 )
+from lazy_orbax.integrity.array_format import formats_of
 from lazy_orbax.integrity.digest_file import DIRECTORY
 from lazy_orbax.integrity.step_place import is_item
 from lazy_orbax.integrity.stored_item import Piece, StoredItem
 from lazy_orbax.integrity.verify import raise_corrupt
-from lazy_orbax.restore.array_format import formats_of
 from lazy_orbax.restore.compare_arrays import explain
 from lazy_orbax.restore.planned import MissingChunkError
 from lazy_orbax.restore.transformed import Checkpoint

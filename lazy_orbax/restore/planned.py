@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lazy_orbax.errors import MalformedCheckpointError
+from lazy_orbax.integrity.array_format import ArrayFormat
 from lazy_orbax.integrity.digest_file import LeafDigests
 from lazy_orbax.integrity.stored_item import Piece
 from lazy_orbax.plan.boxes import Box
 from lazy_orbax.plan.reads import ChunkRead, chunk_reads
 from lazy_orbax.restore import arrays
-from lazy_orbax.restore.array_format import ArrayFormat
 from lazy_orbax.restore.chunk import Chunk, Target, arrived
 from lazy_orbax.restore.decoder import Decoder, decode
 from lazy_orbax.restore.groups import Group, grouped, in_order, targets_of

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lazy_orbax.integrity.array_format import ArrayFormat
 from lazy_orbax.integrity.stored_item import Piece, StoredItem
 from lazy_orbax.plan.boxes import Box
 from lazy_orbax.plan.transforms.takes import Fill, Take
 from lazy_orbax.plan.transforms.transform_plan import TransformPlan
-from lazy_orbax.restore.array_format import ArrayFormat
 from lazy_orbax.restore.chunk import Target
 from lazy_orbax.restore.groups import Group, grouped
 from lazy_orbax.restore.planned import Job, Request, read_groups

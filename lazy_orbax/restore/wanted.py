@@ -16,8 +16,8 @@ from lazy_orbax._orbax import restored_kinds
 from lazy_orbax._orbax.restored_kinds import ARRAY, OTHER, SCALAR
 from lazy_orbax._orbax.stored_kinds import EMPTY
 from lazy_orbax._orbax.symbols import ocp
+from lazy_orbax.integrity.array_format import ArrayFormat, native
 from lazy_orbax.plan.boxes import Box, Shape
-from lazy_orbax.restore.array_format import ArrayFormat, native
 from lazy_orbax.trust.tree_file import Tree
 
 _PLACEHOLDER = ...

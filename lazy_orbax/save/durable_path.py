@@ -6,6 +6,7 @@ import asyncio
 import functools
 from typing import Any
 
+from lazy_orbax._orbax.publishing import is_only_renamed, metadata_store_of
 from lazy_orbax._orbax.symbols import ocp_path
 from lazy_orbax.errors import OptionError
 from lazy_orbax.save.publication import publication_failed
@@ -20,6 +21,20 @@ from lazy_orbax.save.step_sync import (
 from lazy_orbax.storage.fsync import sync_all
 from lazy_orbax.storage.places import place_of
 from lazy_orbax.storage.save_error import save_error
+
+
+def durable(path: Any) -> Any:
+    """Returns what publishes a local step as `DurablePath` does.
+
+    Args:
+        path: its temporary path. One that is not published by a rename is returned as it is.
+    """
+    if not (is_only_renamed(path) and place_of(str(path.get())).needs_sync):
+        return path
+    made = DurablePath.from_final(
+        path.get_final(), checkpoint_metadata_store=metadata_store_of(path)
+    )
+    return made if made.get() == path.get() else path
 
 
 class DurablePath(ocp_path.atomicity.AtomicRenameTemporaryPath):

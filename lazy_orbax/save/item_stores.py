@@ -22,6 +22,7 @@ class ItemStores:
     """Where one save of an item writes. Whoever made it ends its `deadline`.
 
     Attributes:
+        format: how the item is stored.
         place: the item's (temporary) directory.
         deadline: how long the storage may acknowledge nothing.
         files: the directory itself, for small files; `None` where this process writes none.
@@ -38,7 +39,7 @@ class ItemStores:
             directory: the item's (temporary) directory, or its `gs://` address.
             timeout_s: most seconds in which the storage may acknowledge nothing.
         """
-        self.place = place_of(directory, timeout_s)
+        self.format, self.place = format_, place_of(directory, timeout_s)
         self.deadline = Deadline(directory, timeout_s)
         self._context = ts.Context({**CONTEXT, **self.place.context_spec()})
         self.files: ts.KvStore | None = None

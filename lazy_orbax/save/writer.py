@@ -54,7 +54,7 @@ class Writer:
             directory: the item's (temporary) directory, or its `gs://` address.
             timeout_s: most seconds in which the storage may acknowledge nothing.
         """
-        self._plan, self._format = plan, format_
+        self._plan = plan
         self._item = ItemStores(format_, directory, timeout_s=timeout_s)
         self._stores: dict[int, ts.TensorStore] = {}
         self._digests: dict[int, int] = {}
@@ -118,7 +118,7 @@ class Writer:
         if self.beside is not None:
             self.beside.put(piece, view)
         # What is cast on the way is hashed as it is read back.
-        if (dtype := self._format.digests.casts[piece.leaf]) is not None:
+        if (dtype := self._item.format.digests.casts[piece.leaf]) is not None:
             view = digest.cast(view, dtype)
             if self.evidence:
                 self.evidence.is_cast(piece, index, view)
@@ -134,7 +134,7 @@ class Writer:
         directory = self._item.place.directory
 
         def look() -> None:
-            self._links = links_to_earlier(directory, self._plan, self._format)
+            self._links = links_to_earlier(directory, self._plan, self._item.format)
 
         self._item.deadline.run(look, "lazy_orbax-link")
 
@@ -166,8 +166,8 @@ class Writer:
         return requests
 
     def _open_leaf(self, leaf: int, requests: list[Request]) -> ts.TensorStore:
-        stored = self._format.leaves[leaf]
-        if self._format.is_primary:
+        stored = self._item.format.leaves[leaf]
+        if self._item.format.is_primary:
             key = stored.prefix + stored.metadata_key
             future = self._item.arrays[stored.kvstore].write(key, stored.metadata)
             requests.append(Request(future, key))
@@ -194,13 +194,13 @@ class Writer:
         if self.beside is not None:  # All pieces were handed over, and storage may take its time.
             self.beside.finish()
         requests = self._new_requests()
-        if self._format.is_primary:
+        if self._item.format.is_primary:
             for leaf in range(len(self._plan.leaves)):
                 if leaf not in self._stores:
                     self._stores[leaf] = self._open_leaf(leaf, requests)
-        files = self._format.metadata_files(custom_metadata)
+        files = self._item.format.metadata_files(custom_metadata)
         fingerprints = self.evidence.found if self.evidence else None
-        ours, digests, fingerprint = self._format.digests.fill(
+        ours, digests, fingerprint = self._item.format.digests.fill(
             self._digests, files, texts, self._item.place.directory, fingerprints
         )
         if self._item.files is not None:

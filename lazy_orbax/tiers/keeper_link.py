@@ -18,8 +18,9 @@ from lazy_orbax.tiers.keeper_process import KeeperSettings
 from lazy_orbax.tiers.shelf import Shelf
 
 _START_S = 30.0
+_ANSWER_S = 15.0
 # Memory for a snapshot is cleared at some GB a second.
-_ANSWER_S = 120.0
+_ROOM_S = 120.0
 _ROOT = str(pathlib.Path(lazy_orbax.__file__).parent.parent)
 
 
@@ -88,16 +89,17 @@ class KeeperLink:
         Raises:
             KeeperError: the keeper refused, or there is none.
         """
+        timeout_s = _ROOM_S if message["do"] == "room" else _ANSWER_S
         with self._lock:
             try:
                 if self._peer is not None:
-                    return messages.asked(self._peer, message, timeout_s=_ANSWER_S)
+                    return messages.asked(self._peer, message, timeout_s=timeout_s)
             except OSError:
                 self._hang_up()  # It died since: another may have taken its place.
             self._connect(starts=starts)
             assert self._peer is not None
             try:
-                return messages.asked(self._peer, message, timeout_s=_ANSWER_S)
+                return messages.asked(self._peer, message, timeout_s=timeout_s)
             except OSError as error:
                 self._hang_up()
                 raise KeeperError(f"the keeper does not answer: {error}") from error

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 from lazy_orbax.errors import CorruptCheckpointError, Problem, RestoreError, summarize
+from lazy_orbax.integrity.array_format import ArrayFormat
 from lazy_orbax.integrity.digest import cast, digest_of_bytes
 from lazy_orbax.integrity.stored_item import Piece
 from lazy_orbax.plan.boxes import Box
-from lazy_orbax.restore.array_format import ArrayFormat
 from lazy_orbax.restore.chunk import Target
 from lazy_orbax.restore.groups import Group, Member, grouped
 from lazy_orbax.restore.like import Likeness, likeness_of, likeness_of_stored

@@ -14,6 +14,7 @@ from typing import Any
 from lazy_orbax import _paths
 from lazy_orbax._machine import memory_bytes
 from lazy_orbax.errors import MalformedCheckpointError
+from lazy_orbax.storage import page_cache
 from lazy_orbax.storage.place import MOST_BYTES
 from lazy_orbax.storage.places import place_of
 from lazy_orbax.trust import sidecar_json, tree_file
@@ -71,13 +72,16 @@ def checked(
             _CHECKED.reset(token)
 
 
-def refuse_malformed(directory: Any, args: Any, beside: str = "") -> Contents | None:
+def refuse_malformed(
+    directory: Any, args: Any, beside: str = "", like: Contents | None = None
+) -> Contents | None:
     """Checks the files of an item, what they declare, and whether this machine could hold it.
 
     Args:
         directory: the item's directory, local or `gs://`. Where there is none, nothing is checked.
         args: what is to be restored; `None` for metadata alone.
         beside: a folder of the item whose files are wanted as well.
+        like: what another item holds: files that are the same as its are not looked at again.
 
     Returns:
         What it holds; `None` where there is no such directory.
@@ -86,23 +90,26 @@ def refuse_malformed(directory: Any, args: Any, beside: str = "") -> Contents | 
         MalformedCheckpointError: it is not a checkpoint that Orbax wrote, or is too large for this
             machine and no target says that so much is wanted.
     """
-    with _examined(directory, args, _AGGREGATE_FILE, beside) as contents:
+    with _examined(directory, args, _AGGREGATE_FILE, beside, like) as contents:
         return contents
 
 
 @contextlib.contextmanager
-def _examined(directory: Any, args: Any, aggregate: str, beside: str) -> Iterator[Contents | None]:
+def _examined(
+    directory: Any, args: Any, aggregate: str, beside: str, like: Contents | None = None
+) -> Iterator[Contents | None]:
     place = place_of(str(directory))
     if not place.may_be_there():
         yield None
         return
-    with place.listed() as listed:
+    with place.listed() as listed, contextlib.ExitStack() as stack:
         sizes = survey(place.directory) if place.has_special_files else listed
         files = ItemFiles(place, sizes)
         limit_bytes = max(_LEAST_JSON_BYTES, memory_bytes() // _JSON_SHARE)
+        stack.callback(_fill_page_cache(files, args).result)
         _read_ahead(files, args, beside, limit_bytes)
         _check_aggregate(files, aggregate, memory_bytes() // _AGGREGATE_SHARE)
-        contents = contents_of(files, *_check_json(files, limit_bytes, args))
+        contents = contents_of(files, *_check_json(files, limit_bytes, args, like))
         arrays, tree = contents.declared(), contents.tree
         names = arrays.declared.keys() & tree.leaves.keys() if tree else arrays.declared.keys()
         refuse_oversize(directory, arrays, set(names), args)
@@ -121,6 +128,30 @@ def _read_ahead(files: ItemFiles, args: Any, beside: str, limit_bytes: int) -> N
         files.read_ahead(describing_arrays(files), MOST_METADATA_BYTES)
     else:
         files.read_ahead([_paths.MANIFEST], SMALL_NODE_BYTES)
+
+
+def _fill_page_cache(files: ItemFiles, args: Any) -> Any:
+    """Starts to read the data of a local database from its disk, if all of it will be wanted.
+
+    Until the checks of what it says are through, the disk would do nothing else.
+    """
+    found: dict[str, int] = {}
+    if files.place.has_special_files and files.size(_paths.MANIFEST) and _wants_all(args):
+        sizes = files.sizes or {}
+        found = {n: sizes[n] for n in sorted(sizes) if n.split("/")[-2:-1] == [_paths.DATA]}
+    return page_cache.start_to_fill(files.place.directory, found)
+
+
+def _wants_all(args: Any) -> bool:
+    """Whether this process alone is known to restore every array."""
+    item = getattr(args, "item", None)
+    if item is None or getattr(args, "partial_restore", False):
+        return False
+    if getattr(args, "transforms", None) is not None:
+        return False
+    import jax
+
+    return jax.process_count() == 1 and all(leaf is not ... for leaf in jax.tree.leaves(item))
 
 
 def _check_aggregate(files: ItemFiles, name: str, limit_bytes: int) -> None:
@@ -146,7 +177,7 @@ def _check_aggregate(files: ItemFiles, name: str, limit_bytes: int) -> None:
 
 
 def _check_json(
-    files: ItemFiles, limit_bytes: int, args: Any
+    files: ItemFiles, limit_bytes: int, args: Any, like: Contents | None
 ) -> tuple[tree_file.Tree | None, dict[str, str]]:
     """Checks those of Orbax's JSON files that will be read.
 
@@ -154,20 +185,37 @@ def _check_json(
         What `_METADATA` says, and the kinds of the leaves that are typed PRNG keys, by name.
     """
     tree, keys = None, dict[str, str]()
-    if (found := files.read(_paths.TREE, limit_bytes)) is not None:
+    if _is_same(_paths.TREE, files, like, limit_bytes):
+        tree = like and like.tree
+    elif (found := files.read(_paths.TREE, limit_bytes)) is not None:
         tree = tree_file.check_tree(found, files.path(_paths.TREE))
     if _needs_shardings(args):
         most_bytes = max(limit_bytes, memory_bytes() // _SHARDING_SHARE)
         if (found := files.read(_paths.SHARDINGS, most_bytes)) is not None:
             sidecar_json.check_shardings(found, files.path(_paths.SHARDINGS))
-    for name in files.names(_paths.ARRAY_METADATAS):
-        is_one = name.startswith(f"{_paths.ARRAY_METADATAS}/process_")
-        if is_one and (found := files.read(name, limit_bytes)) is not None:
+    names = _array_metadatas(files)
+    are_known = like is not None and names == _array_metadatas(like.files)
+    if like and are_known and all(_is_same(name, files, like, limit_bytes) for name in names):
+        keys, names = dict(like.keys), []
+    for name in names:
+        if (found := files.read(name, limit_bytes)) is not None:
             keys |= sidecar_json.check_array_metadatas(found, files.path(name))
     strings = [name for name, kind in (tree.leaves if tree else {}).items() if kind == "string"]
     if strings and (found := files.read(_paths.STRINGS, limit_bytes)) is not None:
         sidecar_json.check_strings(found, files.path(_paths.STRINGS), strings)
     return tree, keys
+
+
+def _array_metadatas(files: ItemFiles) -> list[str]:
+    start = f"{_paths.ARRAY_METADATAS}/process_"
+    return [name for name in files.names(_paths.ARRAY_METADATAS) if name.startswith(start)]
+
+
+def _is_same(name: str, files: ItemFiles, like: Contents | None, limit_bytes: int) -> bool:
+    """Whether a file is there, and is the same in another item, where it was checked."""
+    if like is None or (found := files.read(name, limit_bytes)) is None:
+        return False
+    return found == like.files.read(name, limit_bytes)
 
 
 def _needs_shardings(args: Any) -> bool:

@@ -16,7 +16,7 @@ from lazy_orbax.snapshot import device_to_host
 from lazy_orbax.snapshot.host_budget import HOST_BUDGET
 from lazy_orbax.storage import fsync
 
-HANG_S = 15
+HANG_S = 60
 PLACES: dict[str, tuple[Any, str]] = {
     "copy": (device_to_host, "take"),
     "to the host": (device_to_host, "to_host"),

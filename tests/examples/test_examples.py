@@ -18,6 +18,11 @@ ROOT = pathlib.Path(__file__).parents[2]
         ["linen_train_state.py"],
         ["hidden_copy.py"],
         pytest.param(["outlive.py", "--steps", "24"], marks=pytest.mark.slow),
+        pytest.param(["dense_params.py", "--steps", "24"], marks=pytest.mark.slow),
+        pytest.param(
+            ["merge_tail.py", "--seeds", "1", "--steps", "60", "--tail", "20", "--every", "5"],
+            marks=pytest.mark.slow,
+        ),
         ["multihost_train.py", "--demo", "--processes", "2", "--steps", "12", "--save-every", "4"],
     ],
     ids=lambda command: command[0],

@@ -90,6 +90,7 @@ def interrupted():
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's background ignores it.
     handler.finalize = slow_finalize
     checkpointer = ocp.AsyncCheckpointer(handler, timeout_secs=20)
     checkpointer.save(f"{DIRECTORY}/1", args=SAVE)

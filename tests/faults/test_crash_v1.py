@@ -1,7 +1,8 @@
-"""Saves of Orbax v1 that are killed at every call, and power that is cut when they are finished."""
+"""Saves of Orbax v1 that are killed, or whose power is cut, at every call; and finished ones."""
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import jax
@@ -14,6 +15,9 @@ from orbax.checkpoint import v1
 from lazy_orbax.handlers.v1 import lazy_v1
 
 WAYS = ("save", "Checkpointer")
+EVERY_POINT = os.environ.get("LAZY_ORBAX_EVERY_POINT") == "1"
+# On this, what was not synced of a file is lost even where ext4 would have saved it.
+NO_HEURISTIC = "ext4 noauto_da_alloc"
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning")
 
 
@@ -88,3 +92,66 @@ def test_a_step_that_is_finished_survives_a_power_cut(zygote, tmp_path, way, lat
     assert calls[-1] == "finished"
     assert steps_in(tmp_path / "copy") == [1, 2]
     assert_whole(tmp_path / "copy", 1, 2)
+
+
+OTHER_CUTS = [(way, kind) for way in WAYS for kind in (NO_HEURISTIC, "ext4", "xfs")][1:]
+CUTS = [
+    (WAYS[0], NO_HEURISTIC),
+    *(pytest.param(*cut, marks=pytest.mark.slow) for cut in OTHER_CUTS),
+]
+
+
+@pytest.fixture
+def disk(request, tmp_path):
+    try:
+        mounting = crashes.disk(tmp_path, *request.param.split())
+        with mounting as disk:
+            yield disk
+    except crashes.Unable as reason:
+        pytest.skip(f"a disk cannot be mounted here: {reason}")
+
+
+@pytest.mark.parametrize(("way", "disk"), CUTS, indirect=["disk"])
+def test_a_save_whose_power_is_cut_at_every_call(zygote, disk, tmp_path, tell, request, way):
+    first, copy = tmp_path / "first", tmp_path / "copy"
+    zygote.save(first, 1, v1=way)
+
+    def cut(call="", nth=1, *, late):
+        root = disk.replace(first)
+        death = {"call": call, "nth": nth, "cut": str(disk.mounted), "late": late}
+        calls = zygote.die(root, 2, death, v1=way)
+        disk.after_the_cut(root, copy)
+        return calls
+
+    run = cut(late=False)[:-1]
+    renamed = run.index("rename /2")
+    # From the first call on the step's own metadata that is the last, until the step is durable.
+    last_metadata = "write /2.orbax-checkpoint-tmp/_CHECKPOINT_METADATA"
+    begin = max(i for i, call in enumerate(run) if call == last_metadata) - 2
+    begin, end = (0, len(run)) if EVERY_POINT else (begin, run.index("fsync ", renamed) + 1)
+    n_cuts, n_listed, failures = 0, 0, []
+    for late in [True, False] if EVERY_POINT else [True]:
+        for position in range(begin, end):
+            call, nth = run[position], run[: position + 1].count(run[position])
+            calls = cut(call, nth, late=late)
+            n_cuts += 1
+            is_synced = (
+                "fsync " in calls[calls.index("rename /2") : -1]
+                if crashes.published(calls, 2)
+                else False
+            )
+            try:
+                assert steps_in(copy) in ([[1, 2]] if is_synced else [[1], [1, 2]])
+                for step in steps_in(copy):
+                    assert (copy / f"{step}" / "_CHECKPOINT_METADATA").read_bytes()
+                    assert v1.metadata(copy / f"{step}").commit_timestamp_nsecs
+                assert_whole(copy, *steps_in(copy))
+                n_listed += 2 in steps_in(copy)
+                save_again(copy, 3)
+            except Exception as error:  # noqa: BLE001 - All are told at the end.
+                failures.append(f"cut before {nth}. {call}, late={late}: {error!r}")
+    assert not failures, "\n".join(failures)
+    assert 0 < n_listed < n_cuts
+    kind = request.node.callspec.params["disk"]
+    found = f"{n_listed} listed the step, with its metadata and whole"
+    tell("Power cuts", kind, f"v1, {way}", f"{n_cuts} cuts in a save", found)

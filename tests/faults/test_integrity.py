@@ -484,7 +484,7 @@ def test_the_search_for_a_whole_step_ends_in_time(tmp_path, mesh, monkeypatch):
     clock, read = [0.0], []
     check_pieces = stored_item.StoredItem.check_pieces
 
-    def slowly(self, pieces):
+    def slowly(self, pieces, contents=None):
         for piece in pieces:
             clock[0] += 25
             read.append((self.directory[-9:], piece.leaf))

@@ -1,4 +1,4 @@
-"""Two processes save with Orbax v1; a process that knows neither of them reads it."""
+"""Several processes save with Orbax v1; a process that knows none of them reads it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from orbax.checkpoint import v1
 import lazy_orbax
 
 
-@pytest.fixture(scope="module")
-def job(tmp_path_factory):
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def job(request, tmp_path_factory):
     """Runs the job once. Returns its directory and what each process reported."""
     root = tmp_path_factory.mktemp("job")
-    return root, reports(run_job(2, "saved_by_v1", root, logs=root / "logs"))
+    return root, reports(run_job(request.param, "saved_by_v1", root, logs=root / "logs"))
 
 
-def test_what_two_processes_saved_restores_in_one(job, mesh):
+def test_what_all_saved_restores_in_one(job, mesh):
     root, _ = job
     targets = states.targets(mesh, states.OTHER_SPECS)
     for n, n_steps in ((1, 1), (2, 4), (3, 7), (4, 9)):
@@ -39,11 +39,11 @@ def test_what_two_processes_saved_restores_in_one(job, mesh):
     assert lazy_orbax.verify(root / "functions").is_whole
 
 
-def test_both_hear_of_a_failure_on_one_and_the_same_step_is_saved_again(job):
+def test_all_hear_of_a_failure_on_one_and_the_same_step_is_saved_again(job):
     _, reports = job
     for report in reports:
         assert "no luck at finish" in report["function"]
-        assert "process 1" in report["function"]
+        assert f"process {len(reports) - 1}" in report["function"]
         assert "no luck at finish" in report["checkpointer"]
         assert (report["again"], report["saved"]) == ("", True)
         assert report["steps"] == [1, 2, 4]
@@ -60,9 +60,9 @@ def test_nothing_is_left_behind(job):
     assert reports[0]["committed"] == ["1", "2", "3", "4", "1", "1", "2", "2", "4"]
 
 
-def test_both_restore_what_both_saved(job):
+def test_all_restore_what_all_saved(job):
     _, reports = job
-    assert [report["wrong"] for report in reports] == [[], []]
+    assert [report["wrong"] for report in reports] == [[]] * len(reports)
 
 
 @pytest.mark.slow

@@ -470,6 +470,11 @@ def saved_by_v1(root: str) -> Report:
     return v1.main(pathlib.Path(root), _mesh())
 
 
+def killed_in_v1(root: str, way: str, **kill: Any) -> None:
+    """Saves step 1 with Orbax v1, and dies in the save of step 2."""
+    v1.killed(pathlib.Path(root), _mesh(), way, v1.Kill(**kill))
+
+
 def preempted_in_v1(root: str, signalled: int) -> Report:
     """One process gets SIGTERM while a `Checkpointer` of Orbax v1 is used."""
     return v1.preempted(pathlib.Path(root), _mesh(), signalled)
@@ -495,6 +500,7 @@ SCENARIOS = {
         merged,
         modes,
         saved_by_v1,
+        killed_in_v1,
         preempted_in_v1,
     )
 }

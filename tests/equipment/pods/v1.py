@@ -1,7 +1,8 @@
-"""A scenario of several processes that save with Orbax v1."""
+"""Scenarios of several processes that save with Orbax v1."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -14,6 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from equipment.gates import failing_at
 from equipment.pods import states
+from equipment.pods.kill_points import killing
 from orbax.checkpoint import v1
 
 import lazy_orbax
@@ -79,6 +81,42 @@ def main(root: pathlib.Path, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     report["in_flight"] = HOST_BUDGET.in_flight_bytes
     undo()
     return report
+
+
+@dataclasses.dataclass(frozen=True)
+class Kill:
+    """Who is killed in the second save, and when.
+
+    Attributes:
+        point: one of `kill_points`.
+        watched: the process that comes to it.
+        victim: the process that is killed then.
+        pids: a directory in which every process writes its own.
+    """
+
+    point: str
+    watched: int
+    victim: int
+    pids: str
+
+
+def killed(root: pathlib.Path, mesh: jax.sharding.Mesh, way: str, kill: Kill) -> None:
+    """Saves step 1 and dies in step 2, by `save` or by a `Checkpointer`."""
+    me = jax.process_index()
+    (pathlib.Path(kill.pids) / f"{me}").write_text(str(os.getpid()))
+    lazy_v1(lazy_orbax.LazyOptions(slab_bytes=2**20))
+    state = states.on_mesh(mesh, 0)
+    step = states.training_step(state)
+    run = v1.training.Checkpointer(root) if way == "Checkpointer" else None
+    save = run.save_async if run else lambda n, tree: v1.save_async(root / f"{n}", tree)
+    save(1, state).result()
+    state = step(state)
+    victim_pid = int((pathlib.Path(kill.pids) / f"{kill.victim}").read_text())
+    with killing(kill.point, victim_pid) if me == kill.watched else contextlib.nullcontext():
+        save(2, state).result()
+        # Nobody passes here: a process that the kill did not reach waits for it to arrive.
+        jax.block_until_ready(step(state))
+        ocp.multihost.sync_global_processes("the end")
 
 
 def preempted(root: pathlib.Path, mesh: jax.sharding.Mesh, signalled: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from equipment.trees import on_mesh
+from etils import epath
 from orbax.checkpoint.experimental import v1
 
 import lazy_orbax
@@ -263,6 +264,18 @@ def test_stock_saves_beside_lazy_ones_are_nobodys_business(tmp_path, tree):
     with warnings.catch_warnings(action="error"):
         by_manager(tmp_path / "lazy", tree, item_handlers=lazy_orbax.standard_handler())
         by_manager(tmp_path / "stock", tree)
+
+
+def test_a_lazy_handler_that_is_called_after_a_stock_save_is_not_of_that_save(
+    tmp_path, tree, monkeypatch
+):
+    # It is called without a checkpointer, which would give the save a number of its own.
+    monkeypatch.setattr(lazy_orbax.handlers.stock_saves.STOCK_SAVES, "_has_warned", False)
+    handler = lazy_orbax.standard_handler()
+    with warnings.catch_warnings(action="error"):
+        by_manager(tmp_path / "stock", tree)
+        (tmp_path / "lazy").mkdir()
+        handler.save(epath.Path(tmp_path / "lazy"), args=ocp.args.StandardSave(tree))
 
 
 def test_status_names_the_type_handler_that_somebody_else_registered(tmp_path, tree, mesh):

@@ -141,3 +141,21 @@ def test_what_is_malformed_or_missing_is_refused(runs):
         diff(runs / "stock" / "2", runs / "hostile" / "2")
     with pytest.raises(OptionError, match="holds runs"):
         diff(runs, runs / "lazy")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("_METADATA", '{"tree_metadata": 3}'),
+        ("array_metadatas/process_0", '{"array_metadatas": 3}'),
+    ],
+)
+def test_what_is_like_the_first_is_checked_where_it_differs(runs, tmp_path, file, content):
+    a, b = runs / "lazy" / "1" / "default", tmp_path / "b"
+    shutil.copytree(a, b)
+    assert diff(a, b).ok
+    (b / file).write_text(content)
+    with pytest.raises(MalformedCheckpointError, match=file):
+        diff(a, b)
+    with pytest.raises(MalformedCheckpointError, match=file):
+        diff(b, a)

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
+from lazy_orbax.integrity.array_format import ArrayFormat
 from lazy_orbax.restore import arrays
-from lazy_orbax.restore.array_format import ArrayFormat
 from lazy_orbax.restore.groups import grouped, in_order, targets_of
 from lazy_orbax.restore.wanted import Wanted
 from lazy_orbax.trust.ocdbt_nodes import Extent

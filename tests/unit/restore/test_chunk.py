@@ -8,9 +8,9 @@ import pytest
 import tensorstore as ts
 
 from lazy_orbax.integrity import digest
+from lazy_orbax.integrity.array_format import ArrayFormat
 from lazy_orbax.plan.boxes import Box
 from lazy_orbax.plan.reads import chunk_reads
-from lazy_orbax.restore.array_format import ArrayFormat
 from lazy_orbax.restore.chunk import Chunk, Target, arrived, put
 
 FLOATS = [

@@ -8,9 +8,9 @@ import tensorstore as ts
 
 import lazy_orbax.restore.decoder
 from lazy_orbax.integrity import digest
+from lazy_orbax.integrity.array_format import format_of
 from lazy_orbax.plan.boxes import Box
 from lazy_orbax.plan.reads import chunk_reads
-from lazy_orbax.restore.array_format import format_of
 from lazy_orbax.restore.chunk import Chunk, Target
 from lazy_orbax.restore.decoder import Decoder, decode
 from lazy_orbax.restore.reader import Reader

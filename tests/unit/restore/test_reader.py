@@ -5,9 +5,9 @@ import pytest
 
 from lazy_orbax.errors import MalformedCheckpointError
 from lazy_orbax.integrity import digest
+from lazy_orbax.integrity.array_format import ArrayFormat
 from lazy_orbax.plan.boxes import Box
 from lazy_orbax.plan.reads import chunk_reads
-from lazy_orbax.restore.array_format import ArrayFormat
 from lazy_orbax.restore.chunk import Chunk, Target
 from lazy_orbax.restore.memory import aligned
 from lazy_orbax.restore.reader import Reader

@@ -3,11 +3,12 @@
 import os
 import select
 import signal
+import socket
 
 import pytest
 
 from lazy_orbax.errors import KeeperError
-from lazy_orbax.tiers import messages
+from lazy_orbax.tiers import keeper_link, messages
 from lazy_orbax.tiers.keeper_link import KeeperLink, connected
 from lazy_orbax.tiers.keeper_process import KeeperSettings
 from lazy_orbax.tiers.shelf import Shelf, file_of
@@ -88,3 +89,13 @@ def test_the_keeper_of_another_user_is_not_talked_to(served, monkeypatch):
     with pytest.raises(KeeperError, match="wanted user"):
         link_to(served).ask({"do": "status"})
     monkeypatch.undo()
+
+
+def test_a_keeper_that_does_not_answer_is_given_up(place, monkeypatch):
+    monkeypatch.setattr(keeper_link, "_ANSWER_S", 0.2)
+    shelf = Shelf(place)
+    with socket.socket(socket.AF_UNIX) as deaf:
+        deaf.bind(shelf.socket)
+        deaf.listen()
+        with pytest.raises(KeeperError, match="does not answer"):
+            link_to(place).ask({"do": "status"})

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
-from lazy_orbax.restore.array_format import format_of, formats_of
+from lazy_orbax.integrity.array_format import format_of, formats_of
 from lazy_orbax.trust.malformed import refuse_malformed
 from lazy_orbax.trust.ocdbt_nodes import Extent
 
