@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import weakref
 from typing import Any
 
 import lazy_orbax
@@ -78,6 +79,7 @@ class KeeperLink:
         self._settings, self._whose = settings, whose
         self._lock = threading.Lock()
         self._peer: socket.socket | None = None
+        _LINKS.add(self)
 
     def ask(self, message: dict[str, Any], *, starts: bool = True) -> dict[str, Any]:
         """Returns the answer to a message; starts a keeper if the last one is gone.
@@ -131,6 +133,17 @@ class KeeperLink:
         """Hangs up."""
         with self._lock:
             self._hang_up()
+
+
+def _hang_up_in_child() -> None:
+    """Lets go of what a forked child has no use for. Else the keeper takes it for its parent."""
+    for link in list(_LINKS):
+        link._lock = threading.Lock()  # Perhaps a thread had it that is not here.
+        link._hang_up()
+
+
+_LINKS: weakref.WeakSet[KeeperLink] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_hang_up_in_child)
 
 
 def connected(directory: str | None) -> socket.socket:

@@ -83,15 +83,9 @@ class KeeperProcess:
             clock: tells the seconds.
         """
         self._shelf, self._settings, self._clock = shelf, settings, clock
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(shelf.socket)  # Of a keeper that died: nobody else may have the lock.
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(shelf.socket)
-        os.chmod(shelf.socket, 0o600)
-        self._listener.listen(_MOST_CLIENTS)
-        self._listener.setblocking(False)
+        self._door = messages.Door.opened(shelf.socket, most=_MOST_CLIENTS)
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ, None)
+        self._selector.register(self._door.listener, selectors.EVENT_READ, None)
         self.clients: list[Client] = []
         self._alone_since_s = clock()
         self._completions = Completions(shelf.path)
@@ -107,7 +101,7 @@ class KeeperProcess:
                 self._drop(client)
             self._completions.close()
             self._selector.close()
-            self._listener.close()
+            self._door.listener.close()
 
     def turn(self, *, timeout_s: float) -> None:
         """Does what there is to do, and waits for something at most so many seconds."""
@@ -127,10 +121,12 @@ class KeeperProcess:
         elif now_s - self._alone_since_s > self._settings.linger_s:
             _LOG.warning("Nobody came back within %s s.", self._settings.linger_s)
             self._end(discard=True)
+        if not self.is_over and not self._door.is_found():
+            self._end(discard=False)
 
     def _accept(self) -> None:
         try:
-            peer, _ = self._listener.accept()
+            peer, _ = self._door.listener.accept()
         except OSError:  # It has gone already.
             return
         client = Client(peer, self._clock())

@@ -25,6 +25,7 @@ from lazy_orbax.save.pipeline import Save
 from lazy_orbax.save.plan_cache import Prepared, prepare
 from lazy_orbax.save.unchanged_state import Fingerprints
 from lazy_orbax.storage.pace import Pace
+from lazy_orbax.tiers.claim import Claim
 from lazy_orbax.tiers.keeper_link import KeeperLink
 from lazy_orbax.tiers.keeper_process import KeeperSettings
 from lazy_orbax.tiers.kept_layout import has_all_here, layout_of, with_host_leaves
@@ -86,17 +87,10 @@ class Keeper:
 
         Raises:
             OptionError: a value is out of range.
-            KeeperError: there is no keeper, and none can be started.
+            KeeperError: there is no keeper, and none can be started; or another process that is
+                alive writes the snapshots of this process of the run.
         """
-        if not isinstance(run, str | os.PathLike) or not str(run):
-            raise OptionError(f"run={run!r} is no path; give the directory of the run.")
-        if limit_bytes is not None and (not isinstance(limit_bytes, int) or limit_bytes < 2**20):
-            raise OptionError(f"limit_bytes={limit_bytes!r} must be at least {2**20} (1 MiB).")
-        if not isinstance(linger_s, int | float) or not 0 < linger_s < float("inf"):
-            raise OptionError(f"linger_s={linger_s!r} must be a finite number of seconds, above 0.")
-        after_s = complete_after_s
-        if after_s is not None and (not isinstance(after_s, int | float) or not 0 <= after_s < 1e9):
-            raise OptionError(f"complete_after_s={after_s!r} must be a number of seconds, or None.")
+        _check_options(run, limit_bytes, linger_s, complete_after_s)
         if sys.platform != "linux":
             raise KeeperError(f"a keeper needs Linux, and this is {sys.platform}; train without")
         if symbols.MISSING:
@@ -113,7 +107,12 @@ class Keeper:
         self.slots = Slots(shelf, self._link, self.run)
         self._saving: list[threading.Thread] = []
         self._along: dict[str, int] = {}
-        self._link.ask({"do": "status"})
+        self._claim = Claim(shelf, self.run, jax.process_index())
+        try:
+            self._link.ask({"do": "status"})
+        except BaseException:
+            self._claim.release()
+            raise
         self.slots.begin_life()
 
     @property
@@ -245,6 +244,7 @@ class Keeper:
                 self.slots.shelf.remove(file)
         finally:
             self._link.close()
+            self._claim.release()
 
     def __enter__(self) -> Keeper:
         return self
@@ -259,3 +259,14 @@ def _settings() -> Settings:
     """Returns how each process would save all that it has, once, as `node_local_options` does."""
     keywords = {**node_local_options().handler, "use_compression": False}
     return describe.settings_of(symbols.HANDLER_BASE(**keywords), keywords)
+
+
+def _check_options(run: Any, limit_bytes: Any, linger_s: Any, after_s: Any) -> None:
+    if not isinstance(run, str | os.PathLike) or not str(run):
+        raise OptionError(f"run={run!r} is no path; give the directory of the run.")
+    if limit_bytes is not None and (not isinstance(limit_bytes, int) or limit_bytes < 2**20):
+        raise OptionError(f"limit_bytes={limit_bytes!r} must be at least {2**20} (1 MiB).")
+    if not isinstance(linger_s, int | float) or not 0 < linger_s < float("inf"):
+        raise OptionError(f"linger_s={linger_s!r} must be a finite number of seconds, above 0.")
+    if after_s is not None and (not isinstance(after_s, int | float) or not 0 <= after_s < 1e9):
+        raise OptionError(f"complete_after_s={after_s!r} must be a number of seconds, or None.")

@@ -2,18 +2,52 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import struct
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from lazy_orbax.errors import KeeperError
 
 LONGEST_BYTES = 2**16
 """A longer message is not read: whoever sends it is cut off."""
 _CREDENTIALS = struct.Struct("3i")
+
+
+class Door(NamedTuple):
+    """Where clients come in.
+
+    Attributes:
+        listener: takes connections.
+        path: of the socket.
+        inode: which socket it is, whatever is there later.
+    """
+
+    listener: socket.socket
+    path: str
+    inode: int
+
+    @classmethod
+    def opened(cls, path: str, *, most: int) -> Door:
+        """Listens at a path, for so many clients at once."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)  # Of a keeper that died: nobody else may have the lock.
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(path)
+        os.chmod(path, 0o600)
+        listener.listen(most)
+        listener.setblocking(False)
+        return cls(listener, path, os.stat(path).st_ino)
+
+    def is_found(self) -> bool:
+        """Whether a client would find it."""
+        try:
+            return os.stat(self.path).st_ino == self.inode
+        except OSError:
+            return False
 
 
 def user_of(peer: socket.socket) -> int:

@@ -60,7 +60,7 @@ def restore_newest(manager: ocp.CheckpointManager, keeper: Keeper, *, args: Any 
     Args:
         manager: the manager of the run.
         keeper: of this process, for the same run.
-        args: what `manager.restore` takes.
+        args: what `manager.restore` takes; memory does not follow `restore_args`, `transforms`.
 
     Returns:
         The step, what was restored, from where, and what was passed over and why.
@@ -158,6 +158,7 @@ def _tried(items: _Items, targets: Mapping[str, Any]) -> tuple[dict[str, Any], E
         for item, args in targets.items():
             if item not in items:
                 raise NotAtHandError(f"this process has no snapshot of the item {item}")
+            _refuse_more_than_a_target(item, args)
             values[item] = KeptTree(items[item]).restored(
                 getattr(args, "item", None),
                 RestoreRecorder(items[item][0].path),
@@ -166,6 +167,20 @@ def _tried(items: _Items, targets: Mapping[str, Any]) -> tuple[dict[str, Any], E
         return values, None
     except (LazyOrbaxError, SnapshotError, OSError) as error:
         return {}, error
+
+
+def _refuse_more_than_a_target(item: str, args: Any) -> None:
+    """Leaves to storage what Orbax alone knows how to do.
+
+    Raises:
+        NotAtHandError: the arguments say more of the leaves than a target does.
+    """
+    for name in ("restore_args", "transforms"):
+        if getattr(args, name, None):
+            raise NotAtHandError(
+                f"the item {item} is wanted with `{name}`, which memory does not follow; "
+                "give shapes, dtypes and shardings as the target, `item`"
+            )
 
 
 def _own_files(items: _Items, targets: Mapping[str, Any]) -> dict[str, str]:

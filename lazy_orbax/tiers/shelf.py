@@ -19,6 +19,7 @@ MEMORY = "/dev/shm"
 GENERATIONS = 2
 """The newest whole snapshot stays as it is while the next one is written."""
 _FILE = re.compile(r"[0-9a-f]{32}\.[0-9]+\.slabs")
+_CLAIM = re.compile(r"[0-9a-f]{32}\.claim")
 _LOCK, _SOCKET, _LOG = "lock", "socket", "keeper.log"
 # What Linux allows for the path of a socket.
 _LONGEST_SOCKET = 107
@@ -180,20 +181,39 @@ class Shelf:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path_of(file))
 
+    def _claims(self) -> list[str]:
+        """Returns the claims that nobody has any more."""
+        free = []
+        for name in os.listdir(self.path) if os.path.isdir(self.path) else ():
+            if not _CLAIM.fullmatch(name):
+                continue
+            with contextlib.suppress(OSError), open(f"{self.path}/{name}", "r+b") as file:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free.append(name)
+        return free
+
     def remove_all(self) -> None:
         """Removes everything, the directory too if nothing of anybody else's is in it."""
-        for name in (*self.files(), _SOCKET, _LOG, _LOCK):
+        for name in (*self.files(), *self._claims(), _SOCKET, _LOG, _LOCK):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(f"{self.path}/{name}")
         with contextlib.suppress(OSError):
             os.rmdir(self.path)
 
 
+def claim_of(run: str, process: int) -> str:
+    """Returns the name of the file that one who writes what a process saves has locked."""
+    return f"{_key_of(run, process)}.claim"
+
+
 def file_of(run: str, item: str, process: int, generation: int) -> str:
     """Returns the name of the file for a generation of what a process saves of an item."""
-    whose = json.dumps([run, item, process]).encode()
-    key = f"{digest_of_bytes(whose):016x}{digest_of_bytes(whose, seed=1):016x}"
-    return f"{key}.{generation}.slabs"
+    return f"{_key_of(run, item, process)}.{generation}.slabs"
+
+
+def _key_of(*whose: str | int) -> str:
+    text = json.dumps(whose).encode()
+    return f"{digest_of_bytes(text):016x}{digest_of_bytes(text, seed=1):016x}"
 
 
 def _no_space(path: str, n_bytes: int) -> str:

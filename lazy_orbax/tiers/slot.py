@@ -88,7 +88,7 @@ class Slot:
         self._decide()
         i = (self._common + 1) % GENERATIONS
         file, path = self._files[i], self._shelf.path_of(self.names[i])
-        # A file that somebody removed is no place for anything any more.
+        # A file that somebody removed or cut is no place for anything any more.
         if file is None or file.n_bytes < n_bytes or not _is_there(file):
             if file is not None:
                 file.close()
@@ -134,7 +134,9 @@ class Slot:
 
 def _is_there(file: SnapshotFile) -> bool:
     try:
-        return os.stat(file.path).st_ino == file.inode
+        status = os.stat(file.path)
+        # Behind the end of a file that somebody cut, a write would end this process (SIGBUS).
+        return status.st_ino == file.inode and status.st_size >= file.n_bytes
     except OSError:
         return False
 

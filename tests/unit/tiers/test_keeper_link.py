@@ -2,8 +2,12 @@
 
 import os
 import select
+import shutil
 import signal
 import socket
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -99,3 +103,44 @@ def test_a_keeper_that_does_not_answer_is_given_up(place, monkeypatch):
         deaf.listen()
         with pytest.raises(KeeperError, match="does not answer"):
             link_to(place).ask({"do": "status"})
+
+
+def test_a_forked_child_does_not_keep_the_connection(served):
+    """A loader of data that outlives its trainer is no trainer."""
+    whose = {"run": "/run", "process": 0, "pid": 7}
+    program = f"""
+import os, sys
+from lazy_orbax.tiers.keeper_link import KeeperLink
+from lazy_orbax.tiers.keeper_process import KeeperSettings
+settings = KeeperSettings(directory={served!r}, limit_bytes=2**20, linger_s=60.0)
+link = KeeperLink(settings, {whose!r})
+link.ask({{"do": "status"}})
+if os.fork() == 0:
+    sys.stdin.read()
+    os._exit(0)
+print("forked", flush=True)
+os._exit(0)
+"""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe) as one:
+        assert one.stdout.readline()
+        deadline_s = time.monotonic() + 30
+        clients = [whose]
+        while clients and time.monotonic() < deadline_s:
+            with connected(served) as peer:
+                clients = messages.asked(peer, {"do": "status"}, timeout_s=30)["clients"]
+        assert clients == []
+
+
+@pytest.mark.parametrize("remove", [lambda place: os.unlink(Shelf(place).socket), shutil.rmtree])
+def test_a_keeper_that_nobody_can_find_makes_way_for_another(place, remove):
+    """Else there is no room for anything until the last process of the run has ended."""
+    link = link_to(place)
+    first = link.ask({"do": "status"})["pid"]
+    remove(place)
+    await_end(first)
+    assert link.ask({"do": "room", "file": FILE, "n_bytes": 4096}) == {"n_bytes": 4096}
+    second = link.ask({"do": "status"})["pid"]
+    assert link.ask({"do": "stop", "discard": True}) == {}
+    link.close()
+    await_end(second)

@@ -217,3 +217,9 @@ def test_numbers_strings_and_what_is_empty_come_back(keeper):
     assert type(found["n"]) is int
     everything = restored(keeper, 1, None)
     assert_same(everything, tree)
+
+
+def test_two_keepers_of_one_run_never_write_the_same_snapshots(keeper, tmp_path):
+    """Else their pieces mix under one seal."""
+    with pytest.raises(KeeperError, match="close it"):
+        lazy_orbax.Keeper(tmp_path, directory=keeper.slots.shelf.path)

@@ -184,3 +184,23 @@ def test_the_next_step_goes_on_as_if_nothing_had_happened(run):
     again = newest(run)
     assert again.step == 40
     assert_same(jax.tree.map(np.asarray, again.value), value)
+
+
+def test_what_memory_cannot_follow_is_for_storage(tmp_path, served):
+    """Else it came with another dtype than was asked for."""
+    values = {step: {"a": np.arange(4.0) + step, "n": step} for step in (0, 1, 5)}
+    half = ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.float16)
+    with lazy_orbax.Keeper(tmp_path, directory=served) as keeper:
+        keeper.save(5, values[5])
+        keeper.wait()
+        handler = lazy_orbax.pytree_handler()
+        with ocp.CheckpointManager(tmp_path, item_handlers=handler) as manager:
+            manager.save(1, args=ocp.args.PyTreeSave(values[1]))
+            manager.wait_until_finished()
+            more = {"restore_args": {"a": half, "n": ocp.RestoreArgs(restore_type=int)}}
+            args = ocp.args.PyTreeRestore(values[0], **more)
+            found = newest((manager, keeper), args=args)
+    assert (found.step, found.tier) == (1, "storage")
+    assert found.value["a"].dtype == np.float16
+    (skipped,) = found.skipped
+    assert "`restore_args`" in skipped.why

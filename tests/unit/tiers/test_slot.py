@@ -122,12 +122,14 @@ def test_the_next_life_goes_on_where_the_last_one_ended(place):
     assert newest.step == 4
 
 
-def test_files_that_somebody_removed_are_made_again(place):
+@pytest.mark.parametrize("remove", [os.unlink, lambda path: os.truncate(path, 0)])
+def test_files_that_somebody_removed_or_cut_are_made_again(place, remove):
+    """A write behind the end of one that was cut would end this process."""
     rig = Rig(place)
     rig.write(1)
     rig.write(2)
     for name in rig.slot.names:
-        os.unlink(rig.shelf.path_of(name))
+        remove(rig.shelf.path_of(name))
     rig.write(3)
     assert rig.told == [None] * 3
     assert rig.steps() == [3]
