@@ -95,7 +95,8 @@ class Keeper:
             raise KeeperError(f"a keeper needs Linux, and this is {sys.platform}; train without")
         if symbols.MISSING:
             raise KeeperError(f"this version of Orbax is not known: {', '.join(symbols.MISSING)}")
-        self.run = _paths.without_dots(os.fspath(run)).rstrip("/")
+        run = _paths.without_dots(os.fspath(run))
+        self.run = run.rstrip("/") if "://" in run else os.path.abspath(run)
         shelf = Shelf(directory)
         # What goes to memory alone is not proven by programs: it is compared with its digests.
         self._options = dataclasses.replace(options or LazyOptions(), verify_snapshot=0)
@@ -174,7 +175,8 @@ class Keeper:
             a `save` of its own.
         """
         step, item = _paths.step_of_item(path), _paths.final(path).rpartition("/")[2]
-        if step is None:
+        # A manager of another directory saves another run.
+        if step is None or _paths.final(path).rsplit("/", 2)[0] != self.run:
             return None
         try:
             if not has_all_here(plan, jax.process_index()):

@@ -67,6 +67,19 @@ def test_one_copy_serves_memory_and_storage(served, tmp_path, mesh):
         assert_same(restored(keeper, 0, state), stored)
 
 
+def test_what_is_saved_to_another_run_is_no_snapshot_of_this_one(served, tmp_path):
+    """Such as a copy of the averaged weights, whose tree may look the same."""
+    with lazy_orbax.Keeper(tmp_path / "run", directory=served) as keeper:
+        handler = lazy_orbax.standard_handler(options=lazy_orbax.LazyOptions(keeper=keeper))
+        with ocp.CheckpointManager(tmp_path / "run" / "ema", item_handlers=handler) as manager:
+            manager.save(7, args=ocp.args.StandardSave({"a": jnp.ones(3)}))
+            manager.wait_until_finished()
+        assert kept(keeper) == {}
+        assert keeper.save(7, {"a": jnp.zeros(3)})
+        keeper.wait()
+        assert_same(restored(keeper, 7, {"a": jnp.ones(3)}), {"a": jnp.zeros(3)})
+
+
 def test_while_one_is_copied_the_next_is_passed_over(keeper, monkeypatch):
     state, reached, opened = {"a": jnp.arange(8.0)}, threading.Event(), threading.Event()
     seal = slot.Slot.seal
@@ -149,7 +162,7 @@ def test_a_save_to_storage_that_fails_leaves_the_place_free(keeper, tmp_path, mo
     state = {"a": jnp.arange(4.0)}
     options = lazy_orbax.LazyOptions(keeper=keeper)
     handler = lazy_orbax.standard_handler(options=options)
-    with ocp.CheckpointManager(tmp_path / "run", item_handlers=handler) as manager:
+    with ocp.CheckpointManager(tmp_path, item_handlers=handler) as manager:
         with monkeypatch.context() as patched:
             patched.setattr(lazy_orbax.save.writer.Writer, "write", refused)
             with pytest.raises(lazy_orbax.errors.SaveError):
@@ -200,6 +213,12 @@ def test_an_error_leaves_what_is_kept(served, tmp_path):
 def test_options_out_of_range_are_refused(keywords):
     with pytest.raises(OptionError, match=next(iter(keywords))):
         lazy_orbax.Keeper(**{"run": "/run", **keywords})
+
+
+def test_a_relative_run_is_the_same_from_everywhere(served, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with lazy_orbax.Keeper("run/", directory=served) as keeper:
+        assert keeper.run == str(tmp_path / "run")
 
 
 def test_an_option_that_is_no_keeper_is_refused():
