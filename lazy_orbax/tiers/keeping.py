@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -244,6 +245,8 @@ class Keeper:
             _LOG.warning("The keeper cannot be told that this process leaves: %s", error)
             for file in files:
                 self.slots.shelf.remove(file)
+            with contextlib.suppress(KeeperError, OSError):
+                self.slots.shelf.tidy()
         finally:
             self._link.close()
             self._claim.release()

@@ -192,6 +192,13 @@ class Shelf:
                 free.append(name)
         return free
 
+    def tidy(self) -> None:
+        """Removes what a keeper left that is gone, if there is no snapshot."""
+        if (lock := self.lock()) is not None:
+            if not self.files():
+                self.remove_all()
+            os.close(lock)
+
     def remove_all(self) -> None:
         """Removes everything, the directory too if nothing of anybody else's is in it."""
         for name in (*self.files(), *self._claims(), _SOCKET, _LOG, _LOCK):

@@ -102,3 +102,19 @@ def test_nothing_is_left_at_the_end_but_what_is_not_ours(place):
         pass
     shelf.remove_all()
     assert os.listdir(place) == ["of_the_user"]
+
+
+def test_what_a_killed_keeper_left_goes_with_the_last_snapshot(place):
+    shelf, file = Shelf(place), file_of("run", "default", 0, 0)
+    for path in (shelf.socket, shelf.log):
+        open(path, "w").close()
+    shelf.make_room(file, 4096, 2**20)
+    shelf.tidy()
+    assert os.path.exists(shelf.socket)
+    shelf.remove(file)
+    lock = shelf.lock()
+    shelf.tidy()  # There is a keeper.
+    assert os.path.exists(shelf.socket)
+    os.close(lock)
+    shelf.tidy()
+    assert not os.path.exists(place)
