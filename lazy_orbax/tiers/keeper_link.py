@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import select
 import socket
 import subprocess
 import sys
@@ -106,6 +107,19 @@ class KeeperLink:
                 self._hang_up()
                 raise KeeperError(f"the keeper does not answer: {error}") from error
 
+    def keep_up(self) -> None:
+        """Finds or starts another keeper if the last one is gone.
+
+        It is to know that this process is there, also when it is asked for nothing.
+
+        Raises:
+            KeeperError: there is none.
+        """
+        with self._lock:
+            if self._peer is None or _has_hung_up(self._peer):
+                self._hang_up()
+                self._connect(starts=True)
+
     def _connect(self, *, starts: bool) -> None:
         peer = None
         try:
@@ -133,6 +147,12 @@ class KeeperLink:
         """Hangs up."""
         with self._lock:
             self._hang_up()
+
+
+def _has_hung_up(peer: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(peer, 0)  # It always tells of an end.
+    return bool(poll.poll(0))
 
 
 def _hang_up_in_child() -> None:

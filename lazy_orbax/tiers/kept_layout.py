@@ -58,7 +58,8 @@ class KeptLayout:
 
     def file_bytes(self, texts: dict[str, str]) -> int:
         """Returns the size of a file that has room for it."""
-        more_bytes = sum(6 * (len(name) + len(text)) + 16 for name, text in texts.items())
+        # A character is two escapes of six bytes at most.
+        more_bytes = sum(12 * (len(name) + len(text)) + 16 for name, text in texts.items())
         facts_bytes = _FACTS_BYTES + _DIGEST_BYTES * len(self.spots) + more_bytes
         pages = -(-(self.end + len(self.text) + facts_bytes) // PAGE_BYTES)
         return pages * PAGE_BYTES

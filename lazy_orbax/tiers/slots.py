@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
+from lazy_orbax.errors import KeeperError
 from lazy_orbax.pods import consensus
 from lazy_orbax.tiers.keeper_link import KeeperLink
 from lazy_orbax.tiers.kept_layout import KeptLayout
@@ -129,6 +130,10 @@ class Slots:
             self.report = dataclasses.replace(
                 self.report, kept=self.report.kept + 1, newest_step=writing.step, error=None
             )
+        try:
+            self._link.keep_up()
+        except (KeeperError, OSError) as failure:
+            _LOG.info("Nobody looks after the snapshots: %s", failure)
 
     def failed(self, step: int, error: BaseException) -> None:
         """Notes that a step could not be kept."""

@@ -1,5 +1,8 @@
 """A snapshot in memory is what the state was at that step, and training never waits or fails."""
 
+import os
+import select
+import signal
 import threading
 
 import jax
@@ -13,6 +16,7 @@ from equipment.trees import assert_same
 import lazy_orbax
 from lazy_orbax.errors import KeeperError, OptionError
 from lazy_orbax.tiers import slot
+from lazy_orbax.tiers.kept_listing import kept as listing_of
 from lazy_orbax.tiers.kept_tree import KeptTree
 from lazy_orbax.tiers.snapshot_file import SnapshotError
 from lazy_orbax.timeline import RestoreRecorder
@@ -131,6 +135,25 @@ def test_training_goes_on_without_a_keeper(served, tmp_path, monkeypatch):
     keeper.close()
 
 
+def test_after_the_keeper_was_killed_another_knows_the_trainer(tmp_path, place):
+    """Nobody would complete the run otherwise, as the trainer needs no more room."""
+    with lazy_orbax.Keeper(tmp_path, directory=place, complete_after_s=1e6) as keeper:
+        for step in range(2):
+            keeper.save(step, {"a": jnp.arange(4.0)})
+            keeper.wait()
+        first = listing_of(place)
+        ended = os.pidfd_open(first.pid)
+        os.kill(first.pid, signal.SIGKILL)
+        assert select.select([ended], [], [], 60)[0]
+        os.close(ended)
+        keeper.save(2, {"a": jnp.arange(4.0)})
+        keeper.wait()
+        second = listing_of(place)
+    assert second.pid not in (None, first.pid)
+    assert second.clients == first.clients
+    assert {one.step for one in second.snapshots} == {1, 2}
+
+
 def refused(*_):
     raise KeeperError("nobody is there")
 
@@ -184,8 +207,6 @@ def test_several_items_have_each_their_place(keeper):
 
 
 def test_a_clean_end_leaves_nothing(served, tmp_path):
-    import os
-
     with lazy_orbax.Keeper(tmp_path, directory=served) as keeper:
         keeper.save(1, {"a": jnp.arange(4.0)})
     assert not os.path.exists(served)

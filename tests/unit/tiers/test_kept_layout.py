@@ -38,9 +38,10 @@ def test_what_is_no_array_is_told_of():
     assert kinds == {"k.0": "array", "n": "float"}
 
 
-def test_a_text_of_any_size_has_room():
+@pytest.mark.parametrize("character", ["\u2028", "\N{GRINNING FACE}"])
+def test_a_text_of_any_size_has_room(character):
     layout = layout_of(plan_of({"a": jnp.ones(2)}), {"a": jnp.ones(2)})
-    texts = {"s": "\u2028" * 10**5}
+    texts = {"s": character * 10**5}
     assert layout.file_bytes(texts) > layout.end + len(json.dumps(texts))
 
 

@@ -6,13 +6,18 @@ import jax.numpy as jnp
 import pytest
 from equipment.kept import plan_of
 
-from lazy_orbax.errors import TreeError
+from lazy_orbax.errors import KeeperError, TreeError
 from lazy_orbax.tiers.kept_layout import layout_of
 from lazy_orbax.tiers.shelf import Shelf
 from lazy_orbax.tiers.slots import Slots
 
 TREE = {"a": jnp.ones(2)}
 PLAN = plan_of(TREE)
+
+
+def gone():
+    """A snapshot that is whole counts, also where no keeper can be started."""
+    raise KeeperError("nobody is there")
 
 
 @pytest.fixture
@@ -22,7 +27,7 @@ def slots(place):
     def ask(message):
         shelf.make_room(message["file"], message["n_bytes"], 2**24)
 
-    return Slots(shelf, types.SimpleNamespace(ask=ask), "run")
+    return Slots(shelf, types.SimpleNamespace(ask=ask, keep_up=gone), "run")
 
 
 def test_each_snapshot_is_counted_once(slots):
