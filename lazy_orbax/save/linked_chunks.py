@@ -39,7 +39,7 @@ def refuse_unlinkable(format_: Format, directory: str) -> None:
     if format_.digests.use_ocdbt:
         raise OptionError(
             "skip_unchanged: OCDBT has many arrays in one file, and a link to it would keep those "
-            f"that changed for ever. {remedy}, or save with use_ocdbt=False."
+            f"that changed as well. {remedy}, or save with use_ocdbt=False."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import math
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -95,7 +96,7 @@ class KeptTree:
         names = [leaf[0] for leaf in layout["leaves"]]
         for (i, offset, start, shape), digest in zip(layout["pieces"], digests, strict=True):
             box, form = Box(tuple(start), tuple(shape)), self.formats[names[i]]
-            n_bytes = int(np.prod(box.shape, dtype=np.int64)) * form.dtype.itemsize
+            n_bytes = math.prod(box.shape) * form.dtype.itemsize
             part = memory[offset : offset + n_bytes]
             if part.size != n_bytes or not box.is_within(Box((0,) * len(form.shape), form.shape)):
                 raise ValueError(f"a piece {box} of leaf {names[i]}")
@@ -187,8 +188,8 @@ class KeptTree:
             return True
         # Pieces of one step do not overlap: each was written by one rule.
         common = (box.overlap(piece) for piece in pieces)
-        n_elements = sum(int(np.prod(part.shape)) for part in common if part is not None)
-        return n_elements == int(np.prod(box.shape))
+        n_elements = sum(math.prod(part.shape) for part in common if part is not None)
+        return n_elements == math.prod(box.shape)
 
     def _filled(self, group: Group, targets: Sequence[tuple[Target, ...]]) -> list[Piece]:
         """Compares pieces and copies them. Returns those that are not what was kept."""

@@ -25,6 +25,8 @@ _SEAL = struct.Struct("<8sQQQQQQQ")
 _WORD = struct.Struct("<Q")
 _MAGIC = b"lazykep1"
 _SEED = 17
+# What each snapshot says of itself, at least.
+_FACTS = {"run": str, "item": str, "step": int, "life": int, "process": int}
 
 
 class SnapshotError(ValueError):
@@ -175,6 +177,9 @@ def read_snapshot(path: str) -> Snapshot:
         raise SnapshotError(f"{path} is of another version of lazy_orbax")
     layout = _text(memory, path, "layout", told[:3])
     facts = _text(memory, path, "facts", told[3:])
+    for name, kind in _FACTS.items():
+        if not isinstance(facts.get(name), kind):
+            raise SnapshotError(f"the facts of {path} have no {name}")
     return Snapshot(path, serial, facts, layout, told[2])
 
 

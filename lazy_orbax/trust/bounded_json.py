@@ -41,7 +41,7 @@ def is_shape(value: Any) -> bool:
     """Whether a value is a list of sizes."""
     if not isinstance(value, list) or len(value) > MOST_DIMENSIONS:
         return False
-    for size in value:  # noqa: SIM110 - A generator takes thrice as long, for each leaf.
+    for size in value:  # noqa: SIM110 - `all` takes twice as long, and leaves are many.
         if type(size) is not int or not 0 <= size < 2**62:
             return False
     return True

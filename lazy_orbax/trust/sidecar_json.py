@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from lazy_orbax.trust.bounded_json import MOST_DIMENSIONS, Complaints, is_shape, parse_json
 from lazy_orbax.trust.files import brief
 
-_KNOWN = frozenset({"array_metadata", "write_shape", "chunk_shape", "ext_metadata"})
 _ENTRIES, _KEY_IMPL = "array_metadatas", "random_key_impl"
+_NESTED_IN_ENTRIES = ("array_metadata", "write_shape", "chunk_shape", "ext_metadata")
 # Those of `jax.sharding.AxisType`.
 _AXIS_TYPES = frozenset(f"AxisType.{kind}" for kind in ("Auto", "Explicit", "Manual"))
 
@@ -33,15 +33,14 @@ def check_array_metadatas(content: bytes, file: Any) -> dict[str, str]:
         if not isinstance(one, dict) or not isinstance(one.get("param_name"), str):
             complain(where, entry, "the metadata of a named array")
             continue
-        more = one.get("ext_metadata")
         # Orbax takes any object of that name for another entry.
-        inner = [entry, one, more] if more else [entry, one]
-        if _nested(inner, _KNOWN):
+        if _nested([entry, one, one.get("ext_metadata")], _NESTED_IN_ENTRIES):
             complain(where, entry, "nothing but the metadata of an array")
         for name in ("write_shape", "chunk_shape"):
             if not is_shape(one.get(name)):
                 complain(f"{where}, {name}", one.get(name), "a list of sizes")
-        if not isinstance(more, dict | None):
+        more = one.get("ext_metadata")
+        if more is not None and not isinstance(more, dict):
             complain(f"{where}, ext_metadata", more, "a JSON object or null")
         elif more and not isinstance(more.get(_KEY_IMPL), str | None):
             complain(f"{where}, {_KEY_IMPL}", more[_KEY_IMPL], "the name of a kind of keys")
@@ -51,7 +50,7 @@ def check_array_metadatas(content: bytes, file: Any) -> dict[str, str]:
     return {name: kind for name, kind in kinds.items() if kind}
 
 
-def _nested(objects: list[Any], known: Collection[str]) -> bool:
+def _nested(objects: list[Any], known: tuple[str, ...]) -> bool:
     """Whether there are objects or lists in fields that are not known."""
     for one in objects:
         for name, value in one.items() if type(one) is dict else ():

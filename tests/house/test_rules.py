@@ -371,6 +371,7 @@ def test_what_is_public_is_documented(name):
     "name",
     [
         "advise",
+        "export",
         "log_failed_saves",
         "merge",
         "merge_coefficients",

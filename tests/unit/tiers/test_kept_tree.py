@@ -16,7 +16,8 @@ from lazy_orbax.tiers.kept_tree import KeptTree, NotAtHandError
 from lazy_orbax.tiers.snapshot_file import SnapshotError, SnapshotFile, read_snapshot
 from lazy_orbax.timeline import RestoreRecorder
 
-FACTS = '{{"step": 1, "texts": {{}}, "digests": "{}"}}'
+WHOSE = '{{"run": "r", "item": "i", "process": 0, "life": 1, '
+FACTS = WHOSE + '"step": 1, "texts": {{}}, "digests": "{}"}}'
 
 
 def kept(path, tree, *, only=lambda piece: True, facts=FACTS):
@@ -130,10 +131,10 @@ def test_an_array_without_a_sharding_comes_to_the_default_device(tmp_path, tree)
 @pytest.mark.parametrize(
     "facts",
     [
-        '{{"step": 1, "texts": {{}}, "digests": "00"}}',
-        '{{"step": 1, "texts": {{}}, "digests": "{}00"}}',
-        '{{"step": 1, "texts": 3, "digests": "{}"}}',
-        '{{"step": 1}}',
+        WHOSE + '"step": 1, "texts": {{}}, "digests": "00"}}',
+        WHOSE + '"step": 1, "texts": {{}}, "digests": "{}00"}}',
+        WHOSE + '"step": 1, "texts": 3, "digests": "{}"}}',
+        WHOSE + '"step": 1}}',
     ],
 )
 def test_facts_that_make_no_sense_are_refused(tmp_path, tree, facts):

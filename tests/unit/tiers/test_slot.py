@@ -48,7 +48,8 @@ class Rig:
 
     def writing(self, step):
         assert self.slot.begin()
-        facts = {"step": step, "texts": {}}
+        facts = {"run": "run", "item": "default", "process": 0, "life": 1}
+        facts |= {"step": step, "texts": {}}
         return Writing(self.slot, LAYOUT, facts, lambda _, error: self.told.append(error))
 
     def put(self, writing, pieces=PIECES):

@@ -14,7 +14,8 @@ from lazy_orbax.tiers.snapshot_file import (
     read_snapshot,
 )
 
-LAYOUT, FACTS = b'{"pieces":[]}', json.dumps({"step": 3, "digests": ""}).encode()
+WHOSE = {"run": "run", "item": "default", "step": 3, "life": 1, "process": 0}
+LAYOUT, FACTS = b'{"pieces":[]}', json.dumps(WHOSE).encode()
 N_BYTES = 3 * PAGE_BYTES
 SEAL_BYTES = 72
 
@@ -89,6 +90,15 @@ def test_a_text_that_is_no_object_is_refused(path, text):
     file.seal(1, text, FACTS, end=PAGE_BYTES)
     with pytest.raises(SnapshotError, match="layout"):
         read_snapshot(path)
+
+
+@pytest.mark.parametrize("name", WHOSE)
+def test_facts_that_do_not_say_whose_they_are_are_refused(path, name):
+    file = SnapshotFile(path, N_BYTES)
+    for facts in ({**WHOSE, name: None}, {n: v for n, v in WHOSE.items() if n != name}):
+        file.seal(1, LAYOUT, json.dumps(facts).encode(), end=PAGE_BYTES)
+        with pytest.raises(SnapshotError, match=f"no {name}"):
+            read_snapshot(path)
 
 
 def test_a_file_that_was_cut_is_refused(path):
