@@ -190,7 +190,9 @@ def _leaf(
     if complex_ and dtype.kind != "c":
         dtype = np.result_type(*complex_)  # A real one has no room for their imaginary parts.
     is_wide = wanted.accumulator == "float64" or any(one in _WIDE for one in (*dtypes, dtype))
-    total = np.result_type(np.float64 if is_wide else np.float32, *([np.complex64] * bool(complex_)))
+    total = np.result_type(
+        np.float64 if is_wide else np.float32, *([np.complex64] * bool(complex_))
+    )
     return MergedLeaf(name, tuple(forms), shapes[0], dtype, total)
 
 
