@@ -100,6 +100,17 @@ def restored(path):
     return tree
 
 
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+def test_imaginary_parts_are_kept_whatever_the_dtype_and_the_order(tmp_path, dtype):
+    real = np.arange(3, dtype=np.float32)
+    imaginary = (real + 2j).astype(np.complex64)
+    trees = [imaginary, imaginary] if dtype is None else [real, imaginary]
+    paths = [saved(tmp_path / str(i), {"x": tree}) for i, tree in enumerate(trees)]
+    lazy_orbax.merge(paths, (0.5, 0.5), tmp_path / "out", dtype=dtype)
+    found = lazy_orbax.load(tmp_path / "out")["x"]
+    assert_same(found, np.complex64(0.5) * trees[0] + np.complex64(0.5) * imaginary)
+
+
 @pytest.mark.parametrize("first", FORMATS)
 @pytest.mark.parametrize("stock", [False, True])
 def test_the_result_is_that_of_numpy_whatever_the_formats_and_meshes(tmp_path, first, stock):
