@@ -72,7 +72,8 @@ def export(  # noqa: PLR0913 - Keywords, of which most calls give none.
         out: a local directory that is not there yet.
         map: rules that name the tensors and make them of stored leaves; `None` takes every array
             under the name that Orbax gives it.
-        dtype: what floating-point tensors are cast to, where no `cast` of `map` says more.
+        dtype: what floating-point tensors are cast to, where no `cast` of `map` says more. A real
+            one leaves complex tensors as they are.
         max_shard_bytes: most bytes of tensors in a file, unless one tensor has more.
         host_bytes: so many bytes of the files are mapped into memory at once, or one stored leaf.
         dry_run: write nothing, read no array, and say what would be written.
@@ -175,7 +176,8 @@ def _planned(source: Checkpoint, transforms: TransformMap, dtype: Any) -> Transf
 
 def _cast(leaf: WantedLeaf, dtype: np.dtype) -> WantedLeaf:
     assert isinstance(leaf.made, VirtualArray)
-    if not is_float(leaf.dtype) or leaf.made.is_cast:
+    loses_imaginary_part = leaf.dtype.kind == "c" and dtype.kind != "c"
+    if not is_float(leaf.dtype) or leaf.made.is_cast or loses_imaginary_part:
         return leaf
     return dataclasses.replace(leaf, dtype=dtype, made=cast(leaf.made, dtype))
 

@@ -185,12 +185,14 @@ def _leaf(
         return text + ("; give the dtype of the result" if are_averaged else "")
     if not _is_averaged(first):
         return MergedLeaf(name, tuple(forms), shapes[0], first, None)
-    is_complex = any(dtype.kind == "c" for dtype in dtypes)
+    complex_ = [dtype for dtype in dtypes if dtype.kind == "c"]
     dtype = first if wanted.dtype is None else wanted.dtype
-    if is_complex and dtype.kind != "c":
-        dtype = first  # There is no other dtype of the kind that was asked for.
+    if complex_ and dtype.kind != "c":
+        dtype = np.result_type(*complex_)  # A real one has no room for their imaginary parts.
     is_wide = wanted.accumulator == "float64" or any(one in _WIDE for one in (*dtypes, dtype))
-    total = np.result_type(np.float64 if is_wide else np.float32, *([np.complex64] * is_complex))
+    total = np.result_type(
+        np.float64 if is_wide else np.float32, *([np.complex64] * bool(complex_))
+    )
     return MergedLeaf(name, tuple(forms), shapes[0], dtype, total)
 
 

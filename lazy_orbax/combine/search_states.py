@@ -89,7 +89,8 @@ def _with_floats(tree: Any, floats: list[jax.Array]) -> Any:
 
 
 def _wide(array: jax.Array) -> jax.Array:
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    # JAX promotes no float8.
+    return array if array.dtype.itemsize >= 4 else array.astype(jnp.float32)
 
 
 @jax.jit

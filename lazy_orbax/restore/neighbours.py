@@ -191,11 +191,11 @@ def _layers(directory: str, name: str, one: FromNeighbours, target: Any) -> dict
 
 
 def _mean(arrays: Sequence[Any], weights: Sequence[float]) -> Any:
-    """Returns the weighted mean in float32, or in float64 where the arrays are."""
+    """Returns the weighted mean, in float32 where the arrays are narrower."""
     dtype = arrays[0].dtype
-    wide = np.float64 if dtype == np.float64 else np.float32
-    total = sum(weights)
-    parts = [array.astype(wide) * wide(w / total) for array, w in zip(arrays, weights, strict=True)]
+    wide = dtype if dtype.itemsize >= 4 else np.dtype(np.float32)
+    shares = [wide.type(weight / sum(weights)) for weight in weights]
+    parts = [array.astype(wide) * share for array, share in zip(arrays, shares, strict=True)]
     return functools.reduce(operator.add, parts).astype(dtype)
 
 

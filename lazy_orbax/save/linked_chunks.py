@@ -2,12 +2,14 @@
 
 A hard link is a second name of a file. A step that has one is whole without the other step, for
 stock Orbax as for us. Nobody changes such a file in place: TensorStore writes another, and renames.
+A file that was changed since its digest was noted is not linked: it is no longer what was saved.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 import os
 import stat
@@ -43,6 +45,9 @@ def refuse_unlinkable(format_: Format, directory: str) -> None:
         )
 
 
+_log = logging.getLogger("lazy_orbax")
+
+
 class _Stored(NamedTuple):
     """How an array is stored, in this step and in the one before."""
 
@@ -74,10 +79,14 @@ class Links:
             directory: the item's directory, which exists.
             plan: what is saved.
             format_: how it is stored.
+
+        Raises:
+            OSError: the file of these digests was deleted meanwhile.
         """
         self._earlier, self._known, self._directory = earlier, known, directory
         self._plan, self._format = plan, format_
         self._stored_of = functools.lru_cache(None)(self._read_stored)
+        self._noted_ns = os.stat(f"{earlier}/{_file_of(format_)}").st_mtime_ns
         self.n_bytes = 0
 
     def digest_of(self, piece: Piece) -> int | None:
@@ -105,7 +114,11 @@ class Links:
         try:
             for key in keys:
                 source, name = (f"{at}/{prefix}{key}" for at in (self._earlier, self._directory))
-                if not stat.S_ISREG(os.lstat(source).st_mode):
+                found = os.lstat(source)
+                if not stat.S_ISREG(found.st_mode):
+                    return False
+                if found.st_mtime_ns > self._noted_ns:
+                    _log.warning("%s was changed after it was saved. It is not linked.", source)
                     return False
                 os.makedirs(os.path.dirname(name), exist_ok=True)
                 os.link(source, name, follow_symlinks=False)
@@ -128,6 +141,10 @@ class Links:
         grid = metadata.get("chunk_grid")
         chunk = grid["configuration"]["chunk_shape"] if grid else metadata["chunks"]
         return _Stored(metadata, tuple(metadata["shape"]), tuple(chunk))
+
+
+def _file_of(format_: Format) -> str:
+    return f"{digest_file.DIRECTORY}/process_{format_.digests.process}"
 
 
 def _keys(stored: _Stored, box: Box) -> list[str] | None:
@@ -158,8 +175,7 @@ def links_to_earlier(directory: str, plan: Plan, format_: Format) -> Links | Non
     if not earlier:
         return None
     item = f"{earlier[-1].path}{inside}"
-    file = f"{digest_file.DIRECTORY}/process_{format_.digests.process}"
-    content = place_of(item).read_if_there(file)
+    content = place_of(item).read_if_there(_file_of(format_))
     try:
         saved = digest_file.parse(content) if content is not None else None
     except DigestError:
@@ -168,4 +184,7 @@ def links_to_earlier(directory: str, plan: Plan, format_: Format) -> Links | Non
     if saved is None or not is_alike or saved.driver != format_.digests.driver:
         return None
     known = {leaf.name: leaf for leaf in saved.leaves}
-    return Links(item, known, directory, plan, format_)
+    try:
+        return Links(item, known, directory, plan, format_)
+    except OSError:
+        return None

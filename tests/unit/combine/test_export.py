@@ -153,6 +153,14 @@ def test_a_dtype_is_for_floats_that_no_rule_casts(tmp_path):
     assert_tensors(tmp_path / "out", {**wanted, "n": tree["n"][:0]})
 
 
+def test_no_dtype_takes_imaginary_parts_away(tmp_path):
+    state = {"real": np.ones(3, np.float32), "complex": np.full(3, 1 + 2j, np.complex64)}
+    step = saved(tmp_path / "step", state)
+    lazy_orbax.export(step, tmp_path / "half", dtype=ml_dtypes.bfloat16)
+    wanted = {**state, "real": state["real"].astype(ml_dtypes.bfloat16)}
+    assert_tensors(tmp_path / "half", wanted)
+
+
 def test_shards_hold_so_many_bytes_and_an_index_finds_them(tmp_path):
     tree = {f"w{i}": np.full(10 + 90 * (i == 2), i, np.float32) for i in range(5)}
     saved(tmp_path / "c", tree)

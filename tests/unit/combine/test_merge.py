@@ -100,6 +100,17 @@ def restored(path):
     return tree
 
 
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+def test_imaginary_parts_are_kept_whatever_the_dtype_and_the_order(tmp_path, dtype):
+    real = np.arange(3, dtype=np.float32)
+    imaginary = (real + 2j).astype(np.complex64)
+    trees = [imaginary, imaginary] if dtype is None else [real, imaginary]
+    paths = [saved(tmp_path / str(i), {"x": tree}) for i, tree in enumerate(trees)]
+    lazy_orbax.merge(paths, (0.5, 0.5), tmp_path / "out", dtype=dtype)
+    found = lazy_orbax.load(tmp_path / "out")["x"]
+    assert_same(found, np.complex64(0.5) * trees[0] + np.complex64(0.5) * imaginary)
+
+
 @pytest.mark.parametrize("first", FORMATS)
 @pytest.mark.parametrize("stock", [False, True])
 def test_the_result_is_that_of_numpy_whatever_the_formats_and_meshes(tmp_path, first, stock):
@@ -256,6 +267,14 @@ def test_a_malformed_source_is_refused(tmp_path):
     for verify in (False, True):
         with pytest.raises((MalformedCheckpointError, CorruptCheckpointError)):
             lazy_orbax.merge([tmp_path / "a"], "uniform", tmp_path / "out", verify=verify)
+
+
+def test_a_step_whose_metadata_are_malformed_is_refused(tmp_path):
+    saved(tmp_path / "a", {"w": np.ones(4, np.float32)}, stock=True)
+    (tmp_path / "a" / "_CHECKPOINT_METADATA").write_text("[1]")
+    with pytest.raises(MalformedCheckpointError, match="_CHECKPOINT_METADATA"):
+        lazy_orbax.merge([tmp_path / "a"], "uniform", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_small_budget_makes_no_difference(tmp_path):

@@ -110,6 +110,24 @@ def test_arrays_are_where_like_says(sources, mesh):
     assert_same(seen[0], on_mesh(np.eye(N, dtype=np.float32)[-1], mesh, "a"))
 
 
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.complex64])
+def test_narrow_and_complex_floats_are_combined(tmp_path, dtype, keep):
+    for i in range(2):
+        checkpointer = ocp.Checkpointer(lazy_orbax.pytree_handler())
+        tree = {"w": jnp.asarray([1 + i, 3 * i], dtype)}
+        checkpointer.save(epath.Path(tmp_path / f"{i}"), args=ocp.args.PyTreeSave(tree))
+    seen = []
+
+    def score(tree):
+        seen.append(tree["w"])
+        return 0.0
+
+    lazy_orbax.search(score, [tmp_path / "0", tmp_path / "1"], 2, keep=keep)
+    wanted = [jnp.asarray([2, 3], dtype), jnp.asarray([1.5, 1.5], dtype)]  # The last, the mean.
+    assert_same(seen, wanted)
+
+
 def test_one_source_has_one_combination(sources):
     found = lazy_orbax.search(lambda _: 1.0, sources[:1], 10)
     assert found.coefficients == (1.0,)

@@ -111,6 +111,16 @@ def test_a_lost_leaf_is_the_weighted_mean_of_its_neighbours(tmp_path, mesh, one,
     assert found.learning_rate_factor == 1.1
 
 
+@pytest.mark.parametrize("on_devices", [True, False])
+def test_the_mean_of_complex_leaves_has_imaginary_parts(tmp_path, mesh, on_devices):
+    leaves = {str(i): np.full((4, 2), i + 2j * i, np.complex64) for i in range(3)}
+    state = {i: on_mesh(leaf, mesh, "a") if on_devices else leaf for i, leaf in leaves.items()}
+    save(tmp_path, state)
+    lose(tmp_path, "1")
+    found = replaced(tmp_path, state, {"1": FromNeighbours("0", "2")})
+    assert_same(found.value, state)
+
+
 @pytest.mark.parametrize(("layer", "near"), [(2, (1, 3)), (0, (1, 1)), (3, (2, 2))])
 def test_a_lost_layer_of_a_stack_is_made_of_those_beside_it(tmp_path, mesh, layer, near):
     state = state_of(mesh)

@@ -198,6 +198,39 @@ def test_what_is_wrong_with_the_older_step_is_no_harm(tmp_path, mesh, harm):
     stock_restores(tmp_path, 2, state)
 
 
+def cut_off(chunk):
+    os.truncate(chunk, chunk.stat().st_size // 2)
+
+
+def write_in_place(chunk):
+    with chunk.open("r+b") as file:
+        file.write(b"other")
+
+
+def write_another(chunk):
+    content = chunk.read_bytes()
+    chunk.unlink()
+    chunk.write_bytes(content[::-1])
+
+
+@pytest.mark.parametrize("change", [cut_off, write_in_place, write_another])
+def test_a_chunk_that_was_changed_after_it_was_saved_is_written(tmp_path, mesh, caplog, change):
+    """The digest tells what was saved, and the state is the same: only the file is another."""
+    timelines, state = [], {"base": frozen_base(mesh)}
+    with manager_of(tmp_path, timelines) as manager:
+        save(manager, 1, state)
+        chunk = tmp_path / "1" / "default" / "base" / "0.0"
+        change(chunk)
+        # The clock of a file system may stand still for some milliseconds.
+        later_ns = max(chunk.stat().st_mtime_ns, os.stat(tmp_path / "1").st_mtime_ns) + 10**9
+        os.utime(chunk, ns=(later_ns, later_ns))
+        save(manager, 2, state)
+    assert timelines[-1].bytes_linked == state["base"].nbytes * 3 // 4
+    assert "was changed after it was saved" in caplog.text
+    stock_restores(tmp_path, 2, state)
+    assert lazy_orbax.verify(tmp_path / "2").ok
+
+
 @pytest.mark.parametrize("error", [OSError(31, "Too many links"), OSError(18, "another disk")])
 def test_what_cannot_be_linked_is_written(tmp_path, mesh, monkeypatch, error):
     """Also where some chunks of it have been linked: the older file stays as it is."""
