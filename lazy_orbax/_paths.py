@@ -85,6 +85,12 @@ def without_dots(path: str) -> str:
     return os.path.realpath(path) if "/../" in f"/{path}/" and "://" not in path else path
 
 
+def absolute(path: str) -> str:
+    """Returns a path that is the same from every working directory, without a slash at its end."""
+    path = without_dots(path)
+    return path.rstrip("/") if "://" in path else os.path.abspath(path)
+
+
 def step_of(name: str) -> int | None:
     """Returns the step that a directory's name tells, such as 12 for `12` or `step_12`."""
     match = re.fullmatch(r"(?:.*[_-])?(\d+)", name.partition(TEMPORARY)[0])

@@ -35,7 +35,7 @@ class Claim:
         Raises:
             KeeperError: somebody has it.
         """
-        self._path = f"{shelf.path}/{claim_of(run, process)}"
+        self._path, self._pid = f"{shelf.path}/{claim_of(run, process)}", os.getpid()
         deadline_s = time.monotonic() + _PATIENCE_S
         if self._path in _MINE:
             raise KeeperError(f"this process has a Keeper of {run}; close it before the next one")
@@ -48,7 +48,7 @@ class Claim:
             time.sleep(_LOOK_S)
         self._release = weakref.finalize(self, os.close, descriptor)
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
+        os.write(descriptor, str(self._pid).encode())
         _MINE[self._path] = self
 
     def _taken(self) -> int | None:
@@ -71,9 +71,14 @@ class Claim:
         except OSError:
             return "which is ending"
 
+    @property
+    def is_a_childs(self) -> bool:
+        """Whether this is the memory of a forked child, which has no claim."""
+        return os.getpid() != self._pid
+
     def release(self) -> None:
         """Lets go of it, and of the directory where nothing else is in it."""
-        if self._release.alive:
+        if self._release.alive and not self.is_a_childs:
             _MINE.pop(self._path, None)
             with contextlib.suppress(OSError):
                 os.unlink(self._path)

@@ -96,8 +96,7 @@ class Keeper:
             raise KeeperError(f"a keeper needs Linux, and this is {sys.platform}; train without")
         if symbols.MISSING:
             raise KeeperError(f"this version of Orbax is not known: {', '.join(symbols.MISSING)}")
-        run = _paths.without_dots(os.fspath(run))
-        self.run = run.rstrip("/") if "://" in run else os.path.abspath(run)
+        self.run = _paths.absolute(os.fspath(run))
         shelf = Shelf(directory)
         # What goes to memory alone is not proven by programs: it is compared with its digests.
         self._options = dataclasses.replace(options or LazyOptions(), verify_snapshot=0)
@@ -137,6 +136,8 @@ class Keeper:
         if self._along.pop(item, None) == step:
             return True
         try:
+            if self._claim.is_a_childs:
+                raise KeeperError("a forked child saves nothing: its parent does")
             prepared, leaves = self._prepared(state)
             layout = layout_of(prepared.plan, state)
             writing = self.slots.begin(step, item, layout, prepared.texts(leaves))
@@ -236,6 +237,8 @@ class Keeper:
             discard: whether the snapshots of this process are removed. The keeper ends when
                 nobody is left, and nothing.
         """
+        if self._claim.is_a_childs:
+            return
         self.wait()
         files = self.slots.close()
         try:

@@ -169,3 +169,13 @@ def test_two_dots_are_what_the_file_system_makes_of_them(tmp_path):
         ("", ""),
     ]:
         assert _paths.without_dots(path) == found
+
+
+def test_an_absolute_path_has_no_slash_at_its_end(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path, found in (
+        ("run/", f"{tmp_path}/run"),
+        ("/a//run", "/a/run"),
+        ("gs://bucket/run/", "gs://bucket/run"),
+    ):
+        assert _paths.absolute(path) == found

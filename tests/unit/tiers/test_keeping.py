@@ -263,3 +263,18 @@ def test_two_keepers_of_one_run_never_write_the_same_snapshots(keeper, tmp_path)
     """Else their pieces mix under one seal."""
     with pytest.raises(KeeperError, match="close it"):
         lazy_orbax.Keeper(tmp_path, directory=keeper.slots.shelf.path)
+
+
+def test_a_forked_child_changes_nothing(keeper, monkeypatch):
+    """It has the same object, and its end is not the end of the training."""
+    assert keeper.save(1, {"a": jnp.arange(4.0)})
+    keeper.wait()
+    with monkeypatch.context() as patched:  # A fork under JAX's threads may hang.
+        patched.setattr(os, "getpid", lambda: -1)
+        assert not keeper.save(2, {"a": jnp.arange(4.0)})
+        keeper.close()
+    assert "child" in keeper.report.error
+    assert sorted(kept(keeper)) == [1]
+    assert keeper.save(3, {"a": jnp.arange(4.0)})
+    keeper.wait()
+    assert sorted(kept(keeper)) == [1, 3]
