@@ -52,7 +52,7 @@ def complete(run: str, directory: str | None = None) -> int:
             reasons.append(f"step {step}: {error}")
             continue
         handlers = {item: pytree_handler() for item in values}
-        options = ocp.CheckpointManagerOptions(create=False)
+        options = ocp.CheckpointManagerOptions(create=False, **_naming(run))
         with ocp.CheckpointManager(run, item_handlers=handlers, options=options) as manager:
             args = {item: ocp.args.PyTreeSave(value) for item, value in values.items()}
             manager.save(step, args=ocp.args.Composite(**args), force=True)
@@ -94,6 +94,16 @@ def _refuse_if_outlived(run: str, step: int, items: _Items) -> None:
             continue
         if stored >= step or _begun_s(path) > _written_s(items):
             raise KeeperError(f"step {step} is not written: {path} is newer")
+
+
+def _naming(run: str) -> dict[str, Any]:
+    """Returns how the run's manager names steps, as those that are there tell."""
+    for path, stored, is_temporary in _paths.steps_in(epath.Path(run)):
+        if not is_temporary and stored is not None:
+            prefix, _, digits = path.name.rpartition("_")
+            length = len(digits) if digits.startswith("0") and stored else None
+            return {"step_prefix": prefix or None, "step_format_fixed_length": length}
+    return {}
 
 
 def _begun_s(step: Any) -> float:

@@ -99,6 +99,17 @@ def test_a_flipped_bit_makes_the_one_before_count(run, place):
     assert complete(str(run), place) == 20
 
 
+def test_the_step_is_named_as_the_others_are(tmp_path, place):
+    """Its manager would not find it otherwise."""
+    run = tmp_path / "named"
+    options = ocp.CheckpointManagerOptions(step_prefix="my_step", step_format_fixed_length=6)
+    with ocp.CheckpointManager(run, options=options) as manager:
+        manager.save(10, args=ocp.args.StandardSave({"a": jnp.ones(3)}))
+    keep(run, place, 20, {"a": jnp.ones(3) * 2})
+    assert complete(str(run), place) == 20
+    assert sorted(os.listdir(run)) == ["my_step_000010", "my_step_000020"]
+
+
 def test_all_items_or_none(run, place):
     keeper = lazy_orbax.Keeper(run, directory=place)
     for step, items in ((20, ("x", "y")), (30, ("x",))):
