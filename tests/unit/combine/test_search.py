@@ -155,6 +155,16 @@ def test_sources_that_do_not_fit_are_refused(sources, tmp_path):
 
 
 def test_a_file_that_is_no_log_is_refused(sources, tmp_path):
-    (tmp_path / "log").write_text("hello\n")
-    with pytest.raises(OptionError, match="no log of a search"):
-        lazy_orbax.search(distance, sources, 2, log=tmp_path / "log")
+    """And stays as it is, also where its last line has no end: as that of a log that was cut off."""
+    log = tmp_path / "log"
+    for content in ("hello\n", "hello", '{"a": 1}', '{"a": 1}\n'):
+        log.write_text(content)
+        with pytest.raises(OptionError, match="log of a(nother)? search"):
+            lazy_orbax.search(distance, sources, 2, log=log)
+        assert log.read_text() == content
+    log.unlink()
+    lazy_orbax.search(distance, sources, 1, log=log)
+    whole = log.read_text()
+    log.write_text(whole[:9])
+    lazy_orbax.search(distance, sources, 1, log=log)
+    assert log.read_text() == whole
