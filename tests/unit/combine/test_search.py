@@ -155,7 +155,7 @@ def test_sources_that_do_not_fit_are_refused(sources, tmp_path):
 
 
 def test_a_file_that_is_no_log_is_refused(sources, tmp_path):
-    """And stays as it is, also where its last line has no end: as that of a log that was cut off."""
+    """It stays as it is, also where its last line has no end, like a log that was cut off."""
     log = tmp_path / "log"
     for content in ("hello\n", "hello", '{"a": 1}', '{"a": 1}\n'):
         log.write_text(content)
