@@ -111,6 +111,22 @@ def test_arrays_are_where_like_says(sources, mesh):
 
 
 @pytest.mark.parametrize("keep", [True, False])
+def test_what_is_infinite_in_all_of_them_is_so_in_each_combination(tmp_path, keep):
+    mask = np.array([0, -np.inf, np.inf], np.float32)
+    for i in range(3):
+        checkpointer = ocp.Checkpointer(lazy_orbax.pytree_handler())
+        checkpointer.save(epath.Path(tmp_path / f"{i}"), args=ocp.args.PyTreeSave({"mask": mask}))
+    seen = []
+
+    def score(tree):
+        seen.append(tree["mask"])
+        return 0.0
+
+    lazy_orbax.search(score, [tmp_path / f"{i}" for i in range(3)], 20, keep=keep)
+    assert_same(seen, [mask] * 20)
+
+
+@pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.complex64])
 def test_narrow_and_complex_floats_are_combined(tmp_path, dtype, keep):
     for i in range(2):
