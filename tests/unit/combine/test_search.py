@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -168,6 +169,21 @@ def test_sources_that_do_not_fit_are_refused(sources, tmp_path):
     checkpointer.save(epath.Path(tmp_path / "x"), args=ocp.args.PyTreeSave({"w": np.ones(3)}))
     with pytest.raises(MergeError, match="leaf half"):
         lazy_orbax.search(distance, [*sources, tmp_path / "x"], 2)
+
+
+def test_scores_of_other_checkpoints_at_the_same_place_are_none_of_these(sources, tmp_path):
+    scores = iter([3.0, 5.0])
+
+    def search_in_place(source):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(source, tmp_path / "run")
+        log = tmp_path / "log"
+        return lazy_orbax.search(lambda _: next(scores), [tmp_path / "run"], 1, log=log).score
+
+    assert search_in_place(sources[0]) == 3
+    with pytest.raises(OptionError, match="another search"):
+        search_in_place(sources[1])
+    assert search_in_place(sources[0]) == 3
 
 
 def test_a_file_that_is_no_log_is_refused(sources, tmp_path):
