@@ -19,6 +19,7 @@ from lazy_orbax import _paths
 from lazy_orbax.combine.merge_sources import MergedLeaf, strings_of
 from lazy_orbax.combine.merge_writer import LeafWriter
 from lazy_orbax.errors import OptionError
+from lazy_orbax.inspection import looking
 from lazy_orbax.integrity import step_metadata
 from lazy_orbax.integrity.step_place import metadata_beside
 from lazy_orbax.recovery.leftovers import remove
@@ -55,6 +56,7 @@ class Layout:
 
         Raises:
             OptionError: something is there already.
+            MalformedCheckpointError: what Orbax keeps of the first source's step is no JSON object.
         """
         self.first, self.kept = first, kept
         self.final = place_of(_paths.without_dots(out)).absolute.rstrip("/")
@@ -66,9 +68,8 @@ class Layout:
         self.metadata: dict[str, Any] | None = None
         self.is_of_v1 = False
         if step is not None:
-            place = place_of(step)
-            self.is_of_v1 = place.has(_paths.STEP_OF_V1)
-            self.metadata = dict(json.loads(place.read(_paths.STEP_METADATA)))
+            self.is_of_v1 = place_of(step).has(_paths.STEP_OF_V1)
+            self.metadata = looking.step_metadata(step)
             handlers = self.metadata.get("item_handlers")
             if isinstance(handlers, dict):
                 mine = {name: kind for name, kind in handlers.items() if name == self.name}

@@ -280,6 +280,14 @@ def test_a_malformed_source_is_refused(tmp_path):
             lazy_orbax.merge([tmp_path / "a"], "uniform", tmp_path / "out", verify=verify)
 
 
+def test_a_step_whose_metadata_are_malformed_is_refused(tmp_path):
+    saved(tmp_path / "a", {"w": np.ones(4, np.float32)}, stock=True)
+    (tmp_path / "a" / "_CHECKPOINT_METADATA").write_text("[1]")
+    with pytest.raises(MalformedCheckpointError, match="_CHECKPOINT_METADATA"):
+        lazy_orbax.merge([tmp_path / "a"], "uniform", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_a_small_budget_makes_no_difference(tmp_path):
     trees = [{"w": on_mesh(normal(i, (64, 64, 256), np.float32), mesh(8), "a")} for i in range(2)]
     sources = [saved(tmp_path / str(i), tree) for i, tree in enumerate(trees)]

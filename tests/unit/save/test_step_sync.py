@@ -1,5 +1,6 @@
 """What is synced of a published step, and when."""
 
+import contextlib
 import errno
 import os
 import pathlib
@@ -46,6 +47,13 @@ class Synced:
 def version(path_or_descriptor):
     found = os.stat(path_or_descriptor)
     return (found.st_ino, found.st_mtime_ns, found.st_size)
+
+
+@contextlib.contextmanager
+def refusing(synced, name):
+    synced.refused = lambda path: os.path.basename(path) == name
+    yield
+    synced.refused = None
 
 
 @pytest.fixture
@@ -117,6 +125,24 @@ def test_v1_tells_of_a_step_that_is_listed_and_not_durable(tmp_path, state, sync
         v1.save(tmp_path / "1", state)
     undo()
     assert os.listdir(tmp_path) == ["1"]
+
+
+@pytest.mark.parametrize("way", ["save", "Checkpointer"])
+def test_a_step_of_v1_whose_metadata_cannot_be_synced_is_not_listed(tmp_path, state, synced, way):
+    undo = lazy_v1()
+    run = v1.training.Checkpointer(tmp_path) if way == "Checkpointer" else None
+    save = run.save_async if run else lambda n, tree: v1.save_async(tmp_path / f"{n}", tree)
+    gone = pytest.raises(SaveError, match="the disk is gone")
+    with refusing(synced, "_CHECKPOINT_METADATA"), gone as caught:
+        save(1, state).result()
+    assert not isinstance(caught.value, NotDurableError)
+    assert "1" not in os.listdir(tmp_path)
+    if run:
+        with pytest.raises(SaveError):
+            run.close()  # Orbax tells of it once more.
+    v1.save(tmp_path / "2", state)
+    undo()
+    assert os.listdir(tmp_path) == ["2"]
 
 
 @pytest.mark.parametrize(
