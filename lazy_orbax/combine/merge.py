@@ -14,16 +14,13 @@ from lazy_orbax import _paths
 from lazy_orbax._machine import without_garbage_collection
 from lazy_orbax.combine.merge_output import Layout, Output
 from lazy_orbax.combine.merge_plan import Unit, share_of
-from lazy_orbax.combine.merge_sources import Wanted, matched, wanted_of
+from lazy_orbax.combine.merge_sources import Wanted, digest_of_digests, matched, wanted_of
 from lazy_orbax.combine.merge_team import Team
 from lazy_orbax.combine.merge_work import Work, planned
 from lazy_orbax.combine.schedules import Schedule, merge_coefficients
 from lazy_orbax.errors import OptionError
-from lazy_orbax.integrity import digest_file
-from lazy_orbax.integrity.digest import digest_of_bytes
 from lazy_orbax.restore.opened import item_at, opened
 from lazy_orbax.restore.transformed import Checkpoint
-from lazy_orbax.storage.place import MOST_BYTES
 from lazy_orbax.view.blocks import Block, Column, Lines, Table
 from lazy_orbax.view.text import duration_of, size_of
 from lazy_orbax.view.viewed import Viewed
@@ -199,7 +196,7 @@ def _lineage(sources: Sequence[Checkpoint], order: _Order) -> dict[str, Any]:
             "path": source.contents.directory,
             "step": _paths.step_of_item(source.contents.directory),
             "coefficient": coefficient,
-            "digest": _digest_of(source),
+            "digest": digest_of_digests(source),
         }
         for source, coefficient in zip(sources, order.coefficients, strict=True)
     ]
@@ -210,16 +207,6 @@ def _lineage(sources: Sequence[Checkpoint], order: _Order) -> dict[str, Any]:
         "dtype": None if order.wanted.dtype is None else order.wanted.dtype.name,
         "others": order.wanted.others,
     }
-
-
-def _digest_of(source: Checkpoint) -> str | None:
-    """Returns a digest of the digests of all that a source holds; `None` where it has none."""
-    files = source.contents.files
-    names = [n for n in files.names(digest_file.DIRECTORY) if "/process_" in n]
-    found = 0
-    for name in names:
-        found = digest_of_bytes(files.read(name, MOST_BYTES) or b"", seed=found)
-    return f"{found:016x}" if names else None
 
 
 class _Progress:

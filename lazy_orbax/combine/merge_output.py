@@ -198,7 +198,9 @@ class Output:
         tree = json.loads(files.read(_paths.TREE, MOST_BYTES) or b"{}")
         tree["custom_metadata"] = {LINEAGE: lineage}
         found = {_paths.TREE: json.dumps(tree).encode()}
-        for name in (_paths.SHARDINGS, *files.names(_paths.ARRAY_METADATAS)):
+        # A leaf may have the name of that directory as well.
+        about = [n for n in files.names(_paths.ARRAY_METADATAS) if "/process_" in n]
+        for name in (_paths.SHARDINGS, *about):
             if (content := files.read(name, MOST_BYTES)) is not None:
                 found[name] = content
         return found

@@ -15,7 +15,9 @@ import tensorstore as ts
 from lazy_orbax import _paths
 from lazy_orbax._orbax.stored_kinds import EMPTY
 from lazy_orbax.errors import MergeError, OptionError
+from lazy_orbax.integrity import digest_file
 from lazy_orbax.integrity.array_format import ArrayFormat
+from lazy_orbax.integrity.digest import digest_of_bytes
 from lazy_orbax.integrity.sidecar_files import string_at
 from lazy_orbax.plan.boxes import Shape
 from lazy_orbax.restore.transformed import Checkpoint
@@ -146,6 +148,16 @@ def strings_of(source: Checkpoint) -> dict[str, str]:
     found = json.loads(content) if content else {}
     names = [name for name, kind in _tree(source).leaves.items() if kind == _STRING]
     return {name: str(string_at(found, name)) for name in names}
+
+
+def digest_of_digests(source: Checkpoint) -> str | None:
+    """Returns one digest of all that a source holds; `None` where it has no digests."""
+    files = source.contents.files
+    names = [n for n in files.names(digest_file.DIRECTORY) if "/process_" in n]
+    found = 0
+    for name in names:
+        found = digest_of_bytes(files.read(name, MOST_BYTES) or b"", seed=found)
+    return f"{found:016x}" if names else None
 
 
 def _tree(source: Checkpoint) -> Tree:

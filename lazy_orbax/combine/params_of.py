@@ -77,7 +77,7 @@ def _cast(tree: Any, dtype: Any) -> Any:
     for i, leaf in zip(on_devices, made, strict=True):
         leaves[i] = leaf
     for i in todo:
-        if isinstance(leaves[i], np.ndarray):
+        if isinstance(leaves[i], np.ndarray | np.generic):
             leaves[i] = leaves[i].astype(wanted)
     return structure.unflatten(leaves)
 

@@ -8,13 +8,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lazy_orbax.combine.merge_sources import matched, wanted_of
+from lazy_orbax.combine.merge_sources import digest_of_digests, matched, wanted_of
 from lazy_orbax.combine.search_log import SearchLog
 from lazy_orbax.combine.search_population import Candidate, Population
 from lazy_orbax.combine.search_states import combiner, keeps_differences
 from lazy_orbax.errors import OptionError
 from lazy_orbax.restore.load import load
 from lazy_orbax.restore.opened import item_at, opened
+from lazy_orbax.restore.transformed import Checkpoint
 from lazy_orbax.view.blocks import Block, Column, Lines, Table
 from lazy_orbax.view.viewed import Viewed
 
@@ -101,7 +102,7 @@ def search(  # noqa: PLR0913 - Keywords, of which most calls give none.
     found = [opened(item, verify=False) for item in items]
     leaves = matched(found, wanted_of(None, "float32", n - 1, n))
     kept = keeps_differences(leaves, n) if keep is None else keep
-    known = SearchLog(log, {"lazy_orbax_search": _FORMAT, "seed": seed, "sources": items})
+    known = SearchLog(log, _header(seed, items, found))
     combine = combiner(lambda i: load(items[i], like), n, keeps=kept)
     population, tried = Population(n, seed), list[tuple[float, Candidate]]()
     for number in range(budget):
@@ -116,6 +117,12 @@ def search(  # noqa: PLR0913 - Keywords, of which most calls give none.
         if on_progress:
             on_progress(number + 1, budget)
     return _searched(tried, kept)
+
+
+def _header(seed: int, items: list[str], found: Sequence[Checkpoint]) -> dict[str, Any]:
+    """Returns what a log begins with: what is the same where a search goes on."""
+    digests = [digest_of_digests(source) for source in found]
+    return {"lazy_orbax_search": _FORMAT, "seed": seed, "sources": items, "digests": digests}
 
 
 def _searched(tried: Sequence[tuple[float, Candidate]], kept: bool) -> Searched:

@@ -39,7 +39,9 @@ class SearchLog:
             lines = [json.loads(line) for line in whole.splitlines()]
         except ValueError as error:
             raise OptionError(f"{path} is no log of a search: {error}. Give a new file.") from error
-        if lines and lines[0] != json.loads(json.dumps(header)):
+        text = json.dumps(header)
+        is_mine = lines[0] == json.loads(text) if lines else text.encode().startswith(content)
+        if not is_mine:
             raise OptionError(f"{path} is the log of another search. Give a new file.")
         self._known = lines[1:]
         if len(whole) < len(content):

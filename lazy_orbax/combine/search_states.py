@@ -95,7 +95,8 @@ def _wide(array: jax.Array) -> jax.Array:
 
 @jax.jit
 def _minus(arrays: list[jax.Array], others: list[jax.Array]) -> list[jax.Array]:
-    return [_wide(a) - _wide(b) for a, b in zip(arrays, others, strict=True)]
+    # What is infinite in both, as in a mask, does not differ.
+    return [jnp.where(a == b, 0, _wide(a) - _wide(b)) for a, b in zip(arrays, others, strict=True)]
 
 
 @jax.jit
@@ -111,9 +112,14 @@ def _sum(
 
 @jax.jit
 def _scaled(arrays: list[jax.Array], by: jax.Array) -> list[jax.Array]:
-    return [by * _wide(array) for array in arrays]
+    wide = map(_wide, arrays)
+    return [jnp.where(jnp.isfinite(array), by * array, array) for array in wide]
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _plus(total: list[jax.Array], arrays: list[jax.Array], by: jax.Array) -> list[jax.Array]:
-    return [t + by * _wide(array) for t, array in zip(total, arrays, strict=True)]
+    wide = map(_wide, arrays)
+    return [
+        jnp.where(jnp.isfinite(array), t + by * array, array)
+        for t, array in zip(total, wide, strict=True)
+    ]

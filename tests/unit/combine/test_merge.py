@@ -100,6 +100,17 @@ def restored(path):
     return tree
 
 
+def test_a_leaf_may_be_called_as_a_directory_of_orbax(tmp_path):
+    arrays = [normal(i, (8,), np.float32) for i in range(2)]
+    paths = [
+        saved(tmp_path / str(i), {"array_metadatas": array}, stock=True, use_ocdbt=False)
+        for i, array in enumerate(arrays)
+    ]
+    lazy_orbax.merge(paths, FACTORS[:2], tmp_path / "out")
+    found = lazy_orbax.load(tmp_path / "out")["array_metadatas"]
+    assert_same(found, reference(arrays, FACTORS[:2]))
+
+
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
 def test_imaginary_parts_are_kept_whatever_the_dtype_and_the_order(tmp_path, dtype):
     real = np.arange(3, dtype=np.float32)

@@ -59,6 +59,11 @@ def test_floats_are_cast_where_they_are(mesh):
     assert_same({name: found[name] for name in wanted}, wanted)
 
 
+def test_a_scalar_of_numpy_is_cast_too():
+    found = lazy_orbax.params_of({"params": {"scale": np.float32(1.5)}}, jnp.bfloat16)
+    assert found["scale"].dtype == jnp.bfloat16
+
+
 def test_a_cast_outlives_the_donation_of_what_it_was_made_of(tmp_path):
     step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     state = {"params": params()}

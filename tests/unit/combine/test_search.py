@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +112,22 @@ def test_arrays_are_where_like_says(sources, mesh):
 
 
 @pytest.mark.parametrize("keep", [True, False])
+def test_what_is_infinite_in_all_of_them_is_so_in_each_combination(tmp_path, keep):
+    mask = np.array([0, -np.inf, np.inf], np.float32)
+    for i in range(3):
+        checkpointer = ocp.Checkpointer(lazy_orbax.pytree_handler())
+        checkpointer.save(epath.Path(tmp_path / f"{i}"), args=ocp.args.PyTreeSave({"mask": mask}))
+    seen = []
+
+    def score(tree):
+        seen.append(tree["mask"])
+        return 0.0
+
+    lazy_orbax.search(score, [tmp_path / f"{i}" for i in range(3)], 20, keep=keep)
+    assert_same(seen, [mask] * 20)
+
+
+@pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.complex64])
 def test_narrow_and_complex_floats_are_combined(tmp_path, dtype, keep):
     for i in range(2):
@@ -154,7 +171,32 @@ def test_sources_that_do_not_fit_are_refused(sources, tmp_path):
         lazy_orbax.search(distance, [*sources, tmp_path / "x"], 2)
 
 
+def test_scores_of_other_checkpoints_at_the_same_place_are_none_of_these(sources, tmp_path):
+    scores = iter([3.0, 5.0])
+
+    def search_in_place(source):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(source, tmp_path / "run")
+        log = tmp_path / "log"
+        return lazy_orbax.search(lambda _: next(scores), [tmp_path / "run"], 1, log=log).score
+
+    assert search_in_place(sources[0]) == 3
+    with pytest.raises(OptionError, match="another search"):
+        search_in_place(sources[1])
+    assert search_in_place(sources[0]) == 3
+
+
 def test_a_file_that_is_no_log_is_refused(sources, tmp_path):
-    (tmp_path / "log").write_text("hello\n")
-    with pytest.raises(OptionError, match="no log of a search"):
-        lazy_orbax.search(distance, sources, 2, log=tmp_path / "log")
+    """It stays as it is, also where its last line has no end, like a log that was cut off."""
+    log = tmp_path / "log"
+    for content in ("hello\n", "hello", '{"a": 1}', '{"a": 1}\n'):
+        log.write_text(content)
+        with pytest.raises(OptionError, match="log of a(nother)? search"):
+            lazy_orbax.search(distance, sources, 2, log=log)
+        assert log.read_text() == content
+    log.unlink()
+    lazy_orbax.search(distance, sources, 1, log=log)
+    whole = log.read_text()
+    log.write_text(whole[:9])
+    lazy_orbax.search(distance, sources, 1, log=log)
+    assert log.read_text() == whole
