@@ -11,6 +11,7 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import gc
+import itertools
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -93,7 +94,8 @@ def pytest_terminal_summary(terminalreporter):
                         tables.setdefault(value[0], []).append(value[1:])
     for title, rows in sorted(tables.items()):
         terminalreporter.section(title)
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        columns = itertools.zip_longest(*rows, fillvalue="")  # Some rows have less to tell.
+        widths = [max(map(len, column)) for column in columns]
         for row in sorted(rows):
-            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
             terminalreporter.write_line("  ".join(cells).rstrip())

@@ -68,7 +68,7 @@ def test_a_save_killed_at_every_call(zygote, tmp_path, tell, way):
             n_deaths += 1
     assert not failures, "\n".join(failures)
     what = "Saves killed at every call that changes the file system"
-    tell(what, f"v1, {way}", f"{max(map(len, runs))} calls", f"{n_deaths} kills", "", "", "")
+    tell(what, f"v1, {way}", f"{max(map(len, runs))} calls", f"{n_deaths} kills")
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,7 @@ def test_a_flipped_bit_in_the_metadata_of_a_step_is_told_of(job, proxy, root, na
         assert told in problem
         assert any(told in line for line in job.do("warnings_while_restoring", 1))
     assert met.met
-    tell("Faults on gs://", f"a flipped bit: {name}", "told of; restored rightly", "")
+    tell("Faults on gs://", f"a flipped bit: {name}", "told of; restored rightly")
     assert job.do("problems", 1) == []
     assert job.do("warnings_while_restoring", 1) == []
 
