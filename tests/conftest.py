@@ -26,7 +26,7 @@ from lazy_orbax.snapshot.host_budget import HOST_BUDGET
 from lazy_orbax.storage.threads import dismiss_idle
 
 # Here, where pytest finds them wherever it starts; `--hypothesis-profile=nightly` takes the other.
-settings.register_profile("lazy_orbax", deadline=None, max_examples=100, database=None)
+settings.register_profile("lazy_orbax", deadline=None, max_examples=50, database=None)
 settings.register_profile(
     "nightly", deadline=None, max_examples=3000, database=None, print_blob=True
 )

@@ -43,7 +43,9 @@ def memory(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", ["auto", *(pytest.param(mode, marks=pytest.mark.slow) for mode in MODES[:2])]
+)
 def test_fifty_saves_survive_donation_at_random_times(tmp_path, mesh, mode):
     state = make_state(mesh)
     steps = Steps(state)

@@ -22,6 +22,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 # What Orbax keeps beside the item, and our digests of it: it may be changed on purpose.
+# The form that is used most, and the one that shares least with it; the others at night.
+BY_DAY = ("ocdbt-zarr2", "plain-zarr3-zstd")
 BESIDE = ("_CHECKPOINT_METADATA", "lazy_orbax_digests/step")
 
 
@@ -38,7 +40,10 @@ def forget_what_orbax_left():
     logger.disabled = False
 
 
-@pytest.mark.parametrize("form", flips.FORMS)
+@pytest.mark.parametrize(
+    "form",
+    [pytest.param(form, marks=() if form in BY_DAY else pytest.mark.slow) for form in flips.FORMS],
+)
 def test_a_flipped_bit_is_named_or_harmless(tmp_path, mesh, form, record_property):
     saved = flips.save(tmp_path / "run", form, mesh)
     assert_same(saved.restore(), saved.value)

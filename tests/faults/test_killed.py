@@ -22,9 +22,10 @@ _TESTS = pathlib.Path(__file__).parent.parent
     ("place", "call", "mode"),
     [
         ("copy", 2, "stage"),
-        ("to the host", 2, "direct"),
-        ("hand over", 2, "stage"),
-        ("finish", 1, "direct"),
+        # Each call that changes the file system is a point in `test_crash_matrix.py`.
+        pytest.param("to the host", 2, "direct", marks=pytest.mark.slow),
+        pytest.param("hand over", 2, "stage", marks=pytest.mark.slow),
+        pytest.param("finish", 1, "direct", marks=pytest.mark.slow),
         ("sync", 3, "stage"),
     ],
 )

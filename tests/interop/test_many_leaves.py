@@ -5,6 +5,7 @@ import math
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 import tensorstore as ts
 from equipment.trees import assert_same
 from jax.sharding import NamedSharding
@@ -29,6 +30,7 @@ def test_a_flush_does_not_write_again_all_that_earlier_flushes_wrote(tmp_path):
     assert math.fsum(sizes) < 15 * values.nbytes
 
 
+@pytest.mark.slow
 def test_twenty_thousand_leaves_are_stored_and_every_tenth_is_restored_by_stock(tmp_path, mesh):
     """TensorStore reads the bytes of all leaves; stock Orbax, which takes long, restores some."""
     names = [f"layer_{i // 100}/w_{i % 100}" for i in range(N_LEAVES)]
