@@ -19,8 +19,8 @@ class Beside(Protocol):
     def finish(self) -> None:
         """Is told that all pieces have come."""
 
-    def end(self) -> None:
-        """Is told that no more come; what is not finished never will be."""
+    def end(self, why: BaseException | None) -> None:
+        """Is told that no more come, and why; what is not finished never will be."""
 
 
 class PiecesBeside:

@@ -30,8 +30,12 @@ class Holding:
         self.leases: list[Lease] = []
         self.beside: Beside | None = None
 
-    def drop(self) -> None:
-        """Returns every byte. Nobody may add any more."""
+    def drop(self, why: BaseException | None) -> None:
+        """Returns every byte. Nobody may add any more.
+
+        Args:
+            why: what ended the save, if it failed.
+        """
         for waiting in (self.on_device, self.on_host):
             with contextlib.suppress(queue.Empty):  # Another thread may be dropping as well.
                 while True:
@@ -40,4 +44,4 @@ class Holding:
         for lease in self.leases:
             lease.release()
         if self.beside is not None:
-            self.beside.end()
+            self.beside.end(why)

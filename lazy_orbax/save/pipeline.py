@@ -115,7 +115,7 @@ class Save:
         # Our thread ends by itself, for a save that is over gets no lease; then nobody adds any.
         if self._stager.ident is not None:
             self._stager.join()
-        self._holding.drop()
+        self._holding.drop(self.failure)
 
     def forget(self) -> None:
         """Takes the save off the list that `wait_until_staged` goes through: it was told of."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import logging
 import os
 import sys
-import threading
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from lazy_orbax.save.job import Job
 from lazy_orbax.save.pipeline import Save
 from lazy_orbax.save.plan_cache import Prepared, prepare
 from lazy_orbax.save.unchanged_state import Fingerprints
+from lazy_orbax.storage import threads
 from lazy_orbax.storage.pace import Pace
 from lazy_orbax.tiers.claim import Claim
 from lazy_orbax.tiers.keeper_link import KeeperLink
@@ -106,7 +107,7 @@ class Keeper:
         whose["complete_after_s"] = complete_after_s
         self._link = KeeperLink(settings, whose)
         self.slots = Slots(shelf, self._link, self.run)
-        self._saving: list[threading.Thread] = []
+        self._saving: list[concurrent.futures.Future[None]] = []
         self._along: dict[str, int] = {}
         self._claim = Claim(shelf, self.run, jax.process_index())
         try:
@@ -156,9 +157,8 @@ class Keeper:
             if isinstance(error, Exception):
                 return False
             raise
-        thread = threading.Thread(target=save.keep, name="lazy_orbax-keep", daemon=True)
-        self._saving = [*(one for one in self._saving if one.is_alive()), thread]
-        thread.start()
+        saving = threads.run(save.keep, "lazy_orbax-keep")
+        self._saving = [*(one for one in self._saving if not one.done()), saving]
         return True
 
     def take_along(
@@ -225,10 +225,9 @@ class Keeper:
         """Waits until no snapshot of `save` is on its way any more.
 
         Args:
-            timeout_s: most seconds to wait for each; `None` waits without a limit.
+            timeout_s: most seconds to wait; `None` waits without a limit.
         """
-        for thread in self._saving:
-            thread.join(timeout_s)
+        concurrent.futures.wait(self._saving, timeout_s)
 
     def close(self, *, discard: bool = True) -> None:
         """Waits for what is on its way, and leaves the keeper. A second call does nothing.

@@ -145,7 +145,14 @@ def has_all_here(plan: Plan, process_index: int) -> bool:
     """Whether a plan is of all that this process has, and not of its share of it alone.
 
     Where processes share the writing of what each of them has, no process writes all of its own.
+    The answer is kept with the plan.
     """
+    if "tiers-all-here" not in plan.kept:
+        plan.kept["tiers-all-here"] = _has_all_here(plan, process_index)
+    return plan.kept["tiers-all-here"]
+
+
+def _has_all_here(plan: Plan, process_index: int) -> bool:
     written = dict.fromkeys(range(len(plan.leaves)), 0)
     for slab in plan.slabs:
         for piece in slab.pieces:

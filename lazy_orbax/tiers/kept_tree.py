@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import concurrent.futures
+import contextlib
 import functools
 import math
 import os
@@ -22,6 +22,7 @@ from lazy_orbax.restore.groups import Group, Member, grouped
 from lazy_orbax.restore.like import Likeness, likeness_of, likeness_of_stored
 from lazy_orbax.restore.planned import read_groups
 from lazy_orbax.restore.wanted import Wanted
+from lazy_orbax.storage.threads import Crew
 from lazy_orbax.tiers.snapshot_file import Snapshot, SnapshotError, read_memory
 from lazy_orbax.timeline import RestoreRecorder
 from lazy_orbax.trust.tree_file import Tree
@@ -128,10 +129,12 @@ class KeptTree:
         groups = list(grouped(((leaf,) for leaf in wanted.wanted), _LIMIT_BYTES))
         self._refuse_gaps(groups)
         n_threads = min(_MOST_THREADS, os.cpu_count() or 1)
-        with concurrent.futures.ThreadPoolExecutor(n_threads, "lazy_orbax-kept") as pool:
+        with contextlib.ExitStack() as stack:
+            crew = Crew("lazy_orbax-kept", n_threads)
+            stack.callback(crew.close, None)
 
             def start(group: Group, targets: Sequence[tuple[Target, ...]]) -> list[Any]:
-                return [pool.submit(functools.partial(self._filled, group, targets))]
+                return [crew.submit(functools.partial(self._filled, group, targets))]
 
             found = read_groups(groups, start, limit_bytes=_LIMIT_BYTES, recorder=recorder)
         if found.wrong:
@@ -186,10 +189,10 @@ class KeptTree:
         pieces = self.pieces[name]
         if box in pieces:
             return True
-        # Pieces of one step do not overlap: each was written by one rule.
-        common = (box.overlap(piece) for piece in pieces)
-        n_elements = sum(math.prod(part.shape) for part in common if part is not None)
-        return n_elements == math.prod(box.shape)
+        common = [part for piece in pieces if (part := box.overlap(piece)) is not None]
+        n_elements = sum(math.prod(part.shape) for part in common)
+        # Processes that keep a leaf by different rules might make up for a gap by an overlap.
+        return n_elements == math.prod(box.shape) and _are_apart(common)
 
     def _filled(self, group: Group, targets: Sequence[tuple[Target, ...]]) -> list[Piece]:
         """Compares pieces and copies them. Returns those that are not what was kept."""
@@ -229,6 +232,14 @@ class KeptTree:
                 raise RestoreError(f"leaf {name}: found no such string in {self.directory}")
             leaves[position] = self._texts[name]
         return wanted.rebuild(leaves)
+
+
+def _are_apart(boxes: Sequence[Box]) -> bool:
+    """Whether no two boxes, of which none is empty, have an element in common."""
+    starts = np.array([box.start for box in boxes], np.int64)
+    ends = starts + np.array([box.shape for box in boxes], np.int64)
+    meets = (starts[:, None] < ends).all(-1) & (starts < ends[:, None]).all(-1)
+    return int(meets.sum()) == len(boxes)  # Each meets itself.
 
 
 def _copied(kept: Kept, leaf: Wanted, boxes: Sequence[Box], targets: Sequence[Target]) -> None:

@@ -91,8 +91,7 @@ def restore_newest(manager: ocp.CheckpointManager, keeper: Keeper, *, args: Any 
             why = f"memory has it whole; the newest in storage is {stored[0] if stored else 'none'}"
             keeper.slots.begin_life(_own_files(at_hand[step, life], targets))
             return Newest(step, _shaped(value, args), MEMORY, why, tuple(newer))
-        is_misfit = isinstance(error, RestoreError) and not isinstance(error, NotAtHandError)
-        if any(consensus.any_process([is_misfit])):
+        if any(consensus.any_process([_is_for_the_caller(error)])):
             raise error or RestoreError(f"Step {step} could not be restored on another process.")
         skipped.append(_skipped(step, error, failed, keeper))
     for one in skipped:
@@ -165,8 +164,15 @@ def _tried(items: _Items, targets: Mapping[str, Any]) -> tuple[dict[str, Any], E
                 is_part=bool(getattr(args, "partial_restore", False)),
             )
         return values, None
-    except (LazyOrbaxError, SnapshotError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - All processes hear of it before it is raised.
         return {}, error
+
+
+def _is_for_the_caller(error: Exception | None) -> bool:
+    """Whether no older step helps: the caller is wrong, or this machine is in trouble."""
+    if error is None or isinstance(error, NotAtHandError | SnapshotError | OSError):
+        return False
+    return isinstance(error, RestoreError) or not isinstance(error, LazyOrbaxError)
 
 
 def _refuse_more_than_a_target(item: str, args: Any) -> None:

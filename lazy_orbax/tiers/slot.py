@@ -206,9 +206,13 @@ class Writing:
             return
         self._end(None)
 
-    def end(self) -> None:
-        """Ends it. What is not finished never will be: its slot is free for the next."""
-        self._end(KeeperError("the save that it was a part of did not come to an end"))
+    def end(self, why: BaseException | None = None) -> None:
+        """Ends it. What is not finished never will be: its slot is free for the next.
+
+        Args:
+            why: what ended the save that it was a part of.
+        """
+        self._end(why or KeeperError("the save that it was a part of did not come to an end"))
 
     def _end(self, error: BaseException | None) -> None:
         if not self._is_over:

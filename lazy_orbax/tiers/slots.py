@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import secrets
 import threading
@@ -13,6 +14,7 @@ import jax
 
 from lazy_orbax.errors import KeeperError
 from lazy_orbax.pods import consensus
+from lazy_orbax.storage import threads
 from lazy_orbax.tiers.keeper_link import KeeperLink
 from lazy_orbax.tiers.kept_layout import KeptLayout
 from lazy_orbax.tiers.shelf import Shelf
@@ -98,7 +100,7 @@ class Slots:
         layout.refuse_others()
         slot = self._slot(item)
         if not slot.begin():
-            slot.tell(step, is_sealed=False)
+            threads.run(functools.partial(self._tell_of_skipped, slot, step), "lazy_orbax-skip")
             with self._lock:
                 self.report = dataclasses.replace(self.report, skipped=self.report.skipped + 1)
             _LOG.info("Step %d is not kept in memory: the one before is still copied.", step)
@@ -114,6 +116,13 @@ class Slots:
             "texts": texts,
         }
         return Writing(slot, layout, facts, self._told)
+
+    def _tell_of_skipped(self, slot: Slot, step: int) -> None:
+        """Tells the other processes, which may be far away: the training does not wait for that."""
+        try:
+            slot.tell(step, is_sealed=False)
+        except Exception as error:  # noqa: BLE001 - The job is ending, and training goes on.
+            _LOG.info("Nobody can be told that step %d is not kept: %s", step, error)
 
     def _slot(self, item: str) -> Slot:
         with self._lock:

@@ -6,12 +6,12 @@ have that, the older one is of no use; if one has not, nobody will ever restore 
 
 from __future__ import annotations
 
-import concurrent.futures
 from typing import Any
 
 import jax
 
 from lazy_orbax._orbax import multihost
+from lazy_orbax.pods.consensus import value_in_time
 
 
 class Votes:
@@ -53,11 +53,10 @@ class Votes:
             if process == self._process:
                 continue
             try:
-                key = self._key(step, process)
-                told = self._store.blocking_key_value_get(key, max(1, int(timeout_s)))
-            except (TimeoutError, concurrent.futures.TimeoutError):
+                told = value_in_time(self._store, self._key(step, process), timeout_s)
+            except jax.errors.JaxRuntimeError:  # The job is ending.
                 return None
-            except jax.errors.JaxRuntimeError:  # It took too long, or the job is ending.
+            if told is None:
                 return None
             if told != "sealed":
                 return False
@@ -65,6 +64,11 @@ class Votes:
         return True
 
     def _forget_before(self, step: int) -> None:
-        """Removes what was told before a step that all have: whoever has it, has read all that."""
-        while self._told and self._told[0] != step:
-            self._store.key_value_delete(self._key(self._told.pop(0), self._process))
+        """Removes what was told of steps before one that all have: whoever has it, has read that.
+
+        What was told of a later one, which was passed over while this one was copied, is still to
+        be read. Within a life of the job steps grow.
+        """
+        for old in [told for told in self._told if told < step]:
+            self._told.remove(old)
+            self._store.key_value_delete(self._key(old, self._process))

@@ -15,6 +15,7 @@ from equipment.trees import assert_same
 
 import lazy_orbax
 from lazy_orbax.errors import KeeperError, OptionError
+from lazy_orbax.snapshot import device_to_host
 from lazy_orbax.tiers import slot
 from lazy_orbax.tiers.kept_listing import kept as listing_of
 from lazy_orbax.tiers.kept_tree import KeptTree
@@ -178,6 +179,19 @@ def test_a_deleted_array_is_told_of(keeper):
     array.delete()
     assert not keeper.save(1, {"a": array})
     assert "delete" in keeper.report.error
+
+
+@pytest.mark.parametrize("where", ["take", "views"], ids=["in save", "in the background"])
+def test_what_went_wrong_is_told_of(keeper, monkeypatch, where):
+    def lost(*_, **__):
+        raise RuntimeError("the device is lost")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(device_to_host, where, lost)
+        keeper.save(1, {"a": jnp.ones(3)})
+        keeper.wait()
+    assert "the device is lost" in keeper.report.error
+    assert keeper.report.failed == 1
 
 
 def test_a_save_to_storage_that_fails_leaves_the_place_free(keeper, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from equipment.kept import plan_of
 from equipment.trees import on_mesh
 
 from lazy_orbax.errors import TreeError
+from lazy_orbax.tiers import kept_layout
 from lazy_orbax.tiers.kept_layout import has_all_here, layout_of, with_host_leaves
 from lazy_orbax.tiers.snapshot_file import PAGE_BYTES
 
@@ -58,6 +59,14 @@ def test_a_share_of_a_replicated_leaf_is_not_all_of_it(mesh):
     other = plan_of(tree)
     few = other.slabs[0].__class__(**{**vars(other.slabs[0]), "pieces": other.slabs[0].pieces[1:]})
     assert not has_all_here(type(other)(other.leaves, other.layouts, (few,)), 0)
+
+
+def test_what_a_plan_has_is_looked_at_once(mesh, monkeypatch):
+    """It takes time for each leaf, in the thread that trains."""
+    plan = plan_of({"a": on_mesh(np.zeros((8, 8), np.float32), mesh)})
+    assert has_all_here(plan, 0)
+    monkeypatch.setattr(kept_layout, "_elements_here", None)
+    assert has_all_here(plan, 0)
 
 
 def test_every_process_keeps_what_is_in_host_memory(mesh):

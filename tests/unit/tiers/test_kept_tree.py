@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lazy_orbax.errors import CorruptCheckpointError, RestoreError
 from lazy_orbax.integrity.digest import digest_of_bytes
-from lazy_orbax.plan.boxes import index_of
+from lazy_orbax.plan.boxes import Box, index_of
 from lazy_orbax.tiers.kept_layout import layout_of, view_in
 from lazy_orbax.tiers.kept_tree import KeptTree, NotAtHandError
 from lazy_orbax.tiers.snapshot_file import SnapshotError, SnapshotFile, read_snapshot
@@ -141,6 +141,24 @@ def test_facts_that_make_no_sense_are_refused(tmp_path, tree, facts):
     snapshot, *_ = kept(tmp_path / "f", tree, facts=facts)
     with pytest.raises(SnapshotError, match="makes no sense"):
         KeptTree([snapshot])
+
+
+def test_an_overlap_makes_up_for_no_gap(tmp_path):
+    tree = {"w": np.arange(4, dtype=np.float32)}
+    snapshot, *_ = kept(tmp_path / "f", tree)
+    found = KeptTree([snapshot])
+    (piece,) = found.pieces["w"].values()
+    parts = [Box((0,), (2,)), Box((1,), (2,))]  # As many elements as there are, and not the last.
+    found.pieces["w"] = {
+        box: piece._replace(
+            box=box,
+            memory=(part := piece.memory[4 * box.start[0] :][:8]),
+            digest=digest_of_bytes(part),
+        )
+        for box in parts
+    }
+    with pytest.raises(NotAtHandError, match=r"leaf w"):
+        found.restored(tree, RestoreRecorder("memory"))
 
 
 def test_a_leaf_that_two_processes_have_differently_is_refused(tmp_path, mesh):

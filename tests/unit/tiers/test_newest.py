@@ -11,6 +11,8 @@ from equipment.trees import assert_same
 
 import lazy_orbax
 from lazy_orbax.errors import CorruptCheckpointError, OptionError, RestoreError
+from lazy_orbax.pods import consensus
+from lazy_orbax.tiers.kept_tree import KeptTree
 from lazy_orbax.tiers.snapshot_file import PAGE_BYTES
 
 
@@ -126,6 +128,23 @@ def test_snapshots_of_two_lives_are_not_put_together(run, monkeypatch):
 def test_a_target_that_does_not_fit_is_the_callers_mistake(run):
     with pytest.raises(RestoreError, match="leaf a"):
         newest(run, args=ocp.args.StandardRestore({"a": jnp.zeros(3), "n": 0}))
+
+
+def test_trouble_of_this_machine_is_told_to_all_before_it_is_raised(run, monkeypatch):
+    told, tell = [], consensus.which_processes
+
+    def no_memory(*_, **__):
+        raise MemoryError("no memory")
+
+    def noted(has_failed):
+        told.append(has_failed)
+        return tell(has_failed)
+
+    monkeypatch.setattr(KeptTree, "restored", no_memory)
+    monkeypatch.setattr(consensus, "which_processes", noted)
+    with pytest.raises(MemoryError, match="no memory"):
+        newest(run)
+    assert told == [True]
 
 
 def test_without_a_target_all_of_it_comes(run):

@@ -1,7 +1,9 @@
 """What became of snapshots is counted, and a warning is not said at each step."""
 
+import threading
 import types
 
+import jax
 import jax.numpy as jnp
 import pytest
 from equipment.kept import plan_of
@@ -9,6 +11,7 @@ from equipment.kept import plan_of
 from lazy_orbax.errors import KeeperError, TreeError
 from lazy_orbax.tiers.kept_layout import layout_of
 from lazy_orbax.tiers.shelf import Shelf
+from lazy_orbax.tiers.slot import Slot
 from lazy_orbax.tiers.slots import Slots
 
 TREE = {"a": jnp.ones(2)}
@@ -44,6 +47,23 @@ def test_each_snapshot_is_counted_once(slots):
     assert (report.kept, report.skipped, report.failed, report.newest_step) == (1, 1, 1, 3)
     assert report.error is None
     assert slots.close() == slots.files(["default"])
+
+
+def test_nobody_who_can_be_told_of_a_skipped_step_is_no_reason_to_stop(slots, monkeypatch):
+    told_in, is_told = [], threading.Event()
+
+    def tell(*_, is_sealed):
+        told_in.append(threading.current_thread().name)
+        is_told.set()
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE")
+
+    layout = layout_of(PLAN, TREE)
+    slots.begin(1, "default", layout, {})
+    monkeypatch.setattr(Slot, "tell", tell)
+    assert slots.begin(2, "default", layout, {}) is None
+    assert is_told.wait(60)
+    assert told_in == ["lazy_orbax-skip"]
+    assert slots.report.skipped == 1
 
 
 def test_the_same_failure_is_said_once(slots, caplog):

@@ -65,6 +65,17 @@ def test_what_nobody_asks_about_any_more_takes_no_room(processes):
     assert {key.split("/")[-2] for key in store.values} == {"19"}
 
 
+def test_what_was_told_of_a_step_that_was_passed_over_stays_until_it_is_read(processes):
+    first, second, third = processes
+    first.tell(6, is_sealed=False)  # While 5 was still being copied.
+    for votes in processes:
+        votes.tell(5, is_sealed=True)
+    for votes in (second, third):
+        votes.tell(6, is_sealed=True)
+    assert first.is_common(5, timeout_s=1) is True
+    assert second.is_common(6, timeout_s=1) is False  # And not: it has not told.
+
+
 def test_a_runtime_that_ends_is_no_answer(processes):
     def ended(key, timeout_s):
         raise jax.errors.JaxRuntimeError("UNAVAILABLE")
