@@ -14,14 +14,14 @@ import importlib.util
 import json
 import os
 import pathlib
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from benchmarks.in_processes import parser_of, sample_of, tell
 
 _LEAVES, _ELEMENTS, _SAVES = 200, 2**14, 6
 # A client yields a save at a time, and waits for its end before the next.
@@ -207,27 +207,19 @@ def _sample(client: str, how: str, place: str) -> dict[str, float]:
 
 def _in_a_process(client: str, how: str, directory: str | None) -> dict[str, float] | None:
     """Returns a sample; nothing where the client is not installed."""
-    place = tempfile.mkdtemp(dir=directory)
-    command = [sys.executable, "-m", "benchmarks.clients", "--child", client, how, place]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    finally:
-        shutil.rmtree(place)
-    if done.returncode:
-        last = done.stderr.splitlines()[-1]
-        if not last.startswith("ModuleNotFoundError"):
-            raise RuntimeError(f"{client}: {done.stderr}")
-        print(f"{client} is left out: {last}", file=sys.stderr)
-        return None
-    return json.loads(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryDirectory(dir=directory) as place:
+        try:
+            return sample_of("clients", "--child", client, how, place)
+        except RuntimeError as error:
+            last = str(error).splitlines()[-1]
+            if not last.startswith("ModuleNotFoundError"):
+                raise
+            print(f"{client} is left out: {last}", file=sys.stderr)
+            return None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--directory", default=None)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=pathlib.Path, help="JSON lines; appended to")
+    parser = parser_of(__doc__)
     parser.add_argument("--clients", nargs="+", default=list(CLIENTS), choices=list(CLIENTS))
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -253,10 +245,7 @@ def main() -> None:
                     "most_ms": max(values),
                     "n": len(values),
                 }
-                print(json.dumps(record), flush=True)
-                if arguments.out:
-                    with arguments.out.open("a") as lines:
-                        lines.write(json.dumps(record) + "\n")
+                tell(record, arguments)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ without a save.
 
 from __future__ import annotations
 
-import argparse
-import json
 import pathlib
 import statistics
 import tempfile
@@ -24,18 +22,15 @@ import orbax.checkpoint as ocp
 
 import lazy_orbax
 from benchmarks import meters
+from benchmarks.in_processes import parser_of, tell
 
 _LEAVES = 32
 _KINDS = ("state", "params", "params in bfloat16")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--directory", default=None)
+    parser = parser_of(__doc__, repeats=10)
     parser.add_argument("--mib", type=int, default=64, help="of the parameters")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--out", type=pathlib.Path, help="JSON lines; appended to")
     arguments = parser.parse_args()
     size = arguments.mib * 2**20 // 4 // _LEAVES
     params = {f"w{i}": jnp.full(size, i, jnp.float32) for i in range(_LEAVES)}
@@ -55,10 +50,7 @@ def main() -> None:
         for name in samples[0]:
             record[name] = statistics.median(sample[name] for sample in samples)
         record["n"] = len(samples)
-        print(json.dumps(record))
-        if arguments.out:
-            with arguments.out.open("a") as lines:
-                lines.write(json.dumps(record) + "\n")
+        tell(record, arguments)
 
 
 def _sample(

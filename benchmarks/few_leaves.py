@@ -10,24 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import pathlib
-import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+
+from benchmarks.in_processes import parser_of, sample_of, tell
 
 _STATES = {"2 leaves of 16 MiB": (2, 2**22), "40 leaves of 64 KiB": (40, 2**14)}
 _SAVES = 12
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--directory", default=None)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=pathlib.Path, help="JSON lines; appended to")
+    parser = parser_of(__doc__)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -53,20 +47,12 @@ def main() -> None:
                 "most_ms": 1e3 * max(values),
                 "n": len(values),
             }
-            print(json.dumps(record))
-            if arguments.out:
-                with arguments.out.open("a") as lines:
-                    lines.write(json.dumps(record) + "\n")
+            tell(record, arguments)
 
 
 def _in_a_process(peer: str, state: str, directory: str | None) -> dict[str, float]:
-    place = tempfile.mkdtemp(dir=directory)
-    command = [sys.executable, "-m", "benchmarks.few_leaves", "--child", peer, state, place]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    finally:
-        shutil.rmtree(place)
-    return json.loads(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryDirectory(dir=directory) as place:
+        return sample_of("few_leaves", "--child", peer, state, place)
 
 
 def _sample(peer: str, state_name: str, place: str) -> dict[str, float]:

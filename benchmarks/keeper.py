@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import pathlib
-import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+
+from benchmarks.in_processes import parser_of, sample_of, tell
 
 PEERS = ("none", "disk", "memory", "both")
 _SAVES, _STEPS, _IDLE_S = 6, 10, 0.1
@@ -25,11 +23,7 @@ _GB = 10**9
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--directory", default=None)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=pathlib.Path, help="JSON lines; appended to")
+    parser = parser_of(__doc__)
     parser.add_argument("--leaves", type=int, default=1000, help="of 256 KiB")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -55,10 +49,7 @@ def main() -> None:
                 "most": max(values),
                 "n": len(values),
             }
-            print(json.dumps(record))
-            if arguments.out:
-                with arguments.out.open("a") as lines:
-                    lines.write(json.dumps(record) + "\n")
+            tell(record, arguments)
 
 
 def _relative(sample: dict[str, float], measured: str, none: dict[str, float]) -> float:
@@ -69,15 +60,8 @@ def _relative(sample: dict[str, float], measured: str, none: dict[str, float]) -
 
 
 def _in_a_process(what: str, directory: str | None, n_leaves: int) -> dict[str, float]:
-    place = tempfile.mkdtemp(dir=directory)
-    command = [sys.executable, "-m", "benchmarks.keeper", "--child", what, place, str(n_leaves)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise RuntimeError(done.stderr)
-    finally:
-        shutil.rmtree(place)
-    return json.loads(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryDirectory(dir=directory) as place:
+        return sample_of("keeper", "--child", what, place, str(n_leaves))
 
 
 def _loop(what: str, place: str, n_leaves: int) -> dict[str, float]:
@@ -148,11 +132,12 @@ def _restore(place: str) -> dict[str, float]:
     with lazy_orbax.Keeper(place) as keeper, ocp.CheckpointManager(place) as manager:
         keeper.save(1, state)
         keeper.wait()
-        whole = np.ones(n_leaves * 2**22, np.float32)
+        # Between memory that is there: the first touch of fresh pages takes longer than the copy.
+        whole, other = (np.full(n_leaves * 2**22, i, np.float32) for i in range(2))
         start_s = time.perf_counter()
-        whole.copy()
+        np.copyto(other, whole)
         copied_s = time.perf_counter() - start_s
-        del whole, state
+        del whole, other, state
         start_s = time.perf_counter()
         args = ocp.args.StandardRestore(like)
         found = lazy_orbax.restore_newest(manager, keeper, args=args)

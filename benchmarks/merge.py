@@ -15,10 +15,10 @@ import os
 import pathlib
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+
+from benchmarks.in_processes import parser_of, sample_of, tell
 
 _CASES = {
     "float32, OCDBT": ("float32", {}),
@@ -31,14 +31,10 @@ _KINDS = ("raw read", "raw read, write", "merge")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--directory", default=None)
+    parser = parser_of(__doc__)
     parser.add_argument("--mib", type=int, default=1024, help="of each of the two sources")
     parser.add_argument("--leaf-mib", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cases", nargs="*", default=list(_CASES), choices=list(_CASES))
-    parser.add_argument("--out", type=pathlib.Path, help="JSON lines; appended to")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -50,13 +46,10 @@ def main() -> None:
             found = {kind: [] for kind in _KINDS}
             for _ in range(arguments.repeats):
                 for kind in _KINDS:
-                    found[kind].append(_in_a_process(kind, place))
+                    found[kind].append(sample_of("merge", "--child", kind, place))
         for record in _records(case, found):
             record |= {"source_mib": arguments.mib, "leaf_mib": arguments.leaf_mib}
-            print(json.dumps(record))
-            if arguments.out:
-                with arguments.out.open("a") as lines:
-                    lines.write(json.dumps(record) + "\n")
+            tell(record, arguments)
 
 
 def _make(place: pathlib.Path, case: str, mib: int, leaf_mib: int) -> None:
@@ -74,14 +67,6 @@ def _make(place: pathlib.Path, case: str, mib: int, leaf_mib: int) -> None:
         state = {f"w{i}": jnp.asarray(one) for i, one in enumerate(some)}
         checkpointer = ocp.Checkpointer(lazy_orbax.pytree_handler(**keywords))
         checkpointer.save(place / name, args=ocp.args.PyTreeSave(state))
-
-
-def _in_a_process(kind: str, place: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.merge", "--child", kind, place]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _sample(kind: str, place: str) -> dict[str, float]:

@@ -13,24 +13,19 @@ import argparse
 import json
 import os
 import pathlib
-import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+
+from benchmarks.in_processes import parser_of, sample_of, tell
 
 WAYS = ("stock", "lazy", "lazy, skip_unchanged")
 _LEAVES, _FROZEN, _SAVES = 20, 18, 6
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--directory", default=None)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = parser_of(__doc__)
     parser.add_argument("--megabytes", type=int, default=16, help="of each of 20 leaves")
-    parser.add_argument("--out", type=pathlib.Path, help="JSON lines; appended to")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -46,22 +41,12 @@ def main() -> None:
             values = [one[measured] for one in found]
             record[measured] = statistics.median(values)
             record[f"{measured}, least and most"] = [min(values), max(values)]
-        print(json.dumps(record))
-        if arguments.out:
-            with arguments.out.open("a") as lines:
-                lines.write(json.dumps(record) + "\n")
+        tell(record, arguments)
 
 
 def _in_a_process(way: str, directory: str | None, megabytes: int) -> dict[str, float]:
-    place = tempfile.mkdtemp(dir=directory)
-    command = [sys.executable, "-m", "benchmarks.unchanged", "--megabytes", str(megabytes)]
-    try:
-        done = subprocess.run(
-            [*command, "--child", way, place], capture_output=True, text=True, check=True
-        )
-    finally:
-        shutil.rmtree(place)
-    return json.loads(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryDirectory(dir=directory) as place:
+        return sample_of("unchanged", "--megabytes", str(megabytes), "--child", way, place)
 
 
 def sample(way: str, place: str, megabytes: int) -> dict[str, float]:

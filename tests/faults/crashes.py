@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 from equipment.trees import assert_same
 from faults.crash_state import make_state
 
@@ -239,6 +240,21 @@ def disk(directory: pathlib.Path, kind: str, *options: str) -> Iterator[Disk]:
             raise
         finally:
             new.dismiss_janitor()
+
+
+@contextlib.contextmanager
+def disk_or_skip(directory: pathlib.Path, kind: str) -> Iterator[Disk]:
+    """Mounts a new file system for a while, or skips the test where that is not allowed.
+
+    Args:
+        directory: where it is.
+        kind: of the file system, and options to mount it with, divided by spaces.
+    """
+    try:
+        with disk(directory, *kind.split()) as new:
+            yield new
+    except Unable as reason:
+        pytest.skip(f"a disk cannot be mounted here: {reason}")
 
 
 class Unable(Exception):

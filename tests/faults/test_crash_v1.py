@@ -80,15 +80,11 @@ def test_a_save_killed_at_every_call(zygote, tmp_path, tell, way):
 def test_a_step_that_is_finished_survives_a_power_cut(zygote, tmp_path, way, late):
     first = tmp_path / "first"
     zygote.save(first, 1, v1=way)
-    try:
-        mounting = crashes.disk(tmp_path, "ext4")
-        with mounting as disk:
-            root = disk.replace(first)
-            death = {"call": "", "nth": 1, "cut": str(disk.mounted), "late": late}
-            calls = zygote.die(root, 2, death, v1=way)
-            disk.after_the_cut(root, tmp_path / "copy")
-    except crashes.Unable as reason:
-        pytest.skip(f"a disk cannot be mounted here: {reason}")
+    with crashes.disk_or_skip(tmp_path, "ext4") as disk:
+        root = disk.replace(first)
+        death = {"call": "", "nth": 1, "cut": str(disk.mounted), "late": late}
+        calls = zygote.die(root, 2, death, v1=way)
+        disk.after_the_cut(root, tmp_path / "copy")
     assert calls[-1] == "finished"
     assert steps_in(tmp_path / "copy") == [1, 2]
     assert_whole(tmp_path / "copy", 1, 2)
@@ -103,12 +99,8 @@ CUTS = [
 
 @pytest.fixture
 def disk(request, tmp_path):
-    try:
-        mounting = crashes.disk(tmp_path, *request.param.split())
-        with mounting as disk:
-            yield disk
-    except crashes.Unable as reason:
-        pytest.skip(f"a disk cannot be mounted here: {reason}")
+    with crashes.disk_or_skip(tmp_path, request.param) as disk:
+        yield disk
 
 
 @pytest.mark.parametrize(("way", "disk"), CUTS, indirect=["disk"])

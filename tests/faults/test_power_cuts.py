@@ -34,12 +34,8 @@ NO_HEURISTIC = "ext4 noauto_da_alloc"
 
 @pytest.fixture(params=["ext4", "xfs", NO_HEURISTIC])
 def disk(request, tmp_path):
-    try:
-        mounting = crashes.disk(tmp_path, *request.param.split())
-        with mounting as disk:
-            yield disk
-    except crashes.Unable as reason:
-        pytest.skip(f"a disk cannot be mounted here: {reason}")
+    with crashes.disk_or_skip(tmp_path, request.param) as disk:
+        yield disk
 
 
 class Cuts:

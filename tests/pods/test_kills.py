@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import signal
-
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from equipment.pods import states
-from equipment.pods.jobs import HEARTBEAT_TIMEOUT_S, ends_of, start_job
-from equipment.pods.kill_points import ON_EACH, ON_PRIMARY
+from equipment.pods.jobs import assert_killed, ends_of, start_job
+from equipment.pods.kill_points import ON_EACH, ON_PRIMARY, is_committed
 
 import lazy_orbax
-
-_SLACK_S = 10  # Of a machine with fewer cores than processes.
 
 # How many processes, the point, who comes to it, who is killed then. Every point at least once,
 # and at least twelve for process 0 and for others.
@@ -63,15 +59,8 @@ def start(place, n, point, watched, victim):
 
 def check(place, ended, n, point, watched, victim):
     root = place / "run"
-    killed = ended[victim]
-    assert killed.returncode == -signal.SIGKILL, killed.log[-4000:]
-    for survivor in ended:
-        # The others are ended by JAX: at once if it was process 0, else when it is missed.
-        assert survivor.ended_s - killed.ended_s < HEARTBEAT_TIMEOUT_S + _SLACK_S
-        assert survivor.report is None
-
-    # Where another process is killed when the primary begins to commit, that goes on.
-    committed = point == "after the commit" or (victim != 0 and point == "before the commit")
+    assert_killed(ended, victim)
+    committed = is_committed(point, victim)
     steps = [1, 2] if committed else [1]
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
     with ocp.CheckpointManager(root, item_handlers=lazy_orbax.standard_handler()) as manager:

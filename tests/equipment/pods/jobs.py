@@ -9,6 +9,7 @@ import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import pathlib
+import signal
 import socket
 import time
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ import pytest
 
 _TESTS = pathlib.Path(__file__).parents[2]
 HEARTBEAT_TIMEOUT_S = 5
+_SLACK_S = 10  # Of a machine with fewer cores than processes.
 _TIMEOUT_S = 120
 
 
@@ -150,6 +152,16 @@ def ends_of(jobs: list[Job]) -> list[list[Ended]]:
         ]
         for job in jobs
     ]
+
+
+def assert_killed(ended: list[Ended], victim: int) -> None:
+    """Asserts that one process of a job was killed, and that JAX ended the others for that."""
+    killed = ended[victim]
+    assert killed.returncode == -signal.SIGKILL, killed.log[-4000:]
+    for survivor in ended:
+        # At once if it was process 0, else when it is missed.
+        assert survivor.ended_s - killed.ended_s < HEARTBEAT_TIMEOUT_S + _SLACK_S
+        assert survivor.report is None
 
 
 def _kill(processes: list[Any]) -> None:

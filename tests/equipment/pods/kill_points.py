@@ -58,6 +58,12 @@ ON_PRIMARY = (
 )
 
 
+def is_committed(point: str, victim: int) -> bool:
+    """Whether the save is committed in which a process was killed at a point."""
+    # Where another process is killed when the primary begins to commit, that goes on.
+    return point == "after the commit" or (victim != 0 and point == "before the commit")
+
+
 @contextlib.contextmanager
 def killing(point: str, victim_pid: int) -> Iterator[None]:
     """Kills `victim_pid` when this process comes to `point`, once.
