@@ -146,9 +146,13 @@ def publication_failed(error: BaseException) -> None:
 
 
 class Publications:
-    """What a handler finalized, until it is known to be published and synced, or given up."""
+    """What a handler finalized, until it is known to be published and synced, or given up.
+
+    Invariant: who catches up has waited for whoever of ours is doing so, and knows what failed.
+    """
 
     def __init__(self) -> None:
+        self._one_by_one = threading.RLock()  # A report of a timeline may call the handler again.
         self._pending: list[Publication] = []
         self._failures: list[Exception] = []
 
@@ -171,10 +175,11 @@ class Publications:
         self._catch_up(publication)
 
     def _catch_up(self, publication: Publication) -> None:
-        try:
-            publication.catch_up()
-        except Exception as error:  # noqa: BLE001 - `catch_up` raises it, now or in a later call.
-            self._failures.append(error)
+        with self._one_by_one:
+            try:
+                publication.catch_up()
+            except Exception as error:  # noqa: BLE001 - `catch_up` raises it, now or in a later call.
+                self._failures.append(error)
 
     def catch_up(self, *, raises: bool) -> None:
         """Syncs what was published without being heard of.

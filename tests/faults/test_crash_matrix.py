@@ -68,7 +68,8 @@ def test_a_save_killed_at_every_call(zygote, first_step, tmp_path, tell, durable
             kill(call, nth)
     assert not failures, "\n".join(failures)
     kinds = {call for call, _ in deaths} - {"finished"}
-    assert kinds == set(points)
+    # One in twenty saves locks `_sharding`, say, once more.
+    assert set.intersection(*map(set, runs)) <= kinds <= set(points)
     tell(
         "Saves killed at every call that changes the file system",
         "DurablePath, where it differs" if durable_path else "default",

@@ -189,6 +189,30 @@ def test_a_publication_of_another_thread_that_is_at_work_is_left_to_it():
     assert len(reported) == 1
 
 
+def test_who_catches_up_waits_for_another_thread_that_does_so():
+    is_syncing, gate, made = threading.Event(), threading.Event(), queue.SimpleQueue()
+
+    def refuses():
+        is_syncing.set()
+        gate.wait(30)
+        raise OSError("the disk is gone")
+
+    def publish():
+        publication = await_publication([Recorder("/run/5/a", lambda timeline: None)])
+        publication.sync, publication.is_there = refuses, lambda: True
+        made.put(publication)
+
+    publisher = threading.Thread(target=publish, daemon=True)
+    publisher.start()
+    publisher.join(30)
+    publications = Publications()
+    publications.add(made.get(timeout=30))  # A thread of ours syncs.
+    assert is_syncing.wait(30)
+    threading.Timer(0.01, gate.set).start()
+    with pytest.raises(OSError, match="the disk is gone"):
+        publications.catch_up(raises=True)
+
+
 def test_what_could_not_be_synced_is_told_once():
     """Where several processes save together, not before the last of them is past it."""
 
