@@ -17,6 +17,7 @@ from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.errors import KeeperError, LazyOrbaxError
 from lazy_orbax.handlers.stock_shaped import pytree_handler
 from lazy_orbax.tiers.kept_steps import UNUSABLE, KeptStep, kept_steps
+from lazy_orbax.tiers.promoted_steps import listed
 from lazy_orbax.tiers.shelf import Shelf
 
 _LOG = logging.getLogger("lazy_orbax")
@@ -56,7 +57,7 @@ def write(run: str, step: int, values: dict[str, Any], **options: Any) -> None:
     """Writes a step as a manager of the run would.
 
     Args:
-        run: the run's directory or address, which is there.
+        run: the run's directory or address.
         step: the step.
         values: the tree of each item.
         **options: more of `ocp.CheckpointManagerOptions`.
@@ -65,7 +66,7 @@ def write(run: str, step: int, values: dict[str, Any], **options: Any) -> None:
         SaveError: the storage refused it.
     """
     handlers = {item: pytree_handler() for item in values}
-    how = ocp.CheckpointManagerOptions(create=False, **_naming(run), **options)
+    how = ocp.CheckpointManagerOptions(**{"create": False, **_naming(run), **options})
     with ocp.CheckpointManager(run, item_handlers=handlers, options=how) as manager:
         args = {item: ocp.args.PyTreeSave(value) for item, value in values.items()}
         manager.save(step, args=ocp.args.Composite(**args), force=True)
@@ -88,11 +89,10 @@ def _refuse_if_outlived(run: str, kept: KeptStep) -> None:
 
 def _naming(run: str) -> dict[str, Any]:
     """Returns how the run's manager names steps, as those that are there tell."""
-    for path, stored, is_temporary in _paths.steps_in(epath.Path(run)):
-        if not is_temporary and stored is not None:
-            prefix, _, digits = path.name.rpartition("_")
-            length = len(digits) if digits.startswith("0") and stored else None
-            return {"step_prefix": prefix or None, "step_format_fixed_length": length}
+    for stored, path in listed(run):
+        prefix, _, digits = path.name.rpartition("_")
+        length = len(digits) if digits.startswith("0") and stored else None
+        return {"step_prefix": prefix or None, "step_format_fixed_length": length}
     return {}
 
 

@@ -15,8 +15,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from etils import epath
-
 from lazy_orbax.errors import KeeperError, LazyOrbaxError
 from lazy_orbax.handlers.completing import write
 from lazy_orbax.handlers.verified_path import verified_in
@@ -53,13 +51,12 @@ def promote(run: str, tier: Tier, directory: str | None = None) -> int | None:
     """
     shelf = Shelf(directory)
     with _alone(shelf, tier.path):
-        epath.Path(tier.path).mkdir(parents=True, exist_ok=True)
         remove_unfinished(tier.path)
         taken = _taken(shelf, run, newest_in(tier.path))
         if taken is not None:
             step, values = taken
             path_class = verified_in(tier.path, {"run": run})
-            write(tier.path, step, values, temporary_path_class=path_class)
+            write(tier.path, step, values, create=True, temporary_path_class=path_class)
         if tier.keep is not None:
             retire(tier.path, tier.keep)
         return None if taken is None else taken[0]

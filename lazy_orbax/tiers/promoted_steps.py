@@ -31,7 +31,7 @@ def remove_unfinished(tier: str) -> None:
         KeeperError: something could not be removed.
         OSError: the storage refused.
     """
-    for path, step, _ in _paths.steps_in(epath.Path(tier)):
+    for path, step, _ in _directories(tier):
         is_ours = path.name.endswith(_GOING) or _is_promoted(path)
         if is_ours and (step is None or not _is_listed(path)):
             _remove(str(path))
@@ -55,11 +55,16 @@ def retire(tier: str, keep: int) -> None:
 
 def listed(tier: str) -> Iterator[tuple[int, Any]]:
     """Yields each step that a tier lists, whoever saved it, with its path; the oldest one first."""
-    if not epath.Path(tier).is_dir():
-        return
-    for path, step, _ in _paths.steps_in(epath.Path(tier)):
+    for path, step, _ in _directories(tier):
         if step is not None and _is_listed(path):
             yield step, path
+
+
+def _directories(tier: str) -> list[_paths.StepDirectory]:
+    try:
+        return _paths.steps_in(epath.Path(tier))
+    except FileNotFoundError:  # In a bucket a directory comes with the first object in it.
+        return []
 
 
 def _is_listed(path: Any) -> bool:
