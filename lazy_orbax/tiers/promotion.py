@@ -30,6 +30,7 @@ class _Way:
         tier: where to, as the trainers told it.
         due_s: when the next snapshot is to go there.
         program: what brings one there, while it runs.
+        status: how the last one ended.
         taken: what was in memory when that began.
         done: what was in memory when the last one that succeeded began.
     """
@@ -37,6 +38,7 @@ class _Way:
     tier: dict[str, Any]
     due_s: float
     program: subprocess.Popen[bytes] | None = None
+    status: int | None = None
     taken: _Seals | None = None
     done: _Seals | None = None
 
@@ -114,16 +116,16 @@ class Promotions:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)
 
     def _ended(self, run: str, way: _Way, status: int) -> None:
-        way.program = None
+        way.program, way.status = None, status
         if status == 0:
             way.done = way.taken
         else:
             _LOG.warning("Bringing %s to %s ended with %s.", run, way.tier["path"], status)
 
     def told(self) -> list[dict[str, Any]]:
-        """Returns each tier of each run, and whether all that was in memory once is there."""
+        """Returns the tiers of all runs: `is_busy`, and how the last program ended (`status`)."""
         return [
-            {"run": run, **way.tier, "is_busy": way.program is not None, "is_done": bool(way.done)}
+            {"run": run, **way.tier, "is_busy": way.program is not None, "status": way.status}
             for run, ways in self._ways.items()
             for way in ways
         ]

@@ -31,6 +31,7 @@ POINTS = [
     ("the first removal", REMOVE, [2]),
     ("the last removal", REMOVE_MARK, [2]),
 ]
+NOTHING_LEFT = {(STEP_METADATA, "stall"), (REMOVE_MARK, "mute")}
 BY_DAY = {("the commit file", "stall"), ("the end of the old step", "mute")}
 
 
@@ -78,6 +79,9 @@ def test_a_killed_promotion(start, witness, proxy, root, memory, point):
     after = {COMMIT: [1, 2], UNLIST: [2]}.get(pattern, listed) if action == "mute" else listed
     assert witness.do("open", tier, stock=True) == after
     assert witness.do("wrong", *after) == []
+    left = {1, 2} - {*after}
+    if left and (pattern, action) not in NOTHING_LEFT:
+        assert f"{tier}/{left.pop()} " in witness.do("command", "clean", tier)[1]
     assert start().do("promote", run, memory, tier) in (2, None)
     assert witness.do("open", tier, stock=True) == [2]
     assert witness.do("wrong", 2) == []

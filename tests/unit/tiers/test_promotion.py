@@ -72,7 +72,7 @@ def test_what_is_there_already_is_not_brought_again(promotions):
     promotions.turn(10.0, {"run"})
     promotions.started[0][2].status = 0
     assert not promotions.turn(20.0, {"run"})
-    assert promotions.told()[0]["is_done"]
+    assert promotions.told()[0]["status"] == 0
     promotions._shelf.serial += 1
     assert promotions.turn(30.0, {"run"})
     assert len(promotions.started) == 2
