@@ -82,6 +82,36 @@ def restore_newest(manager: ocp.CheckpointManager, keeper: Keeper, *, args: Any 
         FileNotFoundError: there is no step at all.
     """
     refuse_no_manager("restore_newest", manager)
+    _refuse_other_than_a_keeper_of(manager, keeper)
+    manager.reload()
+    stored = consensus.from_first(sorted(manager.all_steps(), reverse=True)[:1], most=1)
+    skipped: list[Skipped] = []
+    newest, others = _before_storage(keeper, args, stored, skipped)
+    if newest is not None:
+        return newest
+    _warn_of(skipped)
+    try:
+        found = restore_latest_good(manager, args=args)
+    except (FileNotFoundError, CorruptCheckpointError) as error:
+        if stored and (newest := _after_all(keeper, args, [], (), skipped)):
+            return newest
+        for one in skipped:
+            error.add_note(f"Passed over: step {one.step}, {one.directory}: {one.why}")
+        raise
+    if found.skipped and any(step > found.step for step, _ in others):
+        found = dataclasses.replace(found, value=None)  # There may be no room for both.
+        if newest := _after_all(keeper, args, [found.step], found.skipped, skipped):
+            return newest
+        found = restore_latest_good(manager, args=args)
+    newer = [one for one in skipped if one.step is None or one.step > found.step]
+    keeper.slots.begin_life()
+    kept = [step for step, where in others if where >= 0]
+    older = f"; memory has {kept[0]}" if kept else ""
+    why = f"no newer snapshot in memory{' or in a tier' if keeper.tiers else ''} is whole{older}"
+    return Newest(found.step, found.value, STORAGE, why, (*newer, *found.skipped))
+
+
+def _refuse_other_than_a_keeper_of(manager: ocp.CheckpointManager, keeper: Any) -> None:
     if not isinstance(keeper, Keeper):
         raise OptionError(f"restore_newest takes a lazy_orbax.Keeper, and found {keeper!r}.")
     if _paths.absolute(os.fspath(manager.directory)) != keeper.run:
@@ -89,31 +119,31 @@ def restore_newest(manager: ocp.CheckpointManager, keeper: Keeper, *, args: Any 
             f"restore_newest takes the manager and the keeper of one run, and found those of "
             f"{manager.directory} and {keeper.run}."
         )
-    manager.reload()
-    stored = consensus.from_first(sorted(manager.all_steps(), reverse=True)[:1], most=1)
-    skipped: list[Skipped] = []
-    newest, steps = _before_storage(keeper, args, stored, skipped)
-    if newest is not None:
-        return newest
+
+
+def _after_all(
+    keeper: Keeper, args: Any, least: list[int], broken: tuple[Skipped, ...], skipped: list[Skipped]
+) -> Newest | None:
+    """Restores what is older than a broken step in storage, and newer than what is whole there."""
+    again: list[Skipped] = []
+    found, _ = _before_storage(keeper, args, least, again)
+    if found is not None:
+        return dataclasses.replace(found, skipped=(*broken, *found.skipped))
+    new = [one for one in again if one not in skipped]
+    _warn_of(new)
+    skipped += new
+    return None
+
+
+def _warn_of(skipped: list[Skipped]) -> None:
     for one in skipped:
         _LOG.warning("Step %s in %s is passed over: %s", one.step, one.directory, one.why)
-    try:
-        found = restore_latest_good(manager, args=args)
-    except (FileNotFoundError, CorruptCheckpointError) as error:
-        for one in skipped:
-            error.add_note(f"Passed over: step {one.step}, {one.directory}: {one.why}")
-        raise
-    newer = [one for one in skipped if one.step is None or one.step > found.step]
-    keeper.slots.begin_life()
-    older = f"; memory has {steps[0]}" if steps else ""
-    why = f"no newer snapshot in memory{' or in a tier' if keeper.tiers else ''} is whole{older}"
-    return Newest(found.step, found.value, STORAGE, why, (*newer, *found.skipped))
 
 
 def _before_storage(
     keeper: Keeper, args: Any, stored: list[int], skipped: list[Skipped]
-) -> tuple[Newest | None, list[int]]:
-    """Restores from memory or a tier, if that is newer. Returns what, and the steps in memory.
+) -> tuple[Newest | None, list[tuple[int, int]]]:
+    """Restores from memory or a tier, if that is newer. Returns what, and the steps that are there.
 
     Args:
         keeper: of this process.
@@ -148,7 +178,7 @@ def _before_storage(
         if any(consensus.any_process([_is_for_the_caller(error)])):
             raise error or RestoreError(f"Step {step} could not be restored on another process.")
         skipped.append(_skipped(step, error, failed, tier or keeper.slots.shelf.path))
-    return None, [step for step, where in pairs if where >= 0]
+    return None, pairs
 
 
 def _targets(args: Any) -> dict[str, Any]:

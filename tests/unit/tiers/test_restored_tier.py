@@ -10,7 +10,7 @@ import pytest
 from equipment.trees import assert_same
 
 import lazy_orbax
-from lazy_orbax.errors import OptionError, RestoreError
+from lazy_orbax.errors import CorruptCheckpointError, OptionError, RestoreError
 from lazy_orbax.handlers.promoting import promote
 from lazy_orbax.tiers.restored_tier import MOST_STEPS, from_tier, steps_in_tier
 
@@ -147,3 +147,26 @@ def test_the_newest_steps_are_tried_and_no_more(tmp_path):
     for step in range(MOST_STEPS + 3):
         (tmp_path / str(step)).mkdir()
     assert steps_in_tier(str(tmp_path)) == list(range(MOST_STEPS + 2, 2, -1))
+
+
+@pytest.mark.parametrize("is_all_broken", [False, True])
+def test_what_is_whole_elsewhere_is_better_than_an_older_step_in_storage(run, is_all_broken):
+    manager, keeper = run
+    manager.save(40, args=ocp.args.StandardSave(state(40)))
+    manager.wait_until_finished()
+    for step in (40, 10) if is_all_broken else (40,):
+        damage(f"{manager.directory}/{step}")
+    assert (newest(run).step, newest(run).tier) == (30, "memory")
+    forget(keeper)
+    found = newest(run)
+    assert (found.step, found.tier) == (30, keeper.tiers[0].path)
+    assert_same(found.value, state(30))
+    assert [one.step for one in found.skipped] == ([] if is_all_broken else [40])
+    for step in (20, 30):
+        damage(f"{keeper.tiers[0].path}/{step}")
+    if is_all_broken:
+        with pytest.raises(CorruptCheckpointError) as caught:
+            newest(run)
+        assert len(caught.value.__notes__) >= 2
+    else:
+        assert (newest(run).step, newest(run).tier) == (10, "storage")
