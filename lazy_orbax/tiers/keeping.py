@@ -104,8 +104,8 @@ class Keeper:
         if symbols.MISSING:
             raise KeeperError(f"this version of Orbax is not known: {', '.join(symbols.MISSING)}")
         self.run = _paths.absolute(os.fspath(run))
+        self.tiers = checked_tiers(tiers, self.run, directory)
         shelf = Shelf(directory)
-        self.tiers = checked_tiers(tiers, self.run, shelf.path)
         # What goes to memory alone is not proven by programs: it is compared with its digests.
         self._options = dataclasses.replace(options or LazyOptions(), verify_snapshot=0)
         limit = int(memory_bytes() * _MEMORY_FRACTION) if limit_bytes is None else limit_bytes

@@ -12,6 +12,7 @@ from lazy_orbax import _paths
 from lazy_orbax.errors import OptionError
 from lazy_orbax.integrity.digest import digest_of_bytes
 from lazy_orbax.pods import consensus
+from lazy_orbax.tiers.shelf import Shelf
 
 _BOOT = pathlib.Path("/proc/sys/kernel/random/boot_id")
 
@@ -48,15 +49,16 @@ class Tier:
             raise OptionError(f"keep={self.keep!r} must be a number of steps, above 0, or None.")
 
 
-def checked_tiers(tiers: Any, run: str, directory: str) -> tuple[Tier, ...]:
+def checked_tiers(tiers: Any, run: str, directory: str | None) -> tuple[Tier, ...]:
     """Returns the tiers of a run. If there are any, every process must call it.
 
     Args:
         tiers: what the caller gave.
         run: the run.
-        directory: this process's keeper's.
+        directory: this process's keeper's, as `Keeper` was given it.
 
     Raises:
+        KeeperError: it cannot be had.
         OptionError: they are no `Tier`s; two of them, or one and the run, are one directory; or
             the processes of the job do not share one keeper.
     """
@@ -70,7 +72,7 @@ def checked_tiers(tiers: Any, run: str, directory: str) -> tuple[Tier, ...]:
                 "Give each tier a directory of its own."
             )
     if tiers:
-        _refuse_several_keepers(directory)
+        _refuse_several_keepers(Shelf(directory).path)
     return tuple(tiers)
 
 

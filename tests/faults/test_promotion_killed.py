@@ -22,15 +22,15 @@ from lazy_orbax._paths import PROMOTED
 from lazy_orbax.handlers.promoting import promote
 from lazy_orbax.inspect import clean
 
-# By day a call of each of these kinds, at night all calls.
-SOME = (
-    "mkdir /2.orbax-checkpoint-tmp",
-    f"open64 /2.orbax-checkpoint-tmp/{PROMOTED}",
-    "rename /2.orbax-checkpoint-tmp/default.orbax-checkpoint-tmp/manifest.ocdbt",
-    "rename /2",
-    "rename /1.orbax-checkpoint-tmp-going",
-    "unlinkat /1.orbax-checkpoint-tmp-going/_CHECKPOINT_METADATA",
-)
+# By day the first call of each kind on one of these, at night all calls.
+SOME = {
+    "/2.orbax-checkpoint-tmp",
+    f"/2.orbax-checkpoint-tmp/{PROMOTED}",
+    "/2.orbax-checkpoint-tmp/default.orbax-checkpoint-tmp/manifest.ocdbt",
+    "/2",
+    "/1.orbax-checkpoint-tmp-going",
+    "/1.orbax-checkpoint-tmp-going/_CHECKPOINT_METADATA",
+}
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +67,8 @@ def test_a_promotion_killed_at_every_call(zygote, memory, tmp_path, tell, everyw
 
     runs = [kill() for _ in range(3 if everywhere else 1)]
     if not everywhere:
-        assert set(SOME) <= set(runs[0]), runs[0]
-        runs = [SOME]
+        runs = [[call for call in dict.fromkeys(runs[0]) if call.split(" ", 1)[1] in SOME]]
+        assert {call.split(" ", 1)[1] for call in runs[0]} == SOME
     points = {call: max(run.count(call) for run in runs) for run in runs for call in run}
     for call, n_calls in points.items():
         for nth in range(1, n_calls + 1):

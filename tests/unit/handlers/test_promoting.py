@@ -1,6 +1,5 @@
 """The newest whole snapshot becomes a step of a tier: an ordinary one, and never a part of one."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -30,12 +29,13 @@ from lazy_orbax.tiers.tier import told_of
 RUN = "/run"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def place():
+    """A directory in which a keeper stays, with a trainer of another run."""
     above = pathlib.Path(tempfile.mkdtemp(prefix="lo-", dir="/dev/shm"))
-    yield str(above / "k")
-    with contextlib.suppress(FileNotFoundError), connected(str(above / "k")) as peer:
-        asked(peer, {"do": "stop", "discard": True}, timeout_s=60)
+    with lazy_orbax.Keeper("/another", directory=str(above / "k")):
+        yield str(above / "k")
+    assert os.listdir(above) == []
     shutil.rmtree(above)
 
 
@@ -199,7 +199,7 @@ def test_the_keeper_brings_it_there_while_the_trainer_goes_on(place, tier):
 
 def test_one_process_that_leaves_stops_nothing_for_the_others(place, tier):
     told = {"run": RUN, "pid": 0, "tiers": told_of([tier])}
-    with lazy_orbax.Keeper("/another", directory=place), connected(place) as one:
+    with connected(place) as one:
         asked(one, {"do": "hello", "process": 0, **told}, timeout_s=60)
         with connected(place) as other:
             asked(other, {"do": "hello", "process": 1, **told}, timeout_s=60)

@@ -1,5 +1,7 @@
 """A tier says what it is, and is a directory of its own; its job has one keeper."""
 
+import os
+
 import pytest
 
 import lazy_orbax
@@ -39,19 +41,20 @@ def test_what_is_out_of_range_is_refused(keywords, said):
         (tier(), "must be a list of"),
     ],
 )
-def test_a_tier_has_a_directory_of_its_own(tiers, said, tmp_path):
+def test_a_tier_has_a_directory_of_its_own(tiers, said, place):
     with pytest.raises(OptionError, match=said):
-        checked_tiers(tiers, "/run", str(tmp_path))
+        lazy_orbax.Keeper("/run", directory=place, tiers=tiers)
+    assert not os.path.exists(place)
 
 
-def test_a_keeper_hears_the_fields(tmp_path):
-    found = checked_tiers([tier(keep=2)], "/run", str(tmp_path))
+def test_a_keeper_hears_the_fields(place):
+    found = checked_tiers([tier(keep=2)], "/run", place)
     assert told_of(found) == [{"path": "/nvme/run", "every_s": 60, "keep": 2}]
 
 
-def test_a_job_on_two_machines_is_refused(monkeypatch, tmp_path):
+def test_a_job_on_two_machines_is_refused(monkeypatch, place):
     monkeypatch.setattr(consensus, "from_first", lambda numbers, most: [numbers[0] ^ 1])
     monkeypatch.setattr(consensus, "which_processes", lambda flag: [3] if flag else [])
     with pytest.raises(OptionError, match="process 3 has another than process 0"):
-        checked_tiers([tier()], "/run", str(tmp_path))
-    assert checked_tiers([], "/run", str(tmp_path)) == ()
+        checked_tiers([tier()], "/run", place)
+    assert checked_tiers([], "/run", place) == ()
