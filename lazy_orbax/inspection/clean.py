@@ -92,10 +92,11 @@ def clean(run: Any, *, dry_run: bool = True, quiet_s: float = QUIET_S) -> CleanR
     """Finds what killed saves left in a run, and removes it if that is wanted.
 
     That are directories with Orbax's mark of what is temporary, and in an object store those of
-    steps without Orbax's mark that they were committed. Links are not followed.
+    steps without Orbax's mark that they were committed. In a tier of a keeper they are what killed
+    promotions left. Links are not followed.
 
     Args:
-        run: a directory with many steps, or its `gs://` address.
+        run: a directory with many steps, such as a tier, or its `gs://` address.
         dry_run: whether to remove nothing, and only say what would be.
         quiet_s: what was written within so many seconds is kept: its save may be running. A clock
             of a file server that is wrong by more than this would deceive it.
@@ -122,9 +123,10 @@ def clean(run: Any, *, dry_run: bool = True, quiet_s: float = QUIET_S) -> CleanR
 
 
 def _is_torn(step: Any) -> bool:
-    """Whether a step of an object store was begun and never committed."""
-    names = [child.name for child in step.iterdir()]
-    return _paths.STEP_METADATA in names and not place_of(str(step)).is_committed(names)
+    """Whether a step of an object store was begun and never committed, or is half removed."""
+    names = {child.name for child in step.iterdir()}
+    is_step = names & {_paths.STEP_METADATA, _paths.PROMOTED}
+    return bool(is_step) and not place_of(str(step)).is_committed(names)
 
 
 def _is_link(path: Any) -> bool:

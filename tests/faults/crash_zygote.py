@@ -29,6 +29,7 @@ from faults.crash_state import make_state
 from orbax.checkpoint import v1 as orbax_v1
 
 import lazy_orbax
+from lazy_orbax.handlers.promoting import promote
 from lazy_orbax.handlers.v1 import lazy_v1
 
 FSCALLS = ctypes.CDLL(os.environ["LD_PRELOAD"])
@@ -65,6 +66,7 @@ def save(  # noqa: PLR0913 - As they come in a request.
     durable_path: bool,
     v1: str = "",
     linked: bool = False,
+    memory: str = "",
     death: Death | None = None,
 ) -> None:
     """Saves a step, and dies before a call, or when it is done.
@@ -76,11 +78,16 @@ def save(  # noqa: PLR0913 - As they come in a request.
         durable_path: whether it is synced before it is listed.
         v1: whether v1 saves it, and how: `save` or `Checkpointer`.
         linked: whether most of it is the same in every step, and linked.
+        memory: the directory of a keeper. The step is not saved: what is kept there of the run
+            `/run` is brought to `root`, of which that is a tier.
         death: how the process ends, if it does.
     """
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("a",))
     state = make_state(step, mesh, frozen=linked)
     begin, end = _saving(root, stock=stock, durable_path=durable_path, v1=v1, linked=linked)
+    if memory:
+        tier = lazy_orbax.Tier(root, every_s=1, keep=1)
+        begin, end = lambda *_: promote("/run", tier, memory), lambda: None
     if death is None:
         begin(step, state)
         end()
