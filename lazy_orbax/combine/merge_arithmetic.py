@@ -5,6 +5,8 @@ For float32 the result is that of `c0 * x0 + c1 * x1 + ...` in NumPy, from left 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 # Of elements that are worked on while they are in the processor's cache.
@@ -35,6 +37,29 @@ def add(total: np.ndarray, data: np.ndarray, factor: float, *, is_first: bool) -
         np.multiply(some, by, out=into)
         if not is_first:
             np.add(sums, into, out=sums)
+
+
+def combine(
+    result: np.ndarray, arrays: Sequence[np.ndarray], factors: Sequence[float], total: np.dtype
+) -> None:
+    """Writes the sum of multiples of arrays, each block of it while that is in the cache.
+
+    Args:
+        result: where it goes, in one dimension. May begin where the first array does, if its
+            elements have no more bytes.
+        arrays: of as many elements, in any dtype of floats.
+        factors: the multiple of each.
+        total: the dtype in which they are added up.
+    """
+    spare = np.empty(min(_BLOCK, result.size), total)
+    for first in range(0, result.size, _BLOCK):
+        block = slice(first, first + _BLOCK)
+        into = result[block]
+        sums = into if into.dtype == total else spare[: into.size]
+        for i, (array, factor) in enumerate(zip(arrays, factors, strict=True)):
+            add(sums, array[block], factor, is_first=i == 0)
+        if sums is not into:
+            round_to(into, sums)
 
 
 @np.errstate(all="ignore")
