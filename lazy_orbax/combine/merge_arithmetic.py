@@ -6,11 +6,12 @@ For float32 the result is that of `c0 * x0 + c1 * x1 + ...` in NumPy, from left 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 # Of elements that are worked on while they are in the processor's cache.
-_BLOCK = 2**15
+_BLOCK = 2**16
 _DIRECT = frozenset({"float16", "float32", "float64", "complex64", "complex128"})
 
 
@@ -26,19 +27,25 @@ def add(total: np.ndarray, data: np.ndarray, factor: float, *, is_first: bool) -
         is_first: whether `total` has nothing yet.
     """
     by = total.dtype.type(factor)
-    product = np.empty(min(_BLOCK, total.size), total.dtype)
-    is_same = data.dtype == total.dtype
+    spare = np.empty(min(_BLOCK, total.size), total.dtype)
     for first in range(0, total.size, _BLOCK):
-        sums, some = total[first : first + _BLOCK], data[first : first + _BLOCK]
-        into = sums if is_first else product[: some.size]
-        if not is_same:
-            np.copyto(into, some, casting="unsafe")
-            some = into
-        np.multiply(some, by, out=into)
-        if not is_first:
-            np.add(sums, into, out=sums)
+        block = slice(first, first + _BLOCK)
+        _add_block(total[block], data[block], by, spare, is_first=is_first)
 
 
+def _add_block(
+    sums: np.ndarray, some: np.ndarray, by: Any, spare: np.ndarray, *, is_first: bool
+) -> None:
+    into = sums if is_first else spare[: sums.size]
+    if some.dtype != sums.dtype:
+        np.copyto(into, some, casting="unsafe")
+        some = into
+    np.multiply(some, by, out=into)
+    if not is_first:
+        np.add(sums, into, out=sums)
+
+
+@np.errstate(all="ignore")
 def combine(
     result: np.ndarray, arrays: Sequence[np.ndarray], factors: Sequence[float], total: np.dtype
 ) -> None:
@@ -51,13 +58,14 @@ def combine(
         factors: the multiple of each.
         total: the dtype in which they are added up.
     """
-    spare = np.empty(min(_BLOCK, result.size), total)
+    n, many = min(_BLOCK, result.size), [total.type(factor) for factor in factors]
+    total_block, spare = np.empty(n, total), np.empty(n, total)
     for first in range(0, result.size, _BLOCK):
         block = slice(first, first + _BLOCK)
         into = result[block]
-        sums = into if into.dtype == total else spare[: into.size]
-        for i, (array, factor) in enumerate(zip(arrays, factors, strict=True)):
-            add(sums, array[block], factor, is_first=i == 0)
+        sums = into if into.dtype == total else total_block[: into.size]
+        for i, (array, by) in enumerate(zip(arrays, many, strict=True)):
+            _add_block(sums, array[block], by, spare, is_first=i == 0)
         if sums is not into:
             round_to(into, sums)
 

@@ -8,7 +8,7 @@ from equipment.trees import random_array
 from lazy_orbax.combine.merge_arithmetic import add, combine, round_to
 
 FACTORS = (0.3, -1.7, 1e-3)
-SIZES = (0, 1, 2**15, 2**15 + 1, 100_003)
+SIZES = (0, 1, 2**16, 2**16 + 1, 100_003)
 
 
 def reference(arrays, factors, dtype):
