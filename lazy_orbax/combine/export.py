@@ -293,4 +293,4 @@ def _target_of(place: tuple[mmap.mmap, int], leaf: Wanted) -> tuple[Target, ...]
     memory, offset = place
     n = math.prod(leaf.shape)
     array = np.frombuffer(memory, leaf.dtype, n, offset) if n else np.empty(0, leaf.dtype)
-    return (Target(array.reshape(leaf.shape), None),)
+    return (Target(array.reshape(leaf.shape), None, rounds_once=True),)

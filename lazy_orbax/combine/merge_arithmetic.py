@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from lazy_orbax.restore.rounding import round_to
+
 # Of elements that are worked on while they are in the processor's cache.
 _BLOCK = 2**16
-_DIRECT = frozenset({"float16", "float32", "float64", "complex64", "complex128"})
 
 
 @np.errstate(all="ignore")  # What is not finite, or gets too large, is the caller's.
@@ -68,32 +69,3 @@ def combine(
             _add_block(sums, array[block], by, spare, is_first=i == 0)
         if sums is not into:
             round_to(into, sums)
-
-
-@np.errstate(all="ignore")
-def round_to(result: np.ndarray, total: np.ndarray) -> None:
-    """Rounds sums to the dtype of the result, once, to the nearest and of two such to the even.
-
-    Args:
-        result: where they go, in one dimension.
-        total: the sums.
-    """
-    is_twice = result.dtype.name not in _DIRECT and total.dtype == np.float64
-    for first in range(0, total.size, _BLOCK):
-        some = total[first : first + _BLOCK]
-        # NumPy rounds to such a dtype by way of float32.
-        some = _to_odd(some) if is_twice else some
-        np.copyto(result[first : first + _BLOCK], some, casting="unsafe")
-
-
-def _to_odd(values: np.ndarray) -> np.ndarray:
-    """Returns float64 as float32, inexact ones with a last bit of 1.
-
-    That is as good as all bits for who rounds once more, to a dtype of far fewer (Boldo and
-    Melquiond, "Emulation of FMA and correctly rounded sums", IEEE TC 2008).
-    """
-    near = values.astype(np.float32)
-    is_even = (near.view(np.uint32) & 1) == 0
-    wrong = is_even & (near != values) & np.isfinite(near)
-    towards = np.where(values > near, np.float32(np.inf), np.float32(-np.inf))
-    return np.where(wrong, np.nextafter(near, towards), near)

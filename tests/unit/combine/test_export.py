@@ -144,6 +144,21 @@ def test_rules_name_tensors_of_sharded_leaves_in_every_format(tmp_path, form):
     assert (report.dropped, report.left_out) == (("mu.scan.w",), ("note",))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_float64_is_rounded_once(tmp_path, dtype, compressed):
+    """A hair above a tie, which float32 would lose."""
+    step = float(ml_dtypes.finfo(dtype).eps)
+    values = np.array([[1 + step / 2 + 1e-12, 1 + step / 2 - 1e-12, -3.0]] * 300).T.copy()
+    saved(tmp_path / "c", {"w": values}, use_compression=compressed)
+    lazy_orbax.export(tmp_path / "c", tmp_path / "out", dtype=dtype)
+    (content,) = (
+        dict(one) for _, one in deserialize((tmp_path / "out" / "model.safetensors").read_bytes())
+    )
+    found = np.frombuffer(content["data"], ml_dtypes.finfo(dtype).dtype).reshape(3, 300)
+    assert found[:, 0].astype(float).tolist() == [1 + step, 1, -3]
+
+
 def test_a_dtype_is_for_floats_that_no_rule_casts(tmp_path):
     tree = {"a": np.ones(3, np.float32), "b": np.ones(3, np.float32), "n": np.arange(3)}
     rules = TransformMap([cast("b", "float16"), strip("n", [0])])

@@ -1,11 +1,12 @@
-"""Sums against NumPy, bit for bit, and rounding against the nearest neighbours."""
+"""Sums against NumPy, bit for bit."""
 
 import ml_dtypes
 import numpy as np
 import pytest
 from equipment.trees import random_array
 
-from lazy_orbax.combine.merge_arithmetic import add, combine, round_to
+from lazy_orbax.combine.merge_arithmetic import add, combine
+from lazy_orbax.restore.rounding import round_to
 
 FACTORS = (0.3, -1.7, 1e-3)
 SIZES = (0, 1, 2**16, 2**16 + 1, 100_003)
@@ -58,27 +59,3 @@ def test_the_first_array_may_lie_where_the_sum_goes():
     sums = values.copy()
     add(sums, sums, 0.3, is_first=True)
     assert same_bits(sums, np.float32(0.3) * values)
-
-
-@pytest.mark.parametrize(
-    "dtype", [ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, np.float16]
-)
-def test_float64_is_rounded_once(dtype):
-    """As near as can be to the ties, where rounding by way of float32 would be wrong."""
-    some = np.arange(256, dtype=np.uint16 if np.dtype(dtype).itemsize == 2 else np.uint8)
-    low = some.view(dtype).astype(np.float64)
-    if np.dtype(dtype).itemsize == 2:
-        low = (some + np.uint16(0x3C00)).view(dtype).astype(np.float64)
-    low = np.unique(low[np.isfinite(low)])
-    middle = (low[:-1] + low[1:]) / 2
-    values = np.concatenate([middle, np.nextafter(middle, np.inf), np.nextafter(middle, -np.inf)])
-    found = np.empty(values.size, dtype)
-    round_to(found, values)
-    below, above = np.tile(low[:-1], 3), np.tile(low[1:], 3)
-    even = below.astype(dtype).view(some.dtype) % 2 == 0
-    wanted = np.where(
-        values < np.tile(middle, 3), below, np.where(values > np.tile(middle, 3), above, 0)
-    )
-    is_tie = values == np.tile(middle, 3)
-    wanted = np.where(is_tie, np.where(even, below, above), wanted)
-    assert found.astype(np.float64).tolist() == wanted.tolist()
