@@ -30,7 +30,7 @@ def fresh_programs():
 def forget_programs():
     """Forgets the plans, with which programs are kept, and what of programs is kept without."""
     PLAN_CACHE.clear()
-    pack._PROGRAMS.clear()
+    programs.PROGRAMS.clear()
     pack._cached_table.cache_clear()
 
 

@@ -24,7 +24,7 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 @pytest.fixture(autouse=True)
 def forget():
     PLAN_CACHE.clear()
-    pack._PROGRAMS.clear()
+    programs.PROGRAMS.clear()
     pack._cached_table.cache_clear()
     HOST_BUDGET.drop_idle()
     yield

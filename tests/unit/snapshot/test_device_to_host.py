@@ -434,7 +434,7 @@ def _held_bytes(held):
 
 
 def test_slabs_that_look_alike_share_a_program():
-    pack._PROGRAMS.clear()
+    programs.PROGRAMS.clear()
     leaves = [on_mesh(np.ones((8, 6), np.float32), MESH, "a") for _ in range(8)]
     plans = [plan_of(leaves, slab_bytes=2 * leaves[0].nbytes) for _ in range(2)]
     programs = set()

@@ -292,7 +292,7 @@ def test_parts_whose_type_changes_are_written_alone_where_they_are_large(
     hosts = [random_array(rng, (8 * n,), dtype) for n, dtype in given]
     leaves = [on_mesh(host, MESH, ("a", "b")) for host in hosts]
     plan, slab = planned(*leaves)
-    pack._PROGRAMS.clear()
+    programs.PROGRAMS.clear()
     program, table = pack.program(plan, slab, into=True)
     buffer = pack.buffer_of(plan, slab).fresh()
     assert (
@@ -300,7 +300,7 @@ def test_parts_whose_type_changes_are_written_alone_where_they_are_large(
     )
     before = [shard.data.unsafe_buffer_pointer() for shard in buffer.addressable_shards]
     found = program(table, buffer, *leaves)
-    pack._PROGRAMS.clear()
+    programs.PROGRAMS.clear()
     assert buffer.is_deleted()
     assert [shard.data.unsafe_buffer_pointer() for shard in found.addressable_shards] == before
     check_pieces(plan, slab, found, hosts)

@@ -1,0 +1,60 @@
+"""Programs that are compiled once, for all that look alike."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+
+
+class Program:
+    """A program that is compiled when it is first called, or before, in whatever thread.
+
+    It is compiled for shapes and dtypes alone: arrays of weak types, and those that are not
+    committed to their devices, need no other one.
+    """
+
+    def __init__(self, jitted: Any, stand_ins: Sequence[jax.ShapeDtypeStruct]):
+        """Compiles nothing yet.
+
+        Args:
+            jitted: what `jax.jit` returned, with the shardings of its arguments and results.
+            stand_ins: what its arguments look like.
+        """
+        self._jitted, self._stand_ins = jitted, tuple(stand_ins)
+        self._lock, self._compiled = threading.Lock(), None
+
+    def __call__(self, *arguments: jax.Array) -> jax.Array:
+        """Enqueues the program, under the mesh that `jitted` needs."""
+        return self.compiled()(*arguments)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether a call only enqueues."""
+        return self._compiled is not None
+
+    def compiled(self) -> Any:
+        """Returns what XLA made. Under `neutral`, and under the mesh that `jitted` needs."""
+        if self._compiled is None:
+            with self._lock:  # Who comes second waits for it: that is sooner than to begin anew.
+                self._compiled = self._compiled or self.lowered().compile()
+        return self._compiled
+
+    def lowered(self) -> Any:
+        """Returns what is compiled."""
+        return self._jitted.lower(*self._stand_ins)
+
+
+# By how they look. A plan keeps what it uses: with the last plan the program dies, which takes some
+# megabytes.
+PROGRAMS: weakref.WeakValueDictionary[Hashable, Program] = weakref.WeakValueDictionary()
+
+
+def shared(look: Hashable, make: Callable[[], Program]) -> Program:
+    """Returns the program of all that look like this, and makes it if there is none."""
+    if (found := PROGRAMS.get(look)) is None:
+        found = PROGRAMS[look] = make()
+    return found
