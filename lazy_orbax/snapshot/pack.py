@@ -43,9 +43,7 @@ class Buffer:
 def _zeros(buffer: Buffer) -> Program:
     def make() -> Program:
         return Program(
-            jax.jit(
-                lambda: jnp.zeros((buffer.size,), buffer.dtype), out_shardings=buffer.sharding
-            ),
+            jax.jit(lambda: jnp.zeros((buffer.size,), buffer.dtype), out_shardings=buffer.sharding),
             (),
         )
 

@@ -8,13 +8,17 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+
+from lazy_orbax.plan.slabs import bits_of
 
 
 class Program:
     """A program that is compiled when it is first called, or before, in whatever thread.
 
     It is compiled for shapes and dtypes alone: arrays of weak types, and those that are not
-    committed to their devices, need no other one.
+    committed to their devices, need no other one. Where numbers have less than a byte each, JAX
+    describes their layout in two ways, and would refuse them: there it compiles what it is given.
     """
 
     def __init__(self, jitted: Any, stand_ins: Sequence[jax.ShapeDtypeStruct]):
@@ -25,7 +29,9 @@ class Program:
             stand_ins: what its arguments look like.
         """
         self._jitted, self._stand_ins = jitted, tuple(stand_ins)
-        self._lock, self._compiled = threading.Lock(), None
+        self._lock = threading.Lock()
+        in_bytes = all(_is_of_bytes(stand_in.dtype) for stand_in in stand_ins)
+        self._compiled = None if in_bytes else jitted
 
     def __call__(self, *arguments: jax.Array) -> jax.Array:
         """Enqueues the program, under the mesh that `jitted` needs."""
@@ -33,7 +39,7 @@ class Program:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether a call only enqueues."""
+        """Whether nothing is to be compiled before it is called."""
         return self._compiled is not None
 
     def compiled(self) -> Any:
@@ -46,6 +52,10 @@ class Program:
     def lowered(self) -> Any:
         """Returns what is compiled."""
         return self._jitted.lower(*self._stand_ins)
+
+
+def _is_of_bytes(dtype: np.dtype) -> bool:
+    return dtype.kind in "bc" or bits_of(dtype) % 8 == 0
 
 
 # By how they look. A plan keeps what it uses: with the last plan the program dies, which takes some

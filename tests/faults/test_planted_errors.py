@@ -14,7 +14,7 @@ import lazy_orbax
 from lazy_orbax.errors import SaveError
 from lazy_orbax.integrity import proof_subjects
 from lazy_orbax.save.plan_cache import PLAN_CACHE
-from lazy_orbax.snapshot import pack
+from lazy_orbax.snapshot import pack, programs
 
 NAMES = {"one", "two", "shared", "small", "host", "host2"}
 
