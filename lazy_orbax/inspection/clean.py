@@ -93,12 +93,12 @@ def clean(run: Any, *, dry_run: bool = True, quiet_s: float = QUIET_S) -> CleanR
     """Finds what killed saves and exports left, and removes it if that is wanted.
 
     That are directories with Orbax's mark of what is temporary, in an object store those of steps
-    without Orbax's mark that they were committed, and the hidden directories of exports.
-    Links are not followed.
+    without Orbax's mark that they were committed, in a tier of a keeper what killed promotions
+    left, and the hidden directories of exports. Links are not followed.
 
     Args:
-        run: a directory with many steps, or its `gs://` address; or a local directory in which
-            there are hidden ones of exports.
+        run: a directory with many steps, such as a tier, or its `gs://` address; or a local
+            directory in which there are hidden ones of exports.
         dry_run: whether to remove nothing, and only say what would be.
         quiet_s: what was written within so many seconds is kept: its save may be running. A clock
             of a file server that is wrong by more than this would deceive it.
@@ -138,9 +138,10 @@ def _cleaned(path: Any, dry_run: bool, quiet_s: float, kept: str | None = None) 
 
 
 def _is_torn(step: Any) -> bool:
-    """Whether a step of an object store was begun and never committed."""
-    names = [child.name for child in step.iterdir()]
-    return _paths.STEP_METADATA in names and not place_of(str(step)).is_committed(names)
+    """Whether a step of an object store was begun and never committed, or is half removed."""
+    names = {child.name for child in step.iterdir()}
+    is_step = names & {_paths.STEP_METADATA, _paths.PROMOTED}
+    return bool(is_step) and not place_of(str(step)).is_committed(names)
 
 
 def _is_link(path: Any) -> bool:

@@ -30,6 +30,7 @@ from orbax.checkpoint import v1 as orbax_v1
 
 import lazy_orbax
 from lazy_orbax.combine import export, merge  # noqa: F401 - Imported here, not in each fork.
+from lazy_orbax.handlers.promoting import promote
 from lazy_orbax.handlers.v1 import lazy_v1
 
 FSCALLS = ctypes.CDLL(os.environ["LD_PRELOAD"])
@@ -67,6 +68,7 @@ def save(  # noqa: PLR0913 - As they come in a request.
     v1: str = "",
     linked: bool = False,
     in_database: bool = True,
+    memory: str = "",
     made: str = "",
     death: Death | None = None,
 ) -> None:
@@ -80,6 +82,8 @@ def save(  # noqa: PLR0913 - As they come in a request.
         v1: whether v1 saves it, and how: `save` or `Checkpointer`.
         linked: whether most of it is the same in every step, and linked.
         in_database: whether arrays go to an OCDBT database.
+        memory: the directory of a keeper. The step is not saved: what is kept there of the run
+            `/run` is brought to `root`, of which that is a tier.
         made: `merge` or `export`: what is made of step 1 instead.
         death: how the process ends, if it does.
     """
@@ -87,6 +91,9 @@ def save(  # noqa: PLR0913 - As they come in a request.
     state = make_state(step, mesh, frozen=linked)
     if made:
         begin, end = (lambda step, state: make(root, made)), (lambda: None)
+    elif memory:
+        tier = lazy_orbax.Tier(root, every_s=1, keep=1)
+        begin, end = (lambda step, state: promote("/run", tier, memory)), (lambda: None)
     else:
         options = dataclasses.replace(OPTIONS, skip_unchanged=linked)
         handler = None
