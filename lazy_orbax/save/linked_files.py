@@ -17,7 +17,7 @@ import tensorstore as ts
 _log = logging.getLogger("lazy_orbax")
 
 
-OpenEarlier = Callable[[str], tuple[ts.KvStore, ts.KvStore]]
+OpenEarlier = Callable[[bytes], tuple[ts.KvStore, ts.KvStore]]
 
 
 class LinkedFiles:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Iterator
 
 import tensorstore as ts
 
@@ -42,6 +41,8 @@ class LinkedValues:
         self._files, self._process = files, process
         self._described = _database(files.earlier).metadata
         database = _database(f"{files.earlier}/{process}")
+        with open(f"{files.earlier}/{process}/{_paths.MANIFEST}", "rb") as file:
+            self._manifest = file.read()  # The step may be deleted meanwhile.
         self._values = database.values
         live = collections.Counter[str]()
         for value in self._values.values():
@@ -51,8 +52,12 @@ class LinkedValues:
         self._worth = {file for file, n in live.items() if n >= _LEAST_LIVE * size_of[file]}
         self._linked: set[str] = set()
         self._keys: list[str] = []
-        if not all(self._link_file(file) for file in database.nodes):
-            raise OSError(f"{files.earlier}/{process} cannot be linked")
+        try:
+            if not all(self._link_file(file) for file in database.nodes):
+                raise OSError(f"{files.earlier}/{process} cannot be linked")
+        except OSError:
+            self._unlink(set(self._linked))
+            raise
 
     def metadata(self, key: str) -> bytes | None:
         """Returns what describes an array in the step before."""
@@ -84,34 +89,35 @@ class LinkedValues:
         """Refers to the values, and removes the links to what nothing refers to.
 
         Args:
-            open_earlier: is given where the manifest of the step before is, and returns its
-                database over the linked files, and the one that is written.
+            open_earlier: is `ItemStores.open_earlier`.
 
         Raises:
-            ValueError: the storage refused.
+            ValueError: the storage refused, or does not have the values.
             OSError: the storage refused.
         """
         if self._keys:
-            self._refer(*open_earlier(f"{self._files.earlier}/{self._process}"))
-        mine = f"{self._files.directory}/{self._process}"
-        database = _contents(mine)  # None where this process wrote nothing.
-        used = {*database.nodes, *_files_in(database)} if database is not None else set()
-        for file in self._linked - used:
-            os.unlink(f"{mine}/{file}")
+            self._refer(*open_earlier(self._manifest))
+        # None where this process wrote nothing.
+        database = _contents(f"{self._files.directory}/{self._process}")
+        values = database.values if database is not None else {}
+        for key in self._keys:
+            if values.get(key) != self._values[key]:
+                raise ValueError(f"{key}: found {values.get(key)}, linked was {self._values[key]}")
+        used = {value.file for value in values.values() if isinstance(value, Extent)}
+        self._unlink(self._linked - used - (database.nodes if database is not None else set()))
+
+    def _unlink(self, files: set[str]) -> None:
+        for file in files:
+            os.unlink(f"{self._files.directory}/{self._process}/{file}")
 
     def _refer(self, earlier: ts.KvStore, store: ts.KvStore) -> None:
         transaction = ts.Transaction(atomic=True)
         into = store.with_transaction(transaction)
         ranges = (ts.KvStore.KeyRange(key, f"{key}\0") for key in self._keys)
-        for copying in [
-            earlier.experimental_copy_range_to(into, source_range=one) for one in ranges
-        ]:
-            copying.result()
+        copies = [earlier.experimental_copy_range_to(into, source_range=one) for one in ranges]
+        for copy in copies:
+            copy.result()
         transaction.commit_async().result()
-
-
-def _files_in(database: Database) -> Iterator[str]:
-    return (value.file for value in database.values.values() if isinstance(value, Extent))
 
 
 def _contents(directory: str) -> Database | None:

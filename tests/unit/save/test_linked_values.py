@@ -8,12 +8,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 from equipment.trees import assert_same, on_mesh, random_array
 from jax.sharding import Mesh
 
 import lazy_orbax
 from lazy_orbax import LazyOptions
-from lazy_orbax.errors import CorruptCheckpointError
+from lazy_orbax.errors import CorruptCheckpointError, SaveError
+from lazy_orbax.save import item_stores, writer
 
 RNG = np.random.default_rng(12)
 
@@ -101,7 +103,7 @@ def test_retention_and_a_new_process_change_nothing(tmp_path, mesh, base):
     stock_restores(tmp_path, 6, state)
 
 
-@pytest.mark.parametrize("n_frozen", [1, 2, 6, 7])
+@pytest.mark.parametrize("n_frozen", [2, 6])
 def test_what_is_dead_is_bounded(tmp_path, mesh, n_frozen):
     """Of eight leaves so many are frozen, after a first save in which all were together."""
     leaves = {f"w{i}": RNG.standard_normal(4096, np.float32) for i in range(8)}
@@ -152,6 +154,7 @@ def test_what_is_wrong_with_the_older_step_is_no_harm(tmp_path, mesh, base, harm
         harm(tmp_path / "1" / "default" / "ocdbt.process_0")
         save(manager, 2, state)
     assert timelines[-1].bytes_linked == 0
+    assert all(path.stat().st_nlink == 1 for path in files_in(tmp_path))
     stock_restores(tmp_path, 2, state)
     assert lazy_orbax.verify(tmp_path / "2").ok
 
@@ -168,6 +171,47 @@ def test_what_cannot_be_linked_is_written(tmp_path, mesh, base, monkeypatch):
         save(manager, 2, state)
     assert timelines[-1].bytes_linked == 0
     stock_restores(tmp_path, 2, state)
+
+
+def test_the_older_step_may_be_deleted_while_the_next_one_is_written(
+    tmp_path, mesh, base, monkeypatch
+):
+    timelines, state = [], {"base": base, "more": np.ones(3000)}
+    links_to_earlier = writer.links_to_earlier
+
+    def then_deleted(*given):
+        found = links_to_earlier(*given)
+        link = found.link
+
+        def linked(*given):
+            done = link(*given)
+            shutil.rmtree(tmp_path / "1", ignore_errors=True)
+            return done
+
+        monkeypatch.setattr(found, "link", linked)
+        return found
+
+    with manager_of(tmp_path, timelines) as manager:
+        save(manager, 1, state)
+        monkeypatch.setattr(writer, "links_to_earlier", then_deleted)
+        save(manager, 2, state)
+    assert timelines[-1].bytes_linked > 0
+    assert not (tmp_path / "1").exists()
+    stock_restores(tmp_path, 2, state)
+    assert lazy_orbax.verify(tmp_path).ok
+
+
+def test_references_that_are_not_there_fail_the_save(tmp_path, mesh, base, monkeypatch):
+    empty = ts.KvStore.open({"driver": "ocdbt", "base": "memory://"}).result()
+    real = item_stores.ItemStores.open_earlier
+    monkeypatch.setattr(
+        item_stores.ItemStores, "open_earlier", lambda *given: (empty, real(*given)[1])
+    )
+    with manager_of(tmp_path) as manager:
+        save(manager, 1, {"base": base})
+        with pytest.raises(SaveError):
+            save(manager, 2, {"base": base})
+        assert manager.all_steps() == [1]
 
 
 def test_other_trees_and_formats_are_written(tmp_path, mesh, base):
