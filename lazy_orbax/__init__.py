@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lazy_orbax.tiers.keeping import Keeper
     from lazy_orbax.tiers.newest import restore_newest
     from lazy_orbax.tiers.save_interval import SaveIntervalPolicy
+    from lazy_orbax.tiers.tier import Tier
     from lazy_orbax.timeline import RestoreTimeline, SaveTimeline
     from lazy_orbax.timeline_lines import timeline_file
 
@@ -57,6 +58,7 @@ _HOMES = {
     "SaveTimeline": "lazy_orbax.timeline",
     "SnapshotStep": "lazy_orbax.snapshot.snapshot_step",
     "StepTimes": "lazy_orbax.save.step_times",
+    "Tier": "lazy_orbax.tiers.tier",
     "TierCost": "lazy_orbax.tiers.advise",
     "advise": "lazy_orbax.tiers.advise",
     "args": "lazy_orbax.args",
@@ -101,6 +103,7 @@ __all__ = [
     "SaveTimeline",
     "SnapshotStep",
     "StepTimes",
+    "Tier",
     "TierCost",
     "advise",
     "args",

@@ -9,6 +9,7 @@ import functools
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -34,6 +35,7 @@ from lazy_orbax.tiers.kept_layout import has_all_here, layout_of, with_host_leav
 from lazy_orbax.tiers.shelf import Shelf
 from lazy_orbax.tiers.slot import Writing
 from lazy_orbax.tiers.slots import KeeperReport, Slots
+from lazy_orbax.tiers.tier import Tier, checked_tiers, told_of
 from lazy_orbax.timeline import Recorder
 
 ITEM = "default"
@@ -57,12 +59,13 @@ class Keeper:
 
     Attributes:
         run: the name of the run.
+        tiers: where the keeper brings them.
         slots: the places of its snapshots.
 
     The idea is that of REFT (arXiv:2310.12670) and of Gemini (SOSP 2023).
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - Keywords, of which most calls give none.
         self,
         run: Any,
         *,
@@ -70,6 +73,7 @@ class Keeper:
         limit_bytes: int | None = None,
         linger_s: float = 1800.0,
         complete_after_s: float | None = None,
+        tiers: Sequence[Tier] = (),
         options: LazyOptions | None = None,
     ):
         """Finds the keeper, or starts one, which takes a second.
@@ -85,6 +89,8 @@ class Keeper:
             complete_after_s: when the last process of the run has been dead for so many seconds,
                 the newest whole snapshot is written to storage, as a step of the run. `None`: it
                 never is. Nobody may have gone on with the run on another machine by then.
+            tiers: directories to which the keeper brings the newest whole snapshot from time to
+                time, each as an ordinary step. All processes of the job must share one keeper.
             options: its `mode`, `host_bytes` and `slab_bytes` count.
 
         Raises:
@@ -98,13 +104,14 @@ class Keeper:
         if symbols.MISSING:
             raise KeeperError(f"this version of Orbax is not known: {', '.join(symbols.MISSING)}")
         self.run = _paths.absolute(os.fspath(run))
+        self.tiers = checked_tiers(tiers, self.run, directory)
         shelf = Shelf(directory)
         # What goes to memory alone is not proven by programs: it is compared with its digests.
         self._options = dataclasses.replace(options or LazyOptions(), verify_snapshot=0)
         limit = int(memory_bytes() * _MEMORY_FRACTION) if limit_bytes is None else limit_bytes
         settings = KeeperSettings(directory=shelf.path, limit_bytes=limit, linger_s=float(linger_s))
         whose = {"run": self.run, "process": jax.process_index(), "pid": os.getpid()}
-        whose["complete_after_s"] = complete_after_s
+        whose |= {"complete_after_s": complete_after_s, "tiers": told_of(self.tiers)}
         self._link = KeeperLink(settings, whose)
         self.slots = Slots(shelf, self._link, self.run)
         self._saving: list[concurrent.futures.Future[None]] = []
