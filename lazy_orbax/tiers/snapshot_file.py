@@ -43,6 +43,7 @@ class Snapshot:
         facts: which step of whom it is; `digests`, one for each piece.
         layout: which bytes are which piece of which leaf.
         fingerprint: the digest of the layout: equal for equal plans.
+        n_bytes: all of it, from the beginning of the file.
     """
 
     path: str
@@ -50,6 +51,7 @@ class Snapshot:
     facts: dict[str, Any]
     layout: dict[str, Any]
     fingerprint: int
+    n_bytes: int
 
     @property
     def step(self) -> int:
@@ -180,7 +182,7 @@ def read_snapshot(path: str) -> Snapshot:
     for name, kind in _FACTS.items():
         if not isinstance(facts.get(name), kind):
             raise SnapshotError(f"the facts of {path} have no {name}")
-    return Snapshot(path, serial, facts, layout, told[2])
+    return Snapshot(path, serial, facts, layout, told[2], told[3] + told[4])
 
 
 def _text(memory: np.ndarray, path: str, what: str, told: list[int]) -> dict[str, Any]:
