@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from equipment.daily import rotated
 from equipment.gates import Boom, await_budget, failing_at, held_at, join_threads, within
 from equipment.training import SLAB_BYTES, Steps, make_state
 from equipment.trees import assert_same
@@ -104,7 +105,7 @@ def assert_next_save_works(manager, path, steps, state, wanted):
     assert_unharmed(manager, path, {**steps, step: wanted})
 
 
-@pytest.mark.parametrize(("place", "call"), _FAULTS)
+@pytest.mark.parametrize(("place", "call", "mode"), rotated(_FAULTS, MODES), indirect=["mode"])
 def test_a_fault_at_any_stage(tmp_path, mesh, mode, place, call):
     state = make_state(mesh)
     steps = Steps(state)
@@ -252,7 +253,11 @@ def test_a_writer_that_fails_before_save_returned_publishes_nothing(
         assert manager.all_steps() == []
 
 
-@pytest.mark.parametrize("place", ["to the host", "views", "hand over", "wait", "finish", "sync"])
+@pytest.mark.parametrize(
+    ("place", "mode"),
+    rotated(["to the host", "views", "hand over", "wait", "finish", "sync"], MODES),
+    indirect=["mode"],
+)
 def test_a_stage_that_hangs_stops_nobody(tmp_path, mesh, mode, place, request):
     state = make_state(mesh)
     steps = Steps(state)

@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from equipment import contexts
+from equipment.daily import rotated
 from equipment.oracle import STOCK_WARNS, attempt
 from equipment.trees import abstract, assert_same, on_mesh, random_array
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -112,9 +113,9 @@ def seen(nan):
 
 
 @pytest.mark.parametrize(
-    ("mode", "how"), [("stage", "save"), ("direct", "save"), ("stage", "last_save")]
+    ("context", "mode", "how"),
+    rotated(contexts.ALL, [("stage", "save"), ("direct", "save"), ("stage", "last_save")]),
 )
-@pytest.mark.parametrize("context", contexts.ALL)
 def test_what_is_saved_is_what_was_there(tmp_path, context, mode, how):
     tree = state()
     nan = jnp.asarray(np.nan)

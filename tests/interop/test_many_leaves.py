@@ -16,6 +16,7 @@ import lazy_orbax
 N_LEAVES = 20_000
 
 
+@pytest.mark.slow
 def test_a_flush_does_not_write_again_all_that_earlier_flushes_wrote(tmp_path):
     """What a database takes on disk would grow with the square of its leaves."""
     # Leaves as small as these lie in the nodes of the tree themselves.

@@ -301,9 +301,19 @@ def test_the_default_policy_saves_when_none_is_in_progress(tmp_path, mesh, timel
             within(run.wait)
         assert run.save_async(4, state) is not None
         within(run.wait)
-        run.delete(2)
-        assert [found.step for found in run.checkpoints] == [1, 4]
+        assert [found.step for found in run.checkpoints] == [1, 2, 4]
     assert [line.step for line in timelines] == [1, 2, 4]
+
+
+@pytest.mark.skipif(
+    not hasattr(v1.training.Checkpointer, "delete"), reason="this Orbax deletes no step by hand"
+)
+def test_a_step_is_deleted(tmp_path, mesh):
+    with checkpointer(tmp_path) as run:
+        for step in range(3):
+            run.save(step, make_state(mesh))
+        run.delete(1)
+        assert [found.step for found in run.checkpoints] == [0, 2]
 
 
 def test_a_step_is_overwritten(tmp_path, mesh, timelines):

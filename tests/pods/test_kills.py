@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from equipment.daily import every
 from equipment.pods import states
 from equipment.pods.jobs import assert_killed, ends_of, start_job
 from equipment.pods.kill_points import ON_EACH, ON_PRIMARY, is_committed
@@ -35,13 +36,13 @@ def restored(root, step, mesh):
         return stock.restore(step, args=ocp.args.StandardRestore(target))
 
 
-@pytest.mark.parametrize("case", OF_THE_PRIMARY, ids=str)
+@pytest.mark.parametrize("case", every(2, OF_THE_PRIMARY), ids=str)
 def test_the_primary_is_killed(tmp_path, case):
     [ended] = ends_of([start(tmp_path, *case)])
     check(tmp_path, ended, *case)
 
 
-@pytest.mark.parametrize("cases", GROUPS, ids=lambda cases: "; ".join(map(str, cases)))
+@pytest.mark.parametrize("cases", every(2, GROUPS), ids=lambda cases: "; ".join(map(str, cases)))
 def test_another_process_is_killed(tmp_path, cases, subtests):
     places = [tmp_path / str(i) for i in range(len(cases))]
     jobs = [start(place, *case) for place, case in zip(places, cases, strict=True)]

@@ -68,7 +68,7 @@ def test_cpu_devices_take_aligned_memory_as_it_is(way):
 def test_what_jax_has_not_is_an_error_each_time(way, dtype):
     maker, part = ArrayMaker(), np.zeros((2, 2), dtype)
     for _ in range(2):
-        with pytest.raises(TypeError, match="not a valid JAX array type"):
+        with pytest.raises(TypeError, match="not a valid JAX array type|JAX only supports"):
             maker.array_of((2, 2), part.dtype, SHARDINGS["one device"](), [part])
 
 

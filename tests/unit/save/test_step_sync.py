@@ -163,7 +163,7 @@ def test_what_is_finished_is_synced_from_the_chunks_to_the_root(tmp_path, state,
         # A manager's own files that are of no step: Orbax writes them when it likes.
         own = {str(path) for path in root.glob("descriptor*")}
         assert synced.missing(root) - own == set()
-        assert any(root.rglob("commit_success.txt"))
+        assert any(root.rglob("_CHECKPOINT_METADATA"))
 
 
 @pytest.mark.parametrize("save", [by_manager, by_manager_with_durable_path, by_async_checkpointer])
