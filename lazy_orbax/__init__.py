@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from lazy_orbax.tiers.advise import TierCost, advise
     from lazy_orbax.tiers.keeping import Keeper
     from lazy_orbax.tiers.newest import restore_newest
+    from lazy_orbax.tiers.parity.settings import Parity
     from lazy_orbax.tiers.save_interval import SaveIntervalPolicy
     from lazy_orbax.timeline import RestoreTimeline, SaveTimeline
     from lazy_orbax.timeline_lines import timeline_file
@@ -51,6 +52,7 @@ _HOMES = {
     # By way of its args, which Orbax must know of as soon as there is such a handler.
     "LazyCheckpointHandler": "lazy_orbax.args",
     "LazyOptions": "lazy_orbax.options",
+    "Parity": "lazy_orbax.tiers.parity.settings",
     "Preemption": "lazy_orbax.recovery.preemption",
     "RestoreTimeline": "lazy_orbax.timeline",
     "SaveIntervalPolicy": "lazy_orbax.tiers.save_interval",
@@ -95,6 +97,7 @@ __all__ = [
     "Keeper",
     "LazyCheckpointHandler",
     "LazyOptions",
+    "Parity",
     "Preemption",
     "RestoreTimeline",
     "SaveIntervalPolicy",

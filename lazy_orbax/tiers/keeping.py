@@ -31,6 +31,8 @@ from lazy_orbax.tiers.claim import Claim
 from lazy_orbax.tiers.keeper_link import KeeperLink
 from lazy_orbax.tiers.keeper_process import KeeperSettings
 from lazy_orbax.tiers.kept_layout import has_all_here, layout_of, with_host_leaves
+from lazy_orbax.tiers.parity.guard import Guard, ProtectionReport
+from lazy_orbax.tiers.parity.settings import Parity
 from lazy_orbax.tiers.shelf import Shelf
 from lazy_orbax.tiers.slot import Writing
 from lazy_orbax.tiers.slots import KeeperReport, Slots
@@ -62,7 +64,7 @@ class Keeper:
     The idea is that of REFT (arXiv:2310.12670) and of Gemini (SOSP 2023).
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - Keywords, of which most calls give none.
         self,
         run: Any,
         *,
@@ -71,6 +73,7 @@ class Keeper:
         linger_s: float = 1800.0,
         complete_after_s: float | None = None,
         options: LazyOptions | None = None,
+        parity: Parity | None = None,
     ):
         """Finds the keeper, or starts one, which takes a second.
 
@@ -86,6 +89,8 @@ class Keeper:
                 the newest whole snapshot is written to storage, as a step of the run. `None`: it
                 never is. Nobody may have gone on with the run on another machine by then.
             options: its `mode`, `host_bytes` and `slab_bytes` count.
+            parity: how groups of processes keep parity of each other's snapshots, so that a machine
+                may be lost with its memory. `None`: they do not.
 
         Raises:
             OptionError: a value is out of range.
@@ -106,21 +111,30 @@ class Keeper:
         whose = {"run": self.run, "process": jax.process_index(), "pid": os.getpid()}
         whose["complete_after_s"] = complete_after_s
         self._link = KeeperLink(settings, whose)
-        self.slots = Slots(shelf, self._link, self.run)
         self._saving: list[concurrent.futures.Future[None]] = []
         self._along: dict[str, int] = {}
         self._claim = Claim(shelf, self.run, jax.process_index())
         try:
             self._link.ask({"do": "status"})
+            guard = None if parity is None else Guard(parity, shelf, self.run)
         except BaseException:
             self._claim.release()
             raise
+        self.slots = Slots(shelf, self._link, self.run, guard)
         self.slots.begin_life()
+        if guard is not None:
+            guard.join()
 
     @property
     def report(self) -> KeeperReport:
         """What became of the snapshots so far."""
         return self.slots.report
+
+    @property
+    def protection(self) -> ProtectionReport:
+        """What became of the parity of the snapshots so far."""
+        guard = self.slots.guard
+        return ProtectionReport() if guard is None else guard.report
 
     def save(self, step: int, state: Any, *, item: str = ITEM) -> bool:
         """Takes a snapshot. The caller may donate, delete or change `state` when this returned.
@@ -222,12 +236,14 @@ class Keeper:
         )
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Waits until no snapshot of `save` is on its way any more.
+        """Waits until no snapshot of `save`, nor its parity, is on its way any more.
 
         Args:
             timeout_s: most seconds to wait; `None` waits without a limit.
         """
         concurrent.futures.wait(self._saving, timeout_s)
+        if self.slots.guard is not None:
+            self.slots.guard.wait(timeout_s)
 
     def close(self, *, discard: bool = True) -> None:
         """Waits for what is on its way, and leaves the keeper. A second call does nothing.

@@ -20,6 +20,8 @@ from lazy_orbax.pods import consensus
 from lazy_orbax.restore.latest_good import Skipped, refuse_no_manager, restore_latest_good
 from lazy_orbax.tiers.keeping import ITEM, Keeper
 from lazy_orbax.tiers.kept_tree import KeptTree, NotAtHandError
+from lazy_orbax.tiers.parity.files import Key
+from lazy_orbax.tiers.parity.restoring import Rebuilt, make_whole, protect_again
 from lazy_orbax.tiers.snapshot_file import Snapshot, SnapshotError
 from lazy_orbax.timeline import RestoreRecorder
 
@@ -39,6 +41,8 @@ class Newest:
         tier: where it was: `"memory"` or `"storage"`.
         why: why this step, from there.
         skipped: what was passed over, newest first, and why.
+        rebuilt: snapshots that were not on their machine, and were made there from parity on other
+            machines, or copied from one.
     """
 
     step: int
@@ -46,6 +50,7 @@ class Newest:
     tier: str
     why: str
     skipped: tuple[Skipped, ...]
+    rebuilt: tuple[Rebuilt, ...] = ()
 
 
 def restore_newest(manager: ocp.CheckpointManager, keeper: Keeper, *, args: Any = None) -> Newest:
@@ -77,8 +82,10 @@ def restore_newest(manager: ocp.CheckpointManager, keeper: Keeper, *, args: Any 
     manager.reload()
     targets, skipped = _targets(args), []
     stored = consensus.from_first(sorted(manager.all_steps(), reverse=True)[:1], most=1)
+    made = make_whole(keeper.slots.guard, targets, stored[0] if stored else None)
     at_hand, passed = _at_hand(keeper)
     skipped += passed
+    skipped += [Skipped(step, keeper.slots.shelf.path, why) for step, why in made.missing]
     keys = _candidates(at_hand, targets)
     flat = consensus.from_first([number for key in keys for number in key], most=_MOST_NUMBERS)
     for step, life in zip(flat[::2], flat[1::2], strict=True):
@@ -90,7 +97,8 @@ def restore_newest(manager: ocp.CheckpointManager, keeper: Keeper, *, args: Any 
             newer = [one for one in skipped if one.step is None or one.step > step]
             why = f"memory has it whole; the newest in storage is {stored[0] if stored else 'none'}"
             keeper.slots.begin_life(_own_files(at_hand[step, life], targets))
-            return Newest(step, _shaped(value, args), MEMORY, why, tuple(newer))
+            protect_again(keeper.slots.guard, [Key(item, step, life) for item in targets])
+            return Newest(step, _shaped(value, args), MEMORY, why, tuple(newer), made.rebuilt)
         if any(consensus.any_process([_is_for_the_caller(error)])):
             raise error or RestoreError(f"Step {step} could not be restored on another process.")
         skipped.append(_skipped(step, error, failed, keeper))

@@ -78,7 +78,7 @@ def snapshot_of(shelf: Shelf, run: str, process: int, key: Key) -> Snapshot:
         KeeperError: there is none.
     """
     for _, found in shelf.snapshots():
-        if key.fits(found) and _is_of(found, run, process):
+        if isinstance(found, Snapshot) and key.fits(found) and _is_of(found, run, process):
             return found
     raise KeeperError(f"there is no snapshot of process {process} at step {key.step} here")
 
@@ -90,12 +90,12 @@ def parity_of(shelf: Shelf, run: str, process: int, key: Key) -> Snapshot:
         KeeperError: there is none.
     """
     for _, found in shelf.parities():
-        if key.fits(found) and _is_of(found, run, process):
+        if isinstance(found, Snapshot) and key.fits(found) and _is_of(found, run, process):
             return found
     raise KeeperError(f"there is no parity of process {process} at step {key.step} here")
 
 
-def _is_of(found: Any, run: str, process: int) -> bool:
+def _is_of(found: Snapshot, run: str, process: int) -> bool:
     return found.facts["run"] == run and found.facts["process"] == process
 
 

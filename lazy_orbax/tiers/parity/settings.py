@@ -8,7 +8,7 @@ import socket
 
 from lazy_orbax.errors import KeeperError, OptionError
 
-_MOST_MEMBERS = 64
+_MOST_MEMBERS = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,7 @@ class Parity:
     """How the processes of a job keep parity of each other's snapshots.
 
     Attributes:
-        group: members of a group, from 2 (each has a copy of the other's snapshot) to 64. Any one
+        group: members of a group, from 2 (each has a copy of the other's snapshot) to 32. Any one
             of them may be lost. Each keeps 1/(group - 1) of a snapshot more, in each of two
             generations.
         domain: what fails as a whole with this process, such as the name of its rack. No two

@@ -12,7 +12,7 @@ from lazy_orbax.tiers.parity.settings import Parity, interface_towards, refuse_w
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"group": 1}, {"group": 65}, {"group": 2.5}, {"bytes_per_s": 5}, {"bytes_per_s": 1e9},
+        {"group": 1}, {"group": 33}, {"group": 2.5}, {"bytes_per_s": 5}, {"bytes_per_s": 1e9},
         {"timeout_s": 0}, {"timeout_s": "a"}, {"secret": "short"}, {"tls": ("a", "b")},
     ],
     ids=str,
