@@ -20,8 +20,12 @@ from lazy_orbax.pods import consensus
 from lazy_orbax.restore.latest_good import Skipped, refuse_no_manager, restore_latest_good
 from lazy_orbax.tiers.keeping import ITEM, Keeper
 from lazy_orbax.tiers.kept_tree import KeptTree, NotAtHandError
-from lazy_orbax.tiers.parity.files import Key
-from lazy_orbax.tiers.parity.restoring import Rebuilt, make_whole, protect_again
+from lazy_orbax.tiers.parity.restoring import (
+    MadeWhole,
+    Rebuilt,
+    make_whole,
+    protect_again,
+)
 from lazy_orbax.tiers.snapshot_file import Snapshot, SnapshotError
 from lazy_orbax.timeline import RestoreRecorder
 
@@ -80,12 +84,10 @@ def restore_newest(manager: ocp.CheckpointManager, keeper: Keeper, *, args: Any 
     if not isinstance(keeper, Keeper):
         raise OptionError(f"restore_newest takes a lazy_orbax.Keeper, and found {keeper!r}.")
     manager.reload()
-    targets, skipped = _targets(args), []
+    targets = _targets(args)
     stored = consensus.from_first(sorted(manager.all_steps(), reverse=True)[:1], most=1)
     made = make_whole(keeper.slots.guard, targets, stored[0] if stored else None)
-    at_hand, passed = _at_hand(keeper)
-    skipped += passed
-    skipped += [Skipped(step, keeper.slots.shelf.path, why) for step, why in made.missing]
+    at_hand, skipped = _at_hand(keeper, made)
     keys = _candidates(at_hand, targets)
     flat = consensus.from_first([number for key in keys for number in key], most=_MOST_NUMBERS)
     for step, life in zip(flat[::2], flat[1::2], strict=True):
@@ -97,8 +99,8 @@ def restore_newest(manager: ocp.CheckpointManager, keeper: Keeper, *, args: Any 
             newer = [one for one in skipped if one.step is None or one.step > step]
             why = f"memory has it whole; the newest in storage is {stored[0] if stored else 'none'}"
             keeper.slots.begin_life(_own_files(at_hand[step, life], targets))
-            protect_again(keeper.slots.guard, [Key(item, step, life) for item in targets])
-            return Newest(step, _shaped(value, args), MEMORY, why, tuple(newer), made.rebuilt)
+            protect_again(keeper.slots.guard, targets, step, life)
+            return Newest(step, _shaped(value, args), MEMORY, why, (*newer,), made.rebuilt)
         if any(consensus.any_process([_is_for_the_caller(error)])):
             raise error or RestoreError(f"Step {step} could not be restored on another process.")
         skipped.append(_skipped(step, error, failed, keeper))
@@ -129,9 +131,9 @@ _AtHand = dict[tuple[int, int], _Items]
 """Snapshots of the run on this machine, of each item, by step and life of the job."""
 
 
-def _at_hand(keeper: Keeper) -> tuple[_AtHand, list[Skipped]]:
+def _at_hand(keeper: Keeper, made: MadeWhole) -> tuple[_AtHand, list[Skipped]]:
     found: _AtHand = {}
-    skipped = []
+    skipped = [Skipped(step, keeper.slots.shelf.path, why) for step, why in made.missing]
     mine = set(keeper.slots.files([ITEM]))
     for file, snapshot in keeper.slots.shelf.snapshots():
         if isinstance(snapshot, SnapshotError):

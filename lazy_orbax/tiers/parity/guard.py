@@ -48,8 +48,7 @@ class ProtectionReport:
         failed: exchanges that failed: the snapshots of their steps have no parity here.
         newest_step: the step of the newest one that came to its end.
         seconds: how long that took.
-        sent_bytes: what went out to the other members, in all.
-        received_bytes: what came from them, in all.
+        received_bytes: what came from the other members, in all.
         error: why the last one failed, if it did.
     """
 
@@ -58,7 +57,6 @@ class ProtectionReport:
     failed: int = 0
     newest_step: int | None = None
     seconds: float = 0.0
-    sent_bytes: int = 0
     received_bytes: int = 0
     error: str | None = None
 
@@ -181,7 +179,6 @@ class Guard:
                 protected=self.report.protected + 1,
                 newest_step=key.step,
                 seconds=done["seconds"],
-                sent_bytes=done["sent_bytes"],
                 received_bytes=self.report.received_bytes + done["received_bytes"],
                 error=None,
             )

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import select
+import signal
 import sys
 import threading
 from typing import Any
@@ -25,7 +26,7 @@ from lazy_orbax.tiers.parity.survey import Lost
 
 _LOG = logging.getLogger("lazy_orbax")
 # How long one that leaves lets the others fetch what they need of it.
-_LEAVE_S = 20.0
+_LEAVE_S = 10.0
 
 
 class Desk:
@@ -64,9 +65,10 @@ class Desk:
         what, announced = message["do"], self._node.serving.announced
         if what == "exchange":
             key, group = Key.told(message), [(int(p), str(a)) for p, a in message["group"]]
-            self._last = key, len(group) - 1
+            self._last = None
             done = self._node.exchange(key, group)
-            return {**done, "sent_bytes": self._node.serving.sent_bytes}
+            self._last = key, len(group) - 1
+            return done
         if what == "lost":
             announced.tell(Key.told(message), is_there=False)
             return {}
@@ -86,15 +88,15 @@ class Desk:
                 content = content[os.write(self._out, content) :]
 
 
-def main() -> int:
-    """Serves until the trainer hangs up, or is gone. Returns the exit status."""
+def main() -> None:
+    """Serves until the trainer hangs up, or is gone."""
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     parent = os.getppid()
     received = b""
     while b"\n" not in received:
         received += (part := os.read(0, messages.LONGEST_BYTES))
         if not part:
-            return 0
+            return
     line, _, received = received.partition(b"\n")
     told = json.loads(line)
     # A child that the trainer forked may hold the pipe when the trainer is gone.
@@ -103,7 +105,7 @@ def main() -> int:
         desk = Desk(NodeSettings(**told), 1)
     except (KeeperError, OSError) as error:
         os.write(1, messages.encoded({"id": 0, "error": str(error)}))
-        return 1
+        return
     while True:
         *lines, received = received.split(b"\n")
         for line in lines:
@@ -111,12 +113,12 @@ def main() -> int:
         ready = select.select([0, gone], [], [])[0]
         part = os.read(0, messages.LONGEST_BYTES) if ready == [0] else b""
         if not part:
-            return 0
+            return
         received += part
 
 
 if __name__ == "__main__":
-    status = main()
+    main()
     sys.stderr.flush()
     # At once: calls of others may be under way, in threads that Python would wait for.
-    os._exit(status)
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -75,11 +75,11 @@ def make_whole(guard: Guard | None, items: Iterable[str], newer_than: int | None
     return MadeWhole((), tuple(missing.items()))
 
 
-def protect_again(guard: Guard | None, keys: Iterable[Key]) -> None:
+def protect_again(guard: Guard | None, items: Iterable[str], step: int, life: int) -> None:
     """Makes parity of what was restored, in the background: who was replaced has none."""
-    if guard is not None:
-        for key in keys:
-            guard.run(functools.partial(guard.exchange, key))
+    for item in sorted(items):
+        if guard is not None:
+            guard.run(functools.partial(guard.exchange, Key(item, step, life)))
 
 
 def _agreed(
