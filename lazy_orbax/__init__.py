@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from lazy_orbax.tiers.parity.odds import parity_survives
     from lazy_orbax.tiers.parity.settings import Parity
     from lazy_orbax.tiers.save_interval import SaveIntervalPolicy
+    from lazy_orbax.tiers.tier import Tier
     from lazy_orbax.timeline import RestoreTimeline, SaveTimeline
     from lazy_orbax.timeline_lines import timeline_file
 
@@ -60,6 +61,7 @@ _HOMES = {
     "SaveTimeline": "lazy_orbax.timeline",
     "SnapshotStep": "lazy_orbax.snapshot.snapshot_step",
     "StepTimes": "lazy_orbax.save.step_times",
+    "Tier": "lazy_orbax.tiers.tier",
     "TierCost": "lazy_orbax.tiers.advise",
     "advise": "lazy_orbax.tiers.advise",
     "args": "lazy_orbax.args",
@@ -106,6 +108,7 @@ __all__ = [
     "SaveTimeline",
     "SnapshotStep",
     "StepTimes",
+    "Tier",
     "TierCost",
     "advise",
     "args",

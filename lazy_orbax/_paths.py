@@ -18,6 +18,8 @@ STEP_METADATA = "_CHECKPOINT_METADATA"
 """JSON of a step: its items and their handlers, its times, its custom metadata."""
 STEP_OF_V1 = "orbax.checkpoint"
 """An empty file in a step that v1 saved, there before the metadata where a function of v1 does."""
+PROMOTED = "lazy_orbax_promoted.json"
+"""In a step that a keeper brought to a tier, from its beginning: of which run it is."""
 ROOT_METADATA = "metadata/_ROOT_METADATA"
 """JSON of a run: the custom metadata that a manager was given for all its steps."""
 

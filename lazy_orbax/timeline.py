@@ -39,8 +39,9 @@ class SaveTimeline(Viewed):
     Attributes:
         directory: the final path of the item.
         step: the number of the step, or `None` if the path does not tell it.
-        mode: `"stage"`, `"direct"`, `"in_step"` (the step had copied already), several joined by
-            `+`, or `"host"` if no leaf was on a device.
+        mode: `"stage"`, `"direct"`, `"copy"` (on CPU, where `save()` did not wait for a program
+            to be compiled), `"in_step"` (the step had copied already), several joined by `+`, or
+            `"host"` if no leaf was on a device.
         reason: why `mode` was chosen, for each of its parts.
         bytes_written: how many bytes of arrays this process wrote, before compression.
         bytes_linked: of these, how many were in the step before as they are now, so that their

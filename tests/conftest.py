@@ -22,6 +22,7 @@ import pytest
 from hypothesis import settings
 
 from lazy_orbax.save.plan_cache import PLAN_CACHE
+from lazy_orbax.snapshot import choose_mode
 from lazy_orbax.snapshot.host_budget import HOST_BUDGET
 from lazy_orbax.storage.threads import dismiss_idle
 
@@ -61,6 +62,22 @@ def nothing_left_behind():
             assert not thread.is_alive(), f"{thread.name} is still running"
     assert HOST_BUDGET.in_flight_bytes == 0
     HOST_BUDGET.drop_idle()
+
+
+@pytest.fixture
+def copying_first() -> None:
+    """The first save of a tree copies on CPU, and its programs are compiled for the next ones."""
+
+
+@pytest.fixture(autouse=True)
+def compiling_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every save stages, for else whether one does depends on how fast a thread compiles.
+
+    Tests of the first save, which take `copying_first`, and processes that tests start, are as
+    users' are.
+    """
+    if "copying_first" not in request.fixturenames:
+        monkeypatch.setattr(choose_mode, "is_compiled", lambda plan, slab: True)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""`clean RUN`: what killed saves left."""
+"""`clean RUN`: what killed saves and exports left."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lazy_orbax.cli.output import as_json, finish
 )
 @as_json
 def command(run: str, remove: bool, quiet_minutes: float, as_json: bool) -> int:
-    """Find what killed saves left: directories in RUN that were never published, and memory.
+    """Find what killed saves and exports left in RUN, never published; and memory.
 
     It says what it would remove, and removes it only with --remove.
     """

@@ -12,7 +12,6 @@ import math
 import mmap
 import os
 import pathlib
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -37,16 +36,21 @@ from lazy_orbax.plan.transforms.scalars import is_float
 from lazy_orbax.plan.transforms.transform_map import TransformMap
 from lazy_orbax.plan.transforms.transform_plan import TransformPlan, WantedLeaf
 from lazy_orbax.plan.transforms.virtual_array import VirtualArray, cast
+from lazy_orbax.recovery.unfinished_exports import published
 from lazy_orbax.restore.chunk import Target
 from lazy_orbax.restore.groups import Group, Member
-from lazy_orbax.restore.opened import item_at, missing_is_corrupt, opened, raise_wrong
+from lazy_orbax.restore.opened import (
+    item_at,
+    missing_is_corrupt,
+    opened,
+    raise_wrong,
+    refuse_unstored,
+)
 from lazy_orbax.restore.transformed import Checkpoint, Reading, families_of
 from lazy_orbax.restore.wanted import Wanted
-from lazy_orbax.storage.fsync import sync_all
 from lazy_orbax.storage.places import place_of
 from lazy_orbax.timeline import RestoreRecorder
 
-_TIMEOUT_S = 300.0
 _DROPS_PAGES = hasattr(mmap, "MADV_DONTNEED")
 
 
@@ -95,6 +99,7 @@ def export(  # noqa: PLR0913 - Keywords, of which most calls give none.
     target = _target(out)
     seen = look(step, (ITEM, STEP, RUN))
     source = opened(item_at((newest_step(seen) if seen.kind == RUN else seen).path), True)
+    refuse_unstored(source)
     plan = _planned(source, map or TransformMap([]), dtype)
     files = files_of([_tensor(leaf) for leaf in plan.leaves.values()], max_shard_bytes)
     report = _report(source, str(target), plan, files, dry_run=dry_run)
@@ -119,7 +124,7 @@ def _write(
     host_bytes: int,
     recorder: RestoreRecorder,
 ) -> None:
-    with _published(target) as temporary:
+    with published(target) as temporary:
         maps = {file.name: _mapped(temporary / file.name, file) for file in files}
         with missing_is_corrupt(recorder, source):
             _fill(maps, files, plan, source, host_bytes, recorder)
@@ -212,22 +217,6 @@ def _report(
     )
 
 
-@contextlib.contextmanager
-def _published(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a directory that takes the target's name when all is well, and else goes."""
-    temporary = target.with_name(f".{target.name}.exporting-{secrets.token_hex(4)}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        found = [*map(str, temporary.iterdir()), str(temporary)]
-        sync_all(lambda: found, str(temporary), timeout_s=_TIMEOUT_S)
-        temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    sync_all(lambda: [str(target.parent)], str(target.parent), timeout_s=_TIMEOUT_S)
-
-
 def _mapped(path: pathlib.Path, file: TensorFile) -> mmap.mmap:
     """Makes a file, with all the room that it needs: writing to a map cannot tell that none is."""
     with open(path, "xb+") as opened_file:
@@ -293,4 +282,4 @@ def _target_of(place: tuple[mmap.mmap, int], leaf: Wanted) -> tuple[Target, ...]
     memory, offset = place
     n = math.prod(leaf.shape)
     array = np.frombuffer(memory, leaf.dtype, n, offset) if n else np.empty(0, leaf.dtype)
-    return (Target(array.reshape(leaf.shape), None),)
+    return (Target(array.reshape(leaf.shape), None, rounds_once=True),)

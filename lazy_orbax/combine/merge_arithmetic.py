@@ -5,11 +5,15 @@ For float32 the result is that of `c0 * x0 + c1 * x1 + ...` in NumPy, from left 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
+from lazy_orbax.restore.rounding import round_to
+
 # Of elements that are worked on while they are in the processor's cache.
-_BLOCK = 2**15
-_DIRECT = frozenset({"float16", "float32", "float64", "complex64", "complex128"})
+_BLOCK = 2**16
 
 
 @np.errstate(all="ignore")  # What is not finite, or gets too large, is the caller's.
@@ -24,43 +28,44 @@ def add(total: np.ndarray, data: np.ndarray, factor: float, *, is_first: bool) -
         is_first: whether `total` has nothing yet.
     """
     by = total.dtype.type(factor)
-    product = np.empty(min(_BLOCK, total.size), total.dtype)
-    is_same = data.dtype == total.dtype
+    spare = np.empty(min(_BLOCK, total.size), total.dtype)
     for first in range(0, total.size, _BLOCK):
-        sums, some = total[first : first + _BLOCK], data[first : first + _BLOCK]
-        into = sums if is_first else product[: some.size]
-        if not is_same:
-            np.copyto(into, some, casting="unsafe")
-            some = into
-        np.multiply(some, by, out=into)
-        if not is_first:
-            np.add(sums, into, out=sums)
+        block = slice(first, first + _BLOCK)
+        _add_block(total[block], data[block], by, spare, is_first=is_first)
+
+
+def _add_block(
+    sums: np.ndarray, some: np.ndarray, by: Any, spare: np.ndarray, *, is_first: bool
+) -> None:
+    into = sums if is_first else spare[: sums.size]
+    if some.dtype != sums.dtype:
+        np.copyto(into, some, casting="unsafe")
+        some = into
+    np.multiply(some, by, out=into)
+    if not is_first:
+        np.add(sums, into, out=sums)
 
 
 @np.errstate(all="ignore")
-def round_to(result: np.ndarray, total: np.ndarray) -> None:
-    """Rounds sums to the dtype of the result, once, to the nearest and of two such to the even.
+def combine(
+    result: np.ndarray, arrays: Sequence[np.ndarray], factors: Sequence[float], total: np.dtype
+) -> None:
+    """Writes the sum of multiples of arrays, each block of it while that is in the cache.
 
     Args:
-        result: where they go, in one dimension.
-        total: the sums.
+        result: where it goes, in one dimension. May begin where the first array does, if its
+            elements have no more bytes.
+        arrays: of as many elements, in any dtype of floats.
+        factors: the multiple of each.
+        total: the dtype in which they are added up.
     """
-    is_twice = result.dtype.name not in _DIRECT and total.dtype == np.float64
-    for first in range(0, total.size, _BLOCK):
-        some = total[first : first + _BLOCK]
-        # NumPy rounds to such a dtype by way of float32.
-        some = _to_odd(some) if is_twice else some
-        np.copyto(result[first : first + _BLOCK], some, casting="unsafe")
-
-
-def _to_odd(values: np.ndarray) -> np.ndarray:
-    """Returns float64 as float32, inexact ones with a last bit of 1.
-
-    That is as good as all bits for who rounds once more, to a dtype of far fewer (Boldo and
-    Melquiond, "Emulation of FMA and correctly rounded sums", IEEE TC 2008).
-    """
-    near = values.astype(np.float32)
-    is_even = (near.view(np.uint32) & 1) == 0
-    wrong = is_even & (near != values) & np.isfinite(near)
-    towards = np.where(values > near, np.float32(np.inf), np.float32(-np.inf))
-    return np.where(wrong, np.nextafter(near, towards), near)
+    n, many = min(_BLOCK, result.size), [total.type(factor) for factor in factors]
+    total_block, spare = np.empty(n, total), np.empty(n, total)
+    for first in range(0, result.size, _BLOCK):
+        block = slice(first, first + _BLOCK)
+        into = result[block]
+        sums = into if into.dtype == total else total_block[: into.size]
+        for i, (array, by) in enumerate(zip(arrays, many, strict=True)):
+            _add_block(sums, array[block], by, spare, is_first=i == 0)
+        if sums is not into:
+            round_to(into, sums)

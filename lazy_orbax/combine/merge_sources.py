@@ -20,6 +20,7 @@ from lazy_orbax.integrity.array_format import ArrayFormat
 from lazy_orbax.integrity.digest import digest_of_bytes
 from lazy_orbax.integrity.sidecar_files import string_at
 from lazy_orbax.plan.boxes import Shape
+from lazy_orbax.restore.opened import refuse_unstored
 from lazy_orbax.restore.transformed import Checkpoint
 from lazy_orbax.storage.place import MOST_BYTES
 from lazy_orbax.trust.tree_file import Tree
@@ -115,7 +116,11 @@ def matched(sources: Sequence[Checkpoint], wanted: Wanted) -> tuple[MergedLeaf, 
 
     Raises:
         MergeError: the sources do not fit each other.
+        CorruptCheckpointError: an array is not stored as it was saved.
+        MalformedCheckpointError: an array is not stored.
     """
+    for source in sources:
+        refuse_unstored(source)
     trees = [_tree(source) for source in sources]
     problems = [
         problem

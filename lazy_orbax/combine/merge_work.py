@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lazy_orbax.combine.merge_arithmetic import add, round_to
+from lazy_orbax.combine.merge_arithmetic import add, combine, round_to
 from lazy_orbax.combine.merge_plan import Cut, Part, Unit, regions_in, units_of
 from lazy_orbax.combine.merge_sources import MergedLeaf
 from lazy_orbax.combine.merge_writer import LeafWriter
@@ -115,7 +115,29 @@ class Work:
             collect(0)
 
     def merge(self, places: list[Place]) -> None:
-        """Averages the parts of a unit, and writes them."""
+        """Averages the parts of a unit, and writes them. All of them are read in the same way."""
+        is_together = _are_read_together(self._leaves[places[0].part.leaf])
+        results = self._together(places) if is_together else self._in_turn(places)
+        self._writer.wait(
+            [self._write(place.part, one) for place, one in zip(places, results, strict=True)]
+        )
+
+    def _together(self, places: list[Place]) -> Iterator[np.ndarray]:
+        """Reads all sources at once, each into a region of its own, and adds them up."""
+        sources = range(len(self._sources))
+        reads = [self._start(i, places, [i] * len(places)) for i in sources]
+        for i in sources:
+            self._finish(i, reads[i])
+        for (part, regions), n in zip(places, map(_size, places), strict=True):
+            leaf = self._leaves[part.leaf]
+            forms = zip(regions, leaf.forms, strict=False)  # One more may be there for the result.
+            arrays = [region.view(form.dtype)[:n] for region, form in forms]
+            into = regions[0 if len(regions) == len(arrays) else -1].view(leaf.dtype)[:n]
+            combine(into, arrays, self._coefficients, _total(leaf))
+            yield into
+
+    def _in_turn(self, places: list[Place]) -> Iterator[np.ndarray]:
+        """Reads one source after the other, and adds it to the sums."""
         for i, factor in enumerate(self._coefficients):
             self._read(i, places, [self._reads_into(i, place) for place in places])
             for place in places:
@@ -123,15 +145,13 @@ class Work:
                 leaf = self._leaves[place.part.leaf]
                 data = place.regions[into].view(leaf.forms[i].dtype)[: _size(place)]
                 add(place.regions[0].view(_total(leaf)), data, factor, is_first=i == 0)
-        writes = []
-        for place in places:
-            leaf, (memory, read) = self._leaves[place.part.leaf], place.regions
+        for part, (memory, read) in places:
+            leaf = self._leaves[part.leaf]
             result = total = memory.view(_total(leaf))
             if leaf.dtype != leaf.total:
                 result = read.view(leaf.dtype)[: total.size]  # Nothing is read any more.
                 round_to(result, total)
-            writes.append(self._write(place.part, result))
-        self._writer.wait(writes)
+            yield result
 
     def _reads_into(self, i: int, place: Place) -> int:
         """Returns the region into which a source is read: the first one goes where the sum is."""
@@ -178,14 +198,24 @@ class Work:
             raise_wrong(source, wrong, frozenset(job.unchecked))
 
     def _read(self, i: int, places: list[Place], regions: list[int]) -> None:
-        source = self._sources[i]
-        with missing_is_corrupt(RestoreRecorder(source.contents.directory), source):
+        self._finish(i, self._start(i, places, regions))
+
+    def _start(self, i: int, places: list[Place], regions: list[int]) -> list[Any]:
+        with self._explained(i):
             requests = [
                 self._request(i, place, place.regions[region])
                 for place, region in zip(places, regions, strict=True)
             ]
-            for future in self._jobs[i].start(requests):
+            return self._jobs[i].start(requests)
+
+    def _finish(self, i: int, futures: list[Any]) -> None:
+        with self._explained(i):
+            for future in futures:
                 self.wrong[i] += future.result()
+
+    def _explained(self, i: int) -> Any:
+        source = self._sources[i]
+        return missing_is_corrupt(RestoreRecorder(source.contents.directory), source)
 
     def _request(self, i: int, place: Place, region: np.ndarray) -> Request:
         leaf, box = self._leaves[place.part.leaf], place.part.box
@@ -238,14 +268,30 @@ def planned(
         (i, Cut(leaf.shape, leaf.forms[0].chunk, tuple(f.chunk for f in leaf.forms), _needs(leaf)))
         for i, leaf in enumerate(leaves)
     ]
-    copied = [cut for cut in cuts if leaves[cut[0]].total is None]
-    averaged = [cut for cut in cuts if leaves[cut[0]].total is not None]
-    return tuple(units_of(copied, limit_bytes)), tuple(units_of(averaged, limit_bytes))
+    sorts = [None if leaf.total is None else _are_read_together(leaf) for leaf in leaves]
+    copied, together, in_turn = (
+        tuple(units_of([cut for cut in cuts if sorts[cut[0]] is sort], limit_bytes))
+        for sort in (None, True, False)
+    )
+    return copied, (*together, *in_turn)
 
 
 def _needs(leaf: MergedLeaf) -> tuple[int, ...]:
-    """Returns the bytes of an element in each region: the sum, and what is read or rounded."""
-    stored = max(form.dtype.itemsize for form in leaf.forms)
+    """Returns the bytes of an element in each region of memory."""
     if leaf.total is None:
-        return (stored, stored)
-    return (leaf.total.itemsize, max(stored, leaf.dtype.itemsize))
+        return (max(form.dtype.itemsize for form in leaf.forms),) * 2
+    together, in_turn = _ways(leaf)
+    return together if _are_read_together(leaf) else in_turn
+
+
+def _ways(leaf: MergedLeaf) -> tuple[tuple[int, ...], tuple[int, int]]:
+    """Returns that for each source, and a wide result; and for a sum, and what is read."""
+    stored, own = tuple(form.dtype.itemsize for form in leaf.forms), leaf.dtype.itemsize
+    together = stored if own <= stored[0] else (*stored, own)
+    return together, (_total(leaf).itemsize, max(*stored, own))
+
+
+def _are_read_together(leaf: MergedLeaf) -> bool:
+    """Whether all sources at once take no more memory than the sum and one of them."""
+    together, in_turn = _ways(leaf)
+    return sum(together) <= sum(in_turn)

@@ -16,13 +16,11 @@ from lazy_orbax import _paths
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.errors import KeeperError, LazyOrbaxError
 from lazy_orbax.handlers.stock_shaped import pytree_handler
-from lazy_orbax.tiers.kept_tree import KeptTree
+from lazy_orbax.tiers.kept_steps import UNUSABLE, KeptStep, kept_steps
+from lazy_orbax.tiers.promoted_steps import listed
 from lazy_orbax.tiers.shelf import Shelf
-from lazy_orbax.tiers.snapshot_file import Snapshot, SnapshotError
-from lazy_orbax.timeline import RestoreRecorder
 
 _LOG = logging.getLogger("lazy_orbax")
-_Items = dict[str, list[Snapshot]]
 
 
 def complete(run: str, directory: str | None = None) -> int:
@@ -42,47 +40,40 @@ def complete(run: str, directory: str | None = None) -> int:
     """
     if not epath.Path(run).is_dir():
         raise KeeperError(f"there is no directory {run} to which a step could be written")
-    steps = _whole(Shelf(directory), run)
     reasons: list[str] = []
-    for (step, _), items in steps:
-        _refuse_if_outlived(run, step, items)
+    for kept in kept_steps(Shelf(directory), run):
+        _refuse_if_outlived(run, kept)
         try:
-            values = {item: _value(snapshots) for item, snapshots in items.items()}
-        except (LazyOrbaxError, SnapshotError) as error:
-            reasons.append(f"step {step}: {error}")
+            values = kept.values()
+        except UNUSABLE as error:
+            reasons.append(f"step {kept.step}: {error}")
             continue
-        handlers = {item: pytree_handler() for item in values}
-        options = ocp.CheckpointManagerOptions(create=False, **_naming(run))
-        with ocp.CheckpointManager(run, item_handlers=handlers, options=options) as manager:
-            args = {item: ocp.args.PyTreeSave(value) for item, value in values.items()}
-            manager.save(step, args=ocp.args.Composite(**args), force=True)
-            manager.wait_until_finished()
-        return step
+        write(run, kept.step, values)
+        return kept.step
     raise KeeperError(f"no snapshot of {run} in memory is whole: {'; '.join(reasons) or 'none'}")
 
 
-def _whole(shelf: Shelf, run: str) -> list[tuple[tuple[int, int], _Items]]:
-    """Returns the steps that have all items, the one that was sealed last first."""
-    found: dict[tuple[int, int], _Items] = {}
-    for _, snapshot in shelf.snapshots():
-        if isinstance(snapshot, Snapshot) and snapshot.facts["run"] == run:
-            items = found.setdefault((snapshot.step, snapshot.facts["life"]), {})
-            items.setdefault(snapshot.facts["item"], []).append(snapshot)
-    wanted = {item for items in found.values() for item in items}
-    whole = [(key, items) for key, items in found.items() if set(items) == wanted]
-    return sorted(whole, key=lambda pair: _written_s(pair[1]), reverse=True)
+def write(run: str, step: int, values: dict[str, Any], **options: Any) -> None:
+    """Writes a step as a manager of the run would.
+
+    Args:
+        run: the run's directory or address.
+        step: the step.
+        values: the tree of each item.
+        **options: more of `ocp.CheckpointManagerOptions`.
+
+    Raises:
+        SaveError: the storage refused it.
+    """
+    handlers = {item: pytree_handler() for item in values}
+    how = ocp.CheckpointManagerOptions(**{"create": False, **_naming(run), **options})
+    with ocp.CheckpointManager(run, item_handlers=handlers, options=how) as manager:
+        args = {item: ocp.args.PyTreeSave(value) for item, value in values.items()}
+        manager.save(step, args=ocp.args.Composite(**args), force=True)
+        manager.wait_until_finished()
 
 
-def _written_s(items: _Items) -> float:
-    return max(one.facts["written_s"] for snapshots in items.values() for one in snapshots)
-
-
-def _value(snapshots: list[Snapshot]) -> Any:
-    recorder = RestoreRecorder(snapshots[0].path)
-    return KeptTree(snapshots).restored(None, recorder, on_devices=False)
-
-
-def _refuse_if_outlived(run: str, step: int, items: _Items) -> None:
+def _refuse_if_outlived(run: str, kept: KeptStep) -> None:
     """Refuses to write into a run with which somebody else has gone on.
 
     Raises:
@@ -92,17 +83,16 @@ def _refuse_if_outlived(run: str, step: int, items: _Items) -> None:
     for path, stored, is_temporary in _paths.steps_in(root) if root.exists() else ():
         if is_temporary or stored is None:
             continue
-        if stored >= step or _begun_s(path) > _written_s(items):
-            raise KeeperError(f"step {step} is not written: {path} is newer")
+        if stored >= kept.step or _begun_s(path) > kept.written_s:
+            raise KeeperError(f"step {kept.step} is not written: {path} is newer")
 
 
 def _naming(run: str) -> dict[str, Any]:
     """Returns how the run's manager names steps, as those that are there tell."""
-    for path, stored, is_temporary in _paths.steps_in(epath.Path(run)):
-        if not is_temporary and stored is not None:
-            prefix, _, digits = path.name.rpartition("_")
-            length = len(digits) if digits.startswith("0") and stored else None
-            return {"step_prefix": prefix or None, "step_format_fixed_length": length}
+    for stored, path in listed(run):
+        prefix, _, digits = path.name.rpartition("_")
+        length = len(digits) if digits.startswith("0") and stored else None
+        return {"step_prefix": prefix or None, "step_format_fixed_length": length}
     return {}
 
 

@@ -1,4 +1,4 @@
-"""What killed saves left: found, and removed when that is asked for."""
+"""What killed saves and exports left: found, and removed when that is asked for."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 from lazy_orbax import _paths
 from lazy_orbax.errors import OptionError
-from lazy_orbax.inspection.looking import RUN, look
+from lazy_orbax.inspection.looking import RUN, RUNS, look
 from lazy_orbax.recovery import leftovers
+from lazy_orbax.recovery.unfinished_exports import exports_in, held
 from lazy_orbax.storage.places import place_of
 from lazy_orbax.view.blocks import Block, Column, Lines, Table
 from lazy_orbax.view.text import duration_of, size_of
@@ -89,13 +90,15 @@ class CleanReport(Viewed):
 
 
 def clean(run: Any, *, dry_run: bool = True, quiet_s: float = QUIET_S) -> CleanReport:
-    """Finds what killed saves left in a run, and removes it if that is wanted.
+    """Finds what killed saves and exports left, and removes it if that is wanted.
 
-    That are directories with Orbax's mark of what is temporary, and in an object store those of
-    steps without Orbax's mark that they were committed. Links are not followed.
+    That are directories with Orbax's mark of what is temporary, in an object store those of steps
+    without Orbax's mark that they were committed, in a tier of a keeper what killed promotions
+    left, and the hidden directories of exports. Links are not followed.
 
     Args:
-        run: a directory with many steps, or its `gs://` address.
+        run: a directory with many steps, such as a tier, or its `gs://` address; or a local
+            directory in which there are hidden ones of exports.
         dry_run: whether to remove nothing, and only say what would be.
         quiet_s: what was written within so many seconds is kept: its save may be running. A clock
             of a file server that is wrong by more than this would deceive it.
@@ -106,25 +109,39 @@ def clean(run: Any, *, dry_run: bool = True, quiet_s: float = QUIET_S) -> CleanR
     """
     if not quiet_s >= 0:
         raise OptionError(f"quiet_s: found {quiet_s!r}, wanted seconds, at least 0.")
-    seen = look(run, (RUN,))
-    now_s = time.time()
+    seen = look(run, (RUN, RUNS))
+    is_local = place_of(str(seen.path)).has_special_files  # Exports are nowhere else.
+    exports = [path for path in exports_in(seen.path) if path.is_dir()] if is_local else []
+    if seen.kind == RUNS and not exports:
+        look(run, (RUN,))  # Says what to give.
     found = []
     for path, _, is_temporary in _paths.steps_in(seen.path):
         if path.is_dir() and (is_temporary or _is_torn(path)):
-            n_bytes, written_s = _state_of(path)
-            age_s = max(0.0, now_s - written_s)
-            kept = None if age_s >= quiet_s else "it was written to just now"
-            if _is_link(path):
-                kept = "it is a link"
-            removed = kept is None and not dry_run and _remove(path)
-            found.append(Abandoned(str(path), n_bytes, age_s, removed, kept))
+            found.append(_cleaned(path, dry_run, quiet_s))
+    for path in exports:
+        with held(str(path)) as nobody_is_at_it:
+            kept = None if nobody_is_at_it else "an export is at it"
+            found.append(_cleaned(path, dry_run, quiet_s, kept))
     return CleanReport(str(seen.path), dry_run, tuple(found))
 
 
+def _cleaned(path: Any, dry_run: bool, quiet_s: float, kept: str | None = None) -> Abandoned:
+    """Removes a directory unless there is a reason to keep it."""
+    n_bytes, written_s = _state_of(path)
+    age_s = max(0.0, time.time() - written_s)
+    if age_s < quiet_s:
+        kept = kept or "it was written to just now"
+    if _is_link(path):
+        kept = "it is a link"
+    removed = kept is None and not dry_run and _remove(path)
+    return Abandoned(str(path), n_bytes, age_s, removed, kept)
+
+
 def _is_torn(step: Any) -> bool:
-    """Whether a step of an object store was begun and never committed."""
-    names = [child.name for child in step.iterdir()]
-    return _paths.STEP_METADATA in names and not place_of(str(step)).is_committed(names)
+    """Whether a step of an object store was begun and never committed, or is half removed."""
+    names = {child.name for child in step.iterdir()}
+    is_step = names & {_paths.STEP_METADATA, _paths.PROMOTED}
+    return bool(is_step) and not place_of(str(step)).is_committed(names)
 
 
 def _is_link(path: Any) -> bool:

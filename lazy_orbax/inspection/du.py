@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import stat
 from typing import Any
 
 from lazy_orbax.errors import MalformedCheckpointError
 from lazy_orbax.inspection.leaves import ItemLeaves
 from lazy_orbax.inspection.looking import RUN, Seen, items_of, look
 from lazy_orbax.inspection.ls import StepEntry, ls
+from lazy_orbax.storage.fsync import Inode
 from lazy_orbax.storage.places import place_of
 from lazy_orbax.view.blocks import Block, Column, Lines, Node, Table, Tree
 from lazy_orbax.view.text import size_of
@@ -18,6 +22,7 @@ _MOST_SHOWN = 20
 _STEPS = (
     Column("step", is_number=True),
     Column("size", is_number=True),
+    Column("linked", is_number=True),
     Column("again", is_number=True),
     Column("state"),
 )
@@ -32,15 +37,18 @@ class StepCost:
         step: its number, or `None` if its name tells none.
         path: the step's directory.
         state: as in `StepEntry`.
-        n_bytes: bytes of its files.
-        repeated_bytes: of these, bytes of leaves that are in the step before it as they are here,
-            by their digests; `None` where there are none to compare.
+        n_bytes: bytes of its files, but for those that are hard links to a file of an older step:
+            so each file is counted once.
+        linked_bytes: bytes of these links.
+        repeated_bytes: bytes of leaves that are stored again as they are in the step before it, by
+            their digests; `None` where there are none to compare.
     """
 
     step: int | None
     path: str
     state: str
     n_bytes: int
+    linked_bytes: int
     repeated_bytes: int | None
 
 
@@ -89,8 +97,13 @@ class DiskUse(Viewed):
 
     @property
     def repeated_bytes(self) -> int:
-        """Bytes of leaves that the step before holds as well."""
+        """Bytes of leaves that are stored again as they were in the step before."""
         return sum(step.repeated_bytes or 0 for step in self.steps)
+
+    @property
+    def linked_bytes(self) -> int:
+        """Bytes of hard links to files of older steps, which are not stored again."""
+        return sum(step.linked_bytes for step in self.steps)
 
     def blocks(self) -> tuple[Block, ...]:
         """Returns what there is to see."""
@@ -98,6 +111,7 @@ class DiskUse(Viewed):
             (
                 str(step.step if step.step is not None else "-"),
                 size_of(step.n_bytes),
+                size_of(step.linked_bytes) if step.linked_bytes else "-",
                 "-" if step.repeated_bytes is None else size_of(step.repeated_bytes),
                 step.state,
             )
@@ -125,6 +139,8 @@ class DiskUse(Viewed):
         if kept:
             each = size_of(sum(kept) / len(kept))
             lines[0] += f": to keep one more costs {each}"
+        if self.linked_bytes:
+            lines.append(f"{size_of(self.linked_bytes)} more are linked to older steps' files")
         if self.uncommitted_bytes:
             wasted = size_of(self.uncommitted_bytes)
             lines.append(f"{wasted} in steps that are not committed: see clean")
@@ -163,19 +179,36 @@ def du(run: Any) -> DiskUse:
     seen = look(run, (RUN,))
     costs, all_values, before = [], list[_Values](), _Values()
     steps = ls(seen.path).steps
+    seen_files: set[Inode] = set()
     told = {entry.path for entry in steps if entry.state == "committed" and entry.with_digests}
     for entry in steps:
         # One step alone has nothing to be the same as.
         values = _values_of(entry) if len(told) > 1 and entry.path in told else None
-        repeated = None
+        linked_bytes, repeated = _linked_bytes(entry.path, seen_files), None
         if values is not None:
             if all_values:
                 same = (n for key, (held, n) in values.items() if before.get(key) == (held, n))
-                repeated = sum(same)
+                repeated = max(0, sum(same) - linked_bytes)
             all_values.append(values)
             before = values
-        costs.append(StepCost(entry.step, entry.path, entry.state, entry.n_bytes, repeated))
+        own_bytes = entry.n_bytes - linked_bytes
+        of_bytes = own_bytes, linked_bytes, repeated
+        costs.append(StepCost(entry.step, entry.path, entry.state, *of_bytes))
     return DiskUse(str(seen.path), tuple(costs), _fixed(all_values), len(all_values))
+
+
+def _linked_bytes(step: str, seen: set[Inode]) -> int:
+    """Returns the bytes of files that were seen already under another name, and notes the rest."""
+    n_bytes = 0
+    for folder, _, names in os.walk(step) if place_of(step).has_special_files else ():
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # A run may go on meanwhile.
+                found = os.lstat(os.path.join(folder, name))
+                if found.st_nlink > 1 and stat.S_ISREG(found.st_mode):
+                    file = found.st_dev, found.st_ino
+                    n_bytes += found.st_size if file in seen else 0
+                    seen.add(file)
+    return n_bytes
 
 
 def _values_of(entry: StepEntry) -> _Values | None:

@@ -103,6 +103,22 @@ def verify(path: Any, *, on_progress: Callable[[int, int], None] | None = None) 
     return VerifyReport(str(place), tuple(items), tuple(problems))
 
 
+def problems_before_publication(step: str) -> list[Problem]:
+    """Reads a step that is about to be published. Returns what may not be what was saved.
+
+    Args:
+        step: its directory by now, or its address. Its items are finished.
+    """
+    place = place_of(step).as_path()
+    items = [_verify_item(child, _Watch()) for child in sorted(place.iterdir()) if child.is_dir()]
+    problems = [problem for item in items for problem in item.problems]
+    for item in items:
+        problems += [
+            Problem(f"was not compared: {what}", item.directory) for what in item.not_covered
+        ]
+    return problems if items else [Problem("holds no item", step)]
+
+
 def _runs_in(place: Any, children: list[str]) -> list[str]:
     inside = [place / name for name in children if (place / name).is_dir()]
     return [str(d) for d in inside if is_run(d, [part.name for part in d.iterdir()])]

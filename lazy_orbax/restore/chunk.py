@@ -13,7 +13,8 @@ import tensorstore as ts
 from lazy_orbax.integrity import digest
 from lazy_orbax.integrity.array_format import ArrayFormat
 from lazy_orbax.integrity.stored_item import Piece
-from lazy_orbax.plan.reads import ChunkRead
+from lazy_orbax.plan.reads import ChunkRead, Index
+from lazy_orbax.restore.rounding import round_to
 
 # What NumPy casts sooner than TensorStore, which takes some 80 us for anything.
 _SHORT_BYTES = 2**19
@@ -25,10 +26,13 @@ class Target(NamedTuple):
     Attributes:
         array: of the box's shape, in the dtype that is wanted.
         memory: the same as bytes, where it is one piece of memory in the dtype that is stored.
+        rounds_once: whether float64 is rounded to the nearest value of the dtype. Else it is cast
+            as TensorStore does, by way of float32.
     """
 
     array: np.ndarray
     memory: memoryview | None
+    rounds_once: bool = False
 
 
 class Chunk(NamedTuple):
@@ -115,14 +119,21 @@ def scatter(chunk: Chunk, data: np.ndarray, *, is_checked: bool) -> Piece | None
     if not is_checked and chunk.is_other(data):
         return chunk.piece
     for one in chunk.read.placed:
-        put(chunk.targets[one.wanted].array[(*one.target, ...)], data[(*one.source, ...)])
+        put(chunk.targets[one.wanted], one.target, data[(*one.source, ...)])
     return None
 
 
-def put(target: np.ndarray, data: np.ndarray) -> None:
+def put(target: Target, index: Index, data: np.ndarray) -> None:
+    """Copies an array into a part of a target."""
+    copy(target.array[(*index, ...)], data, rounds_once=target.rounds_once)
+
+
+def copy(target: np.ndarray, data: np.ndarray, *, rounds_once: bool = False) -> None:
     """Copies an array into another one, and casts it as TensorStore does where it reads."""
     if target.dtype == data.dtype:
         np.copyto(target, data)
+    elif rounds_once and data.dtype == np.float64 and _is_float(target.dtype):
+        round_to(target, data)
     elif not _cast_by_numpy(target, data):
         ts.array(target).write(ts.cast(ts.array(data), ts.dtype(target.dtype))).result()
 

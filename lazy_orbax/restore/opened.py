@@ -10,6 +10,7 @@ from typing import Any
 from etils import epath
 
 from lazy_orbax import _paths
+from lazy_orbax._orbax.stored_kinds import IN_ZARR
 from lazy_orbax.errors import (
     CorruptCheckpointError,
     LazyOrbaxError,
@@ -27,6 +28,8 @@ from lazy_orbax.restore.planned import MissingChunkError
 from lazy_orbax.restore.transformed import Checkpoint
 from lazy_orbax.timeline import RestoreRecorder
 from lazy_orbax.trust.malformed import refuse_malformed
+
+_MOST_NAMED = 10
 
 
 def item_at(path: Any) -> str:
@@ -87,6 +90,26 @@ def opened(directory: str, verify: bool) -> Checkpoint:
             raise_corrupt(directory, stored.check_arrays(), error, look=True)
         wanted = "a Zarr array as Orbax writes it"
         raise MalformedCheckpointError(directory, str(error), wanted) from error
+
+
+def refuse_unstored(source: Checkpoint) -> None:
+    """Checks that each array of the tree is stored.
+
+    Raises:
+        CorruptCheckpointError: one is not there as it was saved.
+        MalformedCheckpointError: one is not there, and there is no digest of it.
+    """
+    assert source.contents.tree is not None
+    leaves, directory = source.contents.tree.leaves, source.contents.directory
+    missing = [
+        name for name, kind in leaves.items() if kind in IN_ZARR and name not in source.formats
+    ]
+    if source.stored is not None:
+        known = [name for name in missing if name in source.stored.leaves]
+        raise_corrupt(directory, source.stored.check_arrays(known), look=True)
+    if missing:
+        what = f"no array for the leaves {', '.join(missing[:_MOST_NAMED])}"
+        raise MalformedCheckpointError(directory, what, "one for each leaf of the tree")
 
 
 @contextlib.contextmanager

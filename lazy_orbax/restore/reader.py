@@ -188,7 +188,7 @@ class Reader:
             if hasher is not None and rows.kept is not None:
                 hasher.update(digest.bytes_of(data[rows.kept]))
             for one in rows.placed:
-                put(chunk.targets[one.wanted].array[(*one.target, ...)], data[(*one.source, ...)])
+                put(chunk.targets[one.wanted], one.target, data[(*one.source, ...)])
         return done
 
 

@@ -195,7 +195,7 @@ def _requests(
                 if isinstance(part, Take):
                     view = target.array[part.index].transpose(part.axes).reshape(part.shape)
                     form = checkpoints[part.source].formats[part.leaf]
-                    wanted[part.source, part.leaf].append((part.box, _target(view, form)))
+                    wanted[part.source, part.leaf].append((part.box, _target(view, form, target)))
                     if part.factor is not None:
                         after.append(_scaling(view, part.factor))
                 else:
@@ -209,11 +209,11 @@ def _requests(
     return found, after
 
 
-def _target(view: np.ndarray, form: ArrayFormat) -> Target:
+def _target(view: np.ndarray, form: ArrayFormat, whole: Target) -> Target:
     """Returns where a box goes, as bytes too if those of the file may go there."""
     in_one_piece = view.flags.c_contiguous and view.dtype == form.dtype and view.size
     memory = view.reshape(-1).view(np.uint8).data if in_one_piece else None
-    return Target(view, memory)
+    return Target(view, memory, whole.rounds_once)
 
 
 def _scaling(view: np.ndarray, factor: float) -> Callable[[], None]:

@@ -13,6 +13,7 @@ from lazy_orbax.recovery.attempt import Fate
 from lazy_orbax.save.begin import Saver
 from lazy_orbax.save.publication import await_publication, publication_failed
 from lazy_orbax.save.step_sync import before_publication
+from lazy_orbax.snapshot.compiling import stop_compiling
 from lazy_orbax.snapshot.host_budget import HOST_BUDGET
 from lazy_orbax.storage import threads
 from lazy_orbax.storage.fsync import Inode
@@ -89,6 +90,7 @@ def end_all(saver: Saver) -> None:
     errors += [error for commit in commits if (error := commit.outcome())]
     # No save of this handler is left. Those of others make again what they need of this.
     stop_preparing()
+    stop_compiling()
     HOST_BUDGET.drop_idle()
     threads.dismiss_idle()
     if errors:

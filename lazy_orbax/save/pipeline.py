@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lazy_orbax._machine import give_back_memory, yield_to_training
+from lazy_orbax._machine import give_back_memory, is_urgent, yield_to_training
 from lazy_orbax.errors import SaveError
 from lazy_orbax.integrity.proof import prover_of
 from lazy_orbax.plan.slabs import Plan, Slab
@@ -27,6 +27,7 @@ from lazy_orbax.save.write_loop import drain
 from lazy_orbax.save.writer import Writer
 from lazy_orbax.snapshot import device_to_host
 from lazy_orbax.snapshot.choose_mode import Room
+from lazy_orbax.snapshot.compiling import compiling_of
 from lazy_orbax.snapshot.host_budget import HOST_BUDGET, Lease, ReservationAborted
 from lazy_orbax.storage.fsync import Inode
 from lazy_orbax.storage.save_error import save_error
@@ -148,7 +149,8 @@ class Save:
         Args:
             arrays: the values of the plan's leaves, in order.
         """
-        plan, room, modes = self._job.prepared.plan, Room(self._job.options.mode), set()
+        plan, modes = self._job.prepared.plan, set()
+        room = Room(self._job.options.mode, plan)
         in_flight.add(self)
         try:
             self._stager.start()
@@ -269,6 +271,9 @@ class Save:
             traceback.clear_frames(error.__traceback__)  # They hold slabs.
         # Written or not, nobody reads the slabs any more: their leases end here at the latest.
         self.drop()
+        if self._job.options.mode != "direct" and not is_urgent():
+            plan = self._job.prepared.plan
+            compiling_of(plan).begin(plan, lower_priority=yield_to_training)
 
     def _write(self, directory: str, custom_metadata: Any) -> None:
         job, plan = self._job, self._job.prepared.plan

@@ -6,9 +6,9 @@ import math
 
 from lazy_orbax._machine import free_device_bytes
 from lazy_orbax.plan.shards import Device
-from lazy_orbax.plan.slabs import Slab
+from lazy_orbax.plan.slabs import Plan, Slab
 from lazy_orbax.snapshot.device_to_host import is_in_host_memory
-from lazy_orbax.snapshot.pack import local_mesh
+from lazy_orbax.snapshot.pack import is_compiled, local_mesh
 
 _ONLY_WAY = {
     "host": ("host", "not on a device"),
@@ -20,13 +20,14 @@ _ONLY_WAY = {
 class Room:
     """Says, slab by slab, how the bytes of one save are put out of reach of donation."""
 
-    def __init__(self, mode: str):
+    def __init__(self, mode: str, plan: Plan | None = None):
         """Starts with all the device memory that the next step leaves free.
 
         Args:
             mode: `auto`, `stage` or `direct`.
+            plan: the slabs' plan, if nobody is to wait for its programs where a copy is cheaper.
         """
-        self._mode = mode
+        self._mode, self._plan = mode, plan
         self._free_bytes: dict[Device, float] = {}
         self._reasons: dict[str, str] = {}
 
@@ -36,7 +37,7 @@ class Room:
         return "; ".join(f"{mode}: {why}" for mode, why in self._reasons.items())
 
     def mode_for(self, slab: Slab) -> str:
-        """Returns `host`, `stage`, `direct` or `in_step`; counts the device memory it takes."""
+        """Returns what `take` takes; counts the device memory it takes."""
         mode, why = self._choose(slab)
         self._reasons.setdefault(mode, why)
         return mode
@@ -47,6 +48,8 @@ class Room:
         if self._mode != "auto":
             return self._mode, "asked for"
         if is_in_host_memory(slab):
+            if self._plan is not None and not is_compiled(self._plan, slab):
+                return "copy", "what packs it is not compiled yet"
             return "stage", "device memory is host memory here"
         assert slab.mesh is not None
         devices = list(local_mesh(slab.mesh).devices.flat)

@@ -23,6 +23,7 @@ from lazy_orbax.plan.shards import Device
 from lazy_orbax.plan.slabs import Piece, Plan, Slab, mesh_of_one
 from lazy_orbax.snapshot import host_copies
 from lazy_orbax.snapshot.pack import Buffer, buffer_of, local_mesh, operands, program, share_of
+from lazy_orbax.snapshot.pack_on_host import packed_on_host
 
 # Held while a buffer is donated: it is deleted before or after, and not half of it.
 _DONATING = threading.Lock()
@@ -59,12 +60,13 @@ def take(
         slab: what to copy.
         leaves: the values of `plan.leaves`, in order. They may be donated, deleted or changed
             when this returned.
-        mode: `host`, `stage`, `direct` or `in_step`.
+        mode: `host`, `stage`, `copy`, `direct` or `in_step`.
         buffer: for `stage`, a buffer of the kind `reusable` that nobody uses any more.
     """
     if mode == "stage":
         return stage(plan, slab, leaves, buffer)
-    return {"host": copy_host, "direct": direct, "in_step": given}[mode](plan, slab, leaves)
+    ways = {"host": copy_host, "copy": copy, "direct": direct, "in_step": given}
+    return ways[mode](plan, slab, leaves)
 
 
 def reusable(plan: Plan, slab: Slab) -> Buffer | None:
@@ -97,6 +99,18 @@ def stage(plan: Plan, slab: Slab, leaves: Sequence[Any], buffer: jax.Array | Non
         with _DONATING:
             packed = pack(table, fresh, *mine)
     return Held(slab, (packed,), None, on_host=True, buffer=packed)
+
+
+@shielded
+def copy(plan: Plan, slab: Slab, leaves: Sequence[Any]) -> Held:
+    """Copies a slab that is in host memory as `stage` does, without its program. It waits for that.
+
+    Args:
+        plan: the plan that `slab` is from.
+        slab: a slab of kind `mesh`, on CPU devices.
+        leaves: the arrays of `plan.leaves`, in order. They may be donated when this returned.
+    """
+    return Held(slab, (packed_on_host(plan, slab, leaves),), None, on_host=True)
 
 
 @shielded

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lazy_orbax.plan.shards import Shape
+from lazy_orbax.plan.shards import Leaf, Shape
 from lazy_orbax.plan.slabs import Plan, Slab, bits_of, carrier_of
+from lazy_orbax.snapshot.programs import Program, shared
 
 # On each device.
 _LEAST_ALONE_BYTES = 2**19
@@ -40,24 +40,14 @@ class Buffer:
         return _zeros(self)()
 
 
-# What is compiled for slabs that look alike, by how they look. A plan keeps what it uses: with the
-# last plan the program dies, which takes some megabytes.
-_PROGRAMS: weakref.WeakValueDictionary[Hashable, Any] = weakref.WeakValueDictionary()
-
-
-def _shared(look: Hashable, make: Callable[[], Any]) -> Any:
-    if (found := _PROGRAMS.get(look)) is None:
-        found = _PROGRAMS[look] = make()
-    return found
-
-
-def _zeros(buffer: Buffer) -> Any:
-    def make() -> Any:
-        return jax.jit(
-            lambda: jnp.zeros((buffer.size,), buffer.dtype), out_shardings=buffer.sharding
+def _zeros(buffer: Buffer) -> Program:
+    def make() -> Program:
+        return Program(
+            jax.jit(lambda: jnp.zeros((buffer.size,), buffer.dtype), out_shardings=buffer.sharding),
+            (),
         )
 
-    return _shared(buffer, make)
+    return shared(buffer, make)
 
 
 def buffer_of(plan: Plan, slab: Slab) -> Buffer:
@@ -78,7 +68,7 @@ def _buffer_of(plan: Plan, slab: Slab) -> Buffer:
     )
 
 
-def program(plan: Plan, slab: Slab, *, into: bool) -> tuple[Any, jax.Array]:
+def program(plan: Plan, slab: Slab, *, into: bool) -> tuple[Program, jax.Array]:
     """Returns the program that packs a slab on `local_mesh`, and its first argument.
 
     The program takes the table and the `operands` of the slab, and returns one array of one
@@ -95,7 +85,23 @@ def program(plan: Plan, slab: Slab, *, into: bool) -> tuple[Any, jax.Array]:
     return found
 
 
-def _program(plan: Plan, slab: Slab, into: bool) -> tuple[Any, jax.Array]:
+def compile_ahead(plan: Plan, slab: Slab) -> None:
+    """Compiles what `stage` runs for a slab in host memory, so that it need not wait for that."""
+    assert slab.mesh is not None
+    buffer_of(plan, slab)
+    with jax.set_mesh(local_mesh(slab.mesh)):
+        program(plan, slab, into=True)[0].compiled()
+        plan.kept[slab][1].compiled()
+
+
+def is_compiled(plan: Plan, slab: Slab) -> bool:
+    """Whether `stage` would only enqueue programs, for a slab in host memory."""
+    buffer_of(plan, slab)
+    needed: list[Program] = [program(plan, slab, into=True)[0], plan.kept[slab][1]]
+    return all(one.is_compiled for one in needed)
+
+
+def _program(plan: Plan, slab: Slab, into: bool) -> tuple[Program, jax.Array]:
     assert slab.mesh is not None
     leaves = [plan.leaves[i] for i in slab.leaves]
     shardings = [leaf.sharding for leaf in leaves]
@@ -105,7 +111,24 @@ def _program(plan: Plan, slab: Slab, into: bool) -> tuple[Any, jax.Array]:
     if mesh is not slab.mesh:
         specs = (PartitionSpec(),) * len(specs)
     look = (mesh, specs, cuts, into, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
-    return _shared(look, functools.partial(_packer, mesh, specs, cuts, into)), table
+
+    def make() -> Program:
+        is_local = mesh is slab.mesh
+        shapes = [s.shape if is_local else _shard_shape(s) for s in leaves]
+        stand_ins = [jax.ShapeDtypeStruct(table.shape, table.dtype)]
+        if into:
+            buffer = buffer_of(plan, slab)
+            stand_ins.append(jax.ShapeDtypeStruct((buffer.size,), buffer.dtype))
+        for shape, leaf in zip(shapes, leaves, strict=True):
+            stand_ins.append(jax.ShapeDtypeStruct(shape, leaf.dtype))
+        return Program(_packer(mesh, specs, cuts, into), stand_ins)
+
+    return shared(look, make), table
+
+
+def _shard_shape(leaf: Leaf) -> Shape:
+    assert leaf.sharding is not None
+    return leaf.sharding.shard_shape(leaf.shape)
 
 
 @functools.lru_cache(maxsize=1024)

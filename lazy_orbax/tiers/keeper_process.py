@@ -22,6 +22,7 @@ from typing import Any
 from lazy_orbax.errors import KeeperError
 from lazy_orbax.tiers import messages
 from lazy_orbax.tiers.completion import Completions
+from lazy_orbax.tiers.promotion import Promotions
 from lazy_orbax.tiers.shelf import Shelf
 
 _LOG = logging.getLogger("lazy_orbax")
@@ -88,7 +89,7 @@ class KeeperProcess:
         self._selector.register(self._door.listener, selectors.EVENT_READ, None)
         self.clients: list[Client] = []
         self._alone_since_s = clock()
-        self._completions = Completions(shelf.path)
+        self._programs = (Completions(shelf.path), Promotions(shelf))
         self.is_over = False
 
     def serve(self) -> None:
@@ -99,7 +100,8 @@ class KeeperProcess:
         finally:
             for client in list(self.clients):
                 self._drop(client)
-            self._completions.close()
+            for programs in self._programs:
+                programs.close()
             self._selector.close()
             self._door.listener.close()
 
@@ -116,7 +118,8 @@ class KeeperProcess:
                 _LOG.warning("A client is cut off: it sent no whole message in %s s.", _PATIENCE_S)
                 self._drop(client)
         runs = {client.whose["run"] for client in self.clients if client.whose}
-        if self._completions.turn(now_s, runs) or runs:
+        are_busy = {programs.turn(now_s, runs) for programs in self._programs}
+        if True in are_busy or runs:
             self._alone_since_s = now_s
         elif now_s - self._alone_since_s > self._settings.linger_s:
             _LOG.warning("Nobody came back within %s s.", self._settings.linger_s)
@@ -188,7 +191,9 @@ class KeeperProcess:
                 "process": int(message["process"]),
                 "pid": int(message["pid"]),
             }
-            self._completions.came(client.whose["run"], message.get("complete_after_s"))
+            completions, promotions = self._programs
+            completions.came(client.whose["run"], message.get("complete_after_s"))
+            promotions.came(client.whose["run"], message.get("tiers") or (), self._clock())
             return {"limit_bytes": self._settings.limit_bytes, "pid": os.getpid()}
         if what == "room":
             file, n_bytes = message["file"], int(message["n_bytes"])
@@ -197,8 +202,11 @@ class KeeperProcess:
         if what == "leave":
             for file in message["discard"]:
                 self._shelf.remove(file)
-            self._completions.left(client.whose.get("run"))
-            client.whose = {}
+            run, client.whose = client.whose.get("run"), {}
+            # The others of its pod may still need it.
+            if run is not None and all(other.whose.get("run") != run for other in self.clients):
+                for programs in self._programs:
+                    programs.left(run)
             others = any(other.whose for other in self.clients)
             if not others and not self._shelf.files():
                 self._end(discard=True)
@@ -217,7 +225,8 @@ class KeeperProcess:
             "linger_s": self._settings.linger_s,
             "used_bytes": self._shelf.used_bytes(),
             "clients": [client.whose for client in self.clients if client.whose],
-            "completing": self._completions.pending,
+            "completing": self._programs[0].pending,
+            "tiers": self._programs[1].told(),
             "heavy": [name for name in _HEAVY if name in sys.modules],
         }
 

@@ -9,6 +9,7 @@ import functools
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,11 +32,11 @@ from lazy_orbax.tiers.claim import Claim
 from lazy_orbax.tiers.keeper_link import KeeperLink
 from lazy_orbax.tiers.keeper_process import KeeperSettings
 from lazy_orbax.tiers.kept_layout import has_all_here, layout_of, with_host_leaves
-from lazy_orbax.tiers.parity.guard import Guard, ProtectionReport
-from lazy_orbax.tiers.parity.settings import Parity
+from lazy_orbax.tiers.parity.guard import Guard, Parity, ProtectionReport
 from lazy_orbax.tiers.shelf import Shelf
 from lazy_orbax.tiers.slot import Writing
 from lazy_orbax.tiers.slots import KeeperReport, Slots
+from lazy_orbax.tiers.tier import Tier, checked_tiers, told_of
 from lazy_orbax.timeline import Recorder
 
 ITEM = "default"
@@ -59,6 +60,7 @@ class Keeper:
 
     Attributes:
         run: the name of the run.
+        tiers: where the keeper brings them.
         slots: the places of its snapshots.
 
     The idea is that of REFT (arXiv:2310.12670) and of Gemini (SOSP 2023).
@@ -72,6 +74,7 @@ class Keeper:
         limit_bytes: int | None = None,
         linger_s: float = 1800.0,
         complete_after_s: float | None = None,
+        tiers: Sequence[Tier] = (),
         options: LazyOptions | None = None,
         parity: Parity | None = None,
     ):
@@ -88,6 +91,8 @@ class Keeper:
             complete_after_s: when the last process of the run has been dead for so many seconds,
                 the newest whole snapshot is written to storage, as a step of the run. `None`: it
                 never is. Nobody may have gone on with the run on another machine by then.
+            tiers: directories to which the keeper brings the newest whole snapshot from time to
+                time, each as an ordinary step. All processes of the job must share one keeper.
             options: its `mode`, `host_bytes` and `slab_bytes` count.
             parity: how groups of processes keep parity of each other's snapshots, so that a machine
                 may be lost with its memory. `None`: they do not.
@@ -97,19 +102,16 @@ class Keeper:
             KeeperError: there is no keeper, and none can be started; or another process that is
                 alive writes the snapshots of this process of the run.
         """
-        _check_options(run, limit_bytes, linger_s, complete_after_s)
-        if sys.platform != "linux":
-            raise KeeperError(f"a keeper needs Linux, and this is {sys.platform}; train without")
-        if symbols.MISSING:
-            raise KeeperError(f"this version of Orbax is not known: {', '.join(symbols.MISSING)}")
+        _check(run, limit_bytes, linger_s, complete_after_s)
         self.run = _paths.absolute(os.fspath(run))
+        self.tiers = checked_tiers(tiers, self.run, directory)
         shelf = Shelf(directory)
         # What goes to memory alone is not proven by programs: it is compared with its digests.
         self._options = dataclasses.replace(options or LazyOptions(), verify_snapshot=0)
         limit = int(memory_bytes() * _MEMORY_FRACTION) if limit_bytes is None else limit_bytes
         settings = KeeperSettings(directory=shelf.path, limit_bytes=limit, linger_s=float(linger_s))
         whose = {"run": self.run, "process": jax.process_index(), "pid": os.getpid()}
-        whose["complete_after_s"] = complete_after_s
+        whose |= {"complete_after_s": complete_after_s, "tiers": told_of(self.tiers)}
         self._link = KeeperLink(settings, whose)
         self._saving: list[concurrent.futures.Future[None]] = []
         self._along: dict[str, int] = {}
@@ -133,8 +135,7 @@ class Keeper:
     @property
     def protection(self) -> ProtectionReport:
         """What became of the parity of the snapshots so far."""
-        guard = self.slots.guard
-        return ProtectionReport() if guard is None else guard.report
+        return self.slots.guard.report if self.slots.guard else ProtectionReport()
 
     def save(self, step: int, state: Any, *, item: str = ITEM) -> bool:
         """Takes a snapshot. The caller may donate, delete or change `state` when this returned.
@@ -284,7 +285,7 @@ def _settings() -> Settings:
     return describe.settings_of(symbols.HANDLER_BASE(**keywords), keywords)
 
 
-def _check_options(run: Any, limit_bytes: Any, linger_s: Any, after_s: Any) -> None:
+def _check(run: Any, limit_bytes: Any, linger_s: Any, after_s: Any) -> None:
     if not isinstance(run, str | os.PathLike) or not str(run):
         raise OptionError(f"run={run!r} is no path; give the directory of the run.")
     if limit_bytes is not None and (not isinstance(limit_bytes, int) or limit_bytes < 2**20):
@@ -293,3 +294,7 @@ def _check_options(run: Any, limit_bytes: Any, linger_s: Any, after_s: Any) -> N
         raise OptionError(f"linger_s={linger_s!r} must be a finite number of seconds, above 0.")
     if after_s is not None and (not isinstance(after_s, int | float) or not 0 <= after_s < 1e9):
         raise OptionError(f"complete_after_s={after_s!r} must be a number of seconds, or None.")
+    if sys.platform != "linux":
+        raise KeeperError(f"a keeper needs Linux, and this is {sys.platform}; train without")
+    if symbols.MISSING:
+        raise KeeperError(f"this version of Orbax is not known: {', '.join(symbols.MISSING)}")

@@ -64,6 +64,9 @@ class KeptListing(Viewed):
         limit_bytes: most bytes of snapshots; `None` without a keeper.
         clients: the processes that are connected, each with its `run`, `process` and `pid`.
         snapshots: the files.
+        tiers: the tiers of each `run`, with `path`, `every_s` and `keep`; whether something is
+            being brought there (`is_busy`), and how the last try ended: `status`, 0 where the tier
+            has the newest step there was, and `None` before the first.
     """
 
     directory: str
@@ -71,6 +74,7 @@ class KeptListing(Viewed):
     limit_bytes: int | None
     clients: tuple[dict[str, Any], ...]
     snapshots: tuple[KeptEntry, ...]
+    tiers: tuple[dict[str, Any], ...] = ()
 
     def blocks(self) -> tuple[Block, ...]:
         """Returns what there is to see."""
@@ -94,7 +98,14 @@ class KeptListing(Viewed):
                 f"{size_of(used_bytes)} of {size_of(self.limit_bytes or 0)}"
             )
         table = (Table(_COLUMNS, rows, self.directory),) if rows else ()
-        return (*table, Lines((f"{self.directory}: {who}",)))
+        tiers = [f"{one['run']} to {one['path']}: {self._state(one)}" for one in self.tiers]
+        return (*table, Lines((f"{self.directory}: {who}", *tiers)))
+
+    def _state(self, tier: dict[str, Any]) -> str:
+        if tier["is_busy"]:
+            return "on its way"
+        told = {0: "the newest is there", None: "nothing yet"}
+        return told.get(tier["status"], f"failed, see {self.directory}/keeper.log")
 
 
 def kept(directory: str | None = None) -> KeptListing:
@@ -126,7 +137,8 @@ def kept(directory: str | None = None) -> KeptListing:
                 entry = dataclasses.replace(entry, problem=str(snapshot))
             entries.append(entry)
     clients = tuple(told.get("clients", ()))
-    return KeptListing(place, told.get("pid"), told.get("limit_bytes"), clients, tuple(entries))
+    tiers, n_bytes = tuple(told.get("tiers", ())), told.get("limit_bytes")
+    return KeptListing(place, told.get("pid"), n_bytes, clients, tuple(entries), tiers)
 
 
 def left_in_memory(

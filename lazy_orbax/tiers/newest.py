@@ -1,14 +1,16 @@
-"""Restores the newest step there is: from memory, or from storage; and says why that one."""
+"""Restores the newest step there is: from memory, a tier or storage; and says why that one."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
+from lazy_orbax import _paths
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.errors import (
     CorruptCheckpointError,
@@ -20,11 +22,12 @@ from lazy_orbax.pods import consensus
 from lazy_orbax.restore.latest_good import Skipped, refuse_no_manager, restore_latest_good
 from lazy_orbax.tiers.keeping import ITEM, Keeper
 from lazy_orbax.tiers.kept_tree import KeptTree, NotAtHandError
-from lazy_orbax.tiers.parity.restoring import (
-    MadeWhole,
-    Rebuilt,
-    make_whole,
-    protect_again,
+from lazy_orbax.tiers.parity import restoring
+from lazy_orbax.tiers.restored_tier import (
+    MOST_STEPS,
+    from_tier,
+    refuse_more_than_a_target,
+    steps_in_tier,
 )
 from lazy_orbax.tiers.snapshot_file import Snapshot, SnapshotError
 from lazy_orbax.timeline import RestoreRecorder
@@ -42,7 +45,7 @@ class Newest:
     Attributes:
         step: the step that was restored.
         value: what `CheckpointManager.restore` returns for it.
-        tier: where it was: `"memory"` or `"storage"`.
+        tier: where it was: `"memory"`, the path of a tier, or `"storage"`.
         why: why this step, from there.
         skipped: what was passed over, newest first, and why.
         rebuilt: snapshots that were not on their machine, and were made there from parity on other
@@ -54,69 +57,134 @@ class Newest:
     tier: str
     why: str
     skipped: tuple[Skipped, ...]
-    rebuilt: tuple[Rebuilt, ...] = ()
+    rebuilt: tuple[restoring.Rebuilt, ...] = ()
 
 
 def restore_newest(manager: ocp.CheckpointManager, keeper: Keeper, *, args: Any = None) -> Newest:
-    """Restores the newest whole step among the snapshots in memory and the checkpoints of a run.
+    """Restores the newest whole step among the snapshots in memory, the tiers and a run.
 
     A snapshot in memory counts if all processes have theirs of that step, every byte is what was
     put there, and this machine has what each of its processes wants: with the shardings that were
     saved it always has; with others, where its own processes hold the bytes. Else the next older
-    snapshot is tried, and then storage, by `restore_latest_good`. Each step that is passed over
+    snapshot or step in one of the keeper's tiers is tried, and then storage, by
+    `restore_latest_good`. Each step that is passed over
     makes a warning in the log. Every process must call this; they agree on the step.
 
     Args:
         manager: the manager of the run.
         keeper: of this process, for the same run.
-        args: what `manager.restore` takes; memory does not follow `restore_args`, `transforms`.
+        args: what `manager.restore` takes; memory and tiers do not follow `restore_args` and
+            `transforms`.
 
     Returns:
         The step, what was restored, from where, and what was passed over and why.
 
     Raises:
-        OptionError: the first is no manager, or the second no keeper.
+        OptionError: the first is no manager, the second no keeper, or they are of two runs.
         RestoreError: the target does not fit a step that is whole.
         CorruptCheckpointError: nothing can be restored; each step is named with the reason.
         FileNotFoundError: there is no step at all.
     """
     refuse_no_manager("restore_newest", manager)
-    if not isinstance(keeper, Keeper):
-        raise OptionError(f"restore_newest takes a lazy_orbax.Keeper, and found {keeper!r}.")
+    _refuse_other_than_a_keeper_of(manager, keeper)
     manager.reload()
-    targets = _targets(args)
     stored = consensus.from_first(sorted(manager.all_steps(), reverse=True)[:1], most=1)
-    made = make_whole(keeper.slots.guard, targets, stored[0] if stored else None)
-    at_hand, skipped = _at_hand(keeper, made)
-    keys = _candidates(at_hand, targets)
-    flat = consensus.from_first([number for key in keys for number in key], most=_MOST_NUMBERS)
-    for step, life in zip(flat[::2], flat[1::2], strict=True):
-        if stored and step < stored[0]:
-            break
-        value, error = _tried(at_hand.get((step, life), {}), targets)
-        failed = consensus.which_processes(error is not None)
-        if not failed:
-            newer = [one for one in skipped if one.step is None or one.step > step]
-            why = f"memory has it whole; the newest in storage is {stored[0] if stored else 'none'}"
-            keeper.slots.begin_life(_own_files(at_hand[step, life], targets))
-            protect_again(keeper.slots.guard, targets, step, life)
-            return Newest(step, _shaped(value, args), MEMORY, why, (*newer,), made.rebuilt)
-        if any(consensus.any_process([_is_for_the_caller(error)])):
-            raise error or RestoreError(f"Step {step} could not be restored on another process.")
-        skipped.append(_skipped(step, error, failed, keeper))
-    for one in skipped:
-        _LOG.warning("The snapshot in memory of step %s is passed over: %s", one.step, one.why)
+    skipped: list[Skipped] = []
+    newest, others = _before_storage(keeper, args, stored, skipped)
+    if newest is not None:
+        return newest
+    _warn_of(skipped)
     try:
         found = restore_latest_good(manager, args=args)
     except (FileNotFoundError, CorruptCheckpointError) as error:
+        if stored and (newest := _after_all(keeper, args, [], (), skipped)):
+            return newest
         for one in skipped:
-            error.add_note(f"Passed over in memory: step {one.step}, {one.directory}: {one.why}")
+            error.add_note(f"Passed over: step {one.step}, {one.directory}: {one.why}")
         raise
+    if found.skipped and any(step > found.step for step, _ in others):
+        found = dataclasses.replace(found, value=None)  # There may be no room for both.
+        if newest := _after_all(keeper, args, [found.step], found.skipped, skipped):
+            return newest
+        found = restore_latest_good(manager, args=args)
     newer = [one for one in skipped if one.step is None or one.step > found.step]
     keeper.slots.begin_life()
-    older = f"; memory has {flat[0]}" if flat else ""
-    why = f"no newer snapshot in memory is whole{older}"
+    kept = [step for step, where in others if where >= 0]
+    older = f"; memory has {kept[0]}" if kept else ""
+    why = f"no newer snapshot in memory{' or in a tier' if keeper.tiers else ''} is whole{older}"
     return Newest(found.step, found.value, STORAGE, why, (*newer, *found.skipped))
+
+
+def _refuse_other_than_a_keeper_of(manager: ocp.CheckpointManager, keeper: Any) -> None:
+    if not isinstance(keeper, Keeper):
+        raise OptionError(f"restore_newest takes a lazy_orbax.Keeper, and found {keeper!r}.")
+    if _paths.absolute(os.fspath(manager.directory)) != keeper.run:
+        raise OptionError(
+            f"restore_newest takes the manager and the keeper of one run, and found those of "
+            f"{manager.directory} and {keeper.run}."
+        )
+
+
+def _after_all(
+    keeper: Keeper, args: Any, least: list[int], broken: tuple[Skipped, ...], skipped: list[Skipped]
+) -> Newest | None:
+    """Restores what is older than a broken step in storage, and newer than what is whole there."""
+    again: list[Skipped] = []
+    found, _ = _before_storage(keeper, args, least, again)
+    if found is not None:
+        return dataclasses.replace(found, skipped=(*broken, *found.skipped))
+    new = [one for one in again if one not in skipped]
+    _warn_of(new)
+    skipped += new
+    return None
+
+
+def _warn_of(skipped: list[Skipped]) -> None:
+    for one in skipped:
+        _LOG.warning("Step %s in %s is passed over: %s", one.step, one.directory, one.why)
+
+
+def _before_storage(
+    keeper: Keeper, args: Any, stored: list[int], skipped: list[Skipped]
+) -> tuple[Newest | None, list[tuple[int, int]]]:
+    """Restores from memory or a tier, if that is newer. Returns what, and the steps that are there.
+
+    Args:
+        keeper: of this process.
+        args: what `manager.restore` takes.
+        stored: the newest step in storage, if there is one.
+        skipped: gets what is passed over.
+    """
+    targets = _targets(args)
+    made = restoring.make_whole(keeper.slots.guard, targets, stored[0] if stored else None)
+    at_hand, passed = _at_hand(keeper, made)
+    in_tiers, out_of_reach = _in_tiers(keeper)
+    skipped += passed + out_of_reach
+    keys = _newest_first(_candidates(at_hand, targets), in_tiers)
+    most = _MOST_NUMBERS + 2 * MOST_STEPS * len(keeper.tiers)
+    flat = consensus.from_first([number for key in keys for number in key], most=most)
+    pairs = list(zip(flat[::2], flat[1::2], strict=True))
+    for step, where in pairs:
+        if stored and step < stored[0]:
+            break
+        tier = None if where >= 0 else keeper.tiers[~where].path
+        if tier is None:
+            value, error = _tried(at_hand.get((step, where), {}), targets)
+        else:
+            value, error = from_tier(tier, step, targets)
+        failed = consensus.which_processes(error is not None)
+        if not failed:
+            newer = [one for one in skipped if one.step is None or one.step > step]
+            newest = stored[0] if stored else "none"
+            why = f"{tier or MEMORY} has it whole; the newest in storage is {newest}"
+            keeper.slots.begin_life(None if tier else _own_files(at_hand[step, where], targets))
+            restoring.protect_again(keeper.slots.guard, () if tier else targets, step, where)
+            value, rebuilt = _shaped(value, args), () if tier else made.rebuilt
+            return Newest(step, value, tier or MEMORY, why, tuple(newer), rebuilt), []
+        if any(consensus.any_process([_is_for_the_caller(error)])):
+            raise error or RestoreError(f"Step {step} could not be restored on another process.")
+        skipped.append(_skipped(step, error, failed, tier or keeper.slots.shelf.path))
+    return None, pairs
 
 
 def _targets(args: Any) -> dict[str, Any]:
@@ -131,7 +199,7 @@ _AtHand = dict[tuple[int, int], _Items]
 """Snapshots of the run on this machine, of each item, by step and life of the job."""
 
 
-def _at_hand(keeper: Keeper, made: MadeWhole) -> tuple[_AtHand, list[Skipped]]:
+def _at_hand(keeper: Keeper, made: restoring.MadeWhole) -> tuple[_AtHand, list[Skipped]]:
     found: _AtHand = {}
     skipped = [Skipped(step, keeper.slots.shelf.path, why) for step, why in made.missing]
     mine = set(keeper.slots.files([ITEM]))
@@ -160,6 +228,29 @@ def _candidates(at_hand: _AtHand, targets: Mapping[str, Any]) -> list[tuple[int,
     return sorted(sealed, key=lambda key: sealed[key], reverse=True)
 
 
+def _newest_first(
+    in_memory: list[tuple[int, int]], in_tiers: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Returns steps and where they are. Those in memory keep their order, before equal ones."""
+    found, rest = [], sorted(in_tiers, reverse=True)
+    for key in in_memory:
+        while rest and rest[0][0] > key[0]:
+            found.append(rest.pop(0))
+        found.append(key)
+    return found + rest
+
+
+def _in_tiers(keeper: Keeper) -> tuple[list[tuple[int, int]], list[Skipped]]:
+    """Returns the steps in tiers, each with which tier it is: -1 is the first one."""
+    found, skipped = [], []
+    for i, tier in enumerate(keeper.tiers):
+        try:
+            found += [(step, ~i) for step in steps_in_tier(tier.path)]
+        except Exception as error:  # noqa: BLE001 - The clients of buckets raise many types.
+            skipped.append(Skipped(None, tier.path, f"it cannot be listed: {error}"))
+    return found, skipped
+
+
 def _tried(items: _Items, targets: Mapping[str, Any]) -> tuple[dict[str, Any], Exception | None]:
     """Restores all items of a step, or says why not."""
     try:
@@ -167,7 +258,7 @@ def _tried(items: _Items, targets: Mapping[str, Any]) -> tuple[dict[str, Any], E
         for item, args in targets.items():
             if item not in items:
                 raise NotAtHandError(f"this process has no snapshot of the item {item}")
-            _refuse_more_than_a_target(item, args)
+            refuse_more_than_a_target(item, args)
             values[item] = KeptTree(items[item]).restored(
                 getattr(args, "item", None),
                 RestoreRecorder(items[item][0].path),
@@ -185,20 +276,6 @@ def _is_for_the_caller(error: Exception | None) -> bool:
     return isinstance(error, RestoreError) or not isinstance(error, LazyOrbaxError)
 
 
-def _refuse_more_than_a_target(item: str, args: Any) -> None:
-    """Leaves to storage what Orbax alone knows how to do.
-
-    Raises:
-        NotAtHandError: the arguments say more of the leaves than a target does.
-    """
-    for name in ("restore_args", "transforms"):
-        if getattr(args, name, None):
-            raise NotAtHandError(
-                f"the item {item} is wanted with `{name}`, which memory does not follow; "
-                "give shapes, dtypes and shardings as the target, `item`"
-            )
-
-
 def _own_files(items: _Items, targets: Mapping[str, Any]) -> dict[str, str]:
     process = jax.process_index()
     mine = {
@@ -208,12 +285,11 @@ def _own_files(items: _Items, targets: Mapping[str, Any]) -> dict[str, str]:
     return {item: paths[0] for item, paths in mine.items() if paths}
 
 
-def _skipped(step: int, error: Exception | None, failed: list[int], keeper: Keeper) -> Skipped:
+def _skipped(step: int, error: Exception | None, failed: list[int], where: str) -> Skipped:
     if error is None:
-        return Skipped(step, keeper.slots.shelf.path, f"process {failed[0]} could not restore it")
+        return Skipped(step, where, f"process {failed[0]} could not restore it")
     why = str(error.problems[0]) if isinstance(error, CorruptCheckpointError) else str(error)
-    directory = getattr(error, "directory", keeper.slots.shelf.path)
-    return Skipped(step, directory, why)
+    return Skipped(step, getattr(error, "directory", where), why)
 
 
 def _shaped(values: dict[str, Any], args: Any) -> Any:

@@ -51,7 +51,7 @@ class Snapshot:
     facts: dict[str, Any]
     layout: dict[str, Any]
     fingerprint: int
-    n_bytes: int
+    n_bytes: int = 0
 
     @property
     def step(self) -> int:

@@ -29,6 +29,8 @@ from faults.crash_state import make_state
 from orbax.checkpoint import v1 as orbax_v1
 
 import lazy_orbax
+from lazy_orbax.combine import export, merge  # noqa: F401 - Imported here, not in each fork.
+from lazy_orbax.handlers.promoting import promote
 from lazy_orbax.handlers.v1 import lazy_v1
 
 FSCALLS = ctypes.CDLL(os.environ["LD_PRELOAD"])
@@ -65,9 +67,11 @@ def save(  # noqa: PLR0913 - As they come in a request.
     durable_path: bool,
     v1: str = "",
     linked: bool = False,
+    memory: str = "",
+    made: str = "",
     death: Death | None = None,
 ) -> None:
-    """Saves a step, and dies before a call, or when it is done.
+    """Saves a step, or makes one of another, and dies before a call, or when it is done.
 
     Args:
         root: the run, which keeps one step where it is of v0.
@@ -76,11 +80,20 @@ def save(  # noqa: PLR0913 - As they come in a request.
         durable_path: whether it is synced before it is listed.
         v1: whether v1 saves it, and how: `save` or `Checkpointer`.
         linked: whether most of it is the same in every step, and linked.
+        memory: the directory of a keeper. The step is not saved: what is kept there of the run
+            `/run` is brought to `root`, of which that is a tier.
+        made: `merge` or `export`: what is made of step 1 instead.
         death: how the process ends, if it does.
     """
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("a",))
     state = make_state(step, mesh, frozen=linked)
-    begin, end = _saving(root, stock=stock, durable_path=durable_path, v1=v1, linked=linked)
+    if made:
+        begin, end = (lambda step, state: make(root, made)), (lambda: None)
+    elif memory:
+        tier = lazy_orbax.Tier(root, every_s=1, keep=1)
+        begin, end = (lambda step, state: promote("/run", tier, memory)), (lambda: None)
+    else:
+        begin, end = _saving(root, stock=stock, durable_path=durable_path, v1=v1, linked=linked)
     if death is None:
         begin(step, state)
         end()
@@ -95,6 +108,14 @@ def save(  # noqa: PLR0913 - As they come in a request.
     if death.cut and FSCALLS.cut_power(mounted, death.late):
         raise OSError("the power was not cut")
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def make(root: str, made: str) -> None:
+    """Merges step 1 with itself to step 2, or exports it to `model`."""
+    if made == "merge":
+        lazy_orbax.merge([f"{root}/1"] * 2, "uniform", f"{root}/2", host_bytes=2**20)
+    else:
+        lazy_orbax.export(f"{root}/1", f"{root}/model", max_shard_bytes=2**20)
 
 
 def _saving(root: str, *, stock: bool, durable_path: bool, v1: str, linked: bool) -> Any:

@@ -59,10 +59,23 @@ static int is_below(const char *path) {
   return !strncmp(path, root, root_length) && (path[root_length] == '/' || !path[root_length]);
 }
 
+#define HEXADECIMAL "0123456789abcdef"
+
+/* Puts a star in the place of what is random behind a mark. */
+static void make_plain_behind(char *path, const char *mark) {
+  char *random = strstr(path, mark);
+  if (!random) return;
+  random += strlen(mark);
+  size_t length = strspn(random, HEXADECIMAL);
+  if (length) memmove(random + 1, random + length, strlen(random + length) + 1), *random = '*';
+}
+
 /* Removes what is random in a file's name, or says that it was replaced while it was open. */
 static void make_plain(char *path) {
   char *name = strstr(path, "/d/");
-  if (name && strspn(name + 3, "0123456789abcdef") == 32) strcpy(name + 3, "*");
+  if (name && strspn(name + 3, HEXADECIMAL) == 32) strcpy(name + 3, "*");
+  make_plain_behind(path, ".exporting-");
+  make_plain_behind(path, ".orbax-checkpoint-tmp-");
   char *gone = strstr(path, " (deleted)");
   if (gone) *gone = 0;
 }

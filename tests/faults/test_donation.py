@@ -46,7 +46,7 @@ def memory(request, monkeypatch):
 @pytest.mark.parametrize(
     "mode", ["auto", *(pytest.param(mode, marks=pytest.mark.slow) for mode in MODES[:2])]
 )
-def test_fifty_saves_survive_donation_at_random_times(tmp_path, mesh, mode):
+def test_fifty_saves_survive_donation_at_random_times(tmp_path, mesh, mode, copying_first):
     state = make_state(mesh)
     steps = Steps(state)
     rng = np.random.default_rng(MODES.index(mode))

@@ -14,7 +14,7 @@ import lazy_orbax
 from lazy_orbax.errors import SaveError
 from lazy_orbax.integrity import proof_subjects
 from lazy_orbax.save.plan_cache import PLAN_CACHE
-from lazy_orbax.snapshot import pack
+from lazy_orbax.snapshot import pack, programs
 
 NAMES = {"one", "two", "shared", "small", "host", "host2"}
 
@@ -30,7 +30,7 @@ def fresh_programs():
 def forget_programs():
     """Forgets the plans, with which programs are kept, and what of programs is kept without."""
     PLAN_CACHE.clear()
-    pack._PROGRAMS.clear()
+    programs.PROGRAMS.clear()
     pack._cached_table.cache_clear()
 
 

@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 import lazy_orbax
 from lazy_orbax.cli.main import main
+from lazy_orbax.handlers.promoting import promote
 from lazy_orbax.snapshot.host_budget import HOST_BUDGET
 
 __all__ = ["Job", "serve"]
@@ -126,6 +127,30 @@ class Job:
                 )
             ]
         return [*wrong, *map(str, lazy_orbax.verify(out).all_problems)]
+
+    def keep(self, run: str, directory: str, step: int) -> None:
+        """Keeps the state of a step in memory, and ends without removing it."""
+        keeper = lazy_orbax.Keeper(run, directory=directory)
+        keeper.save(step, state_of(self._mesh, step))
+        keeper.wait()
+        assert keeper.report.newest_step == step
+        keeper.close(discard=False)
+
+    def promote(self, run: str, directory: str, tier: str) -> int | None:
+        """Brings what is kept to a tier that keeps one step."""
+        return promote(run, lazy_orbax.Tier(tier, every_s=1, keep=1), directory)
+
+    def newest(self, run: str, directory: str, tier: str) -> tuple[int, str, list[str]]:
+        """Returns the newest step, where it was, and which leaves are not what was kept."""
+        tiers = [lazy_orbax.Tier(tier, every_s=1e6)]
+        with (
+            lazy_orbax.Keeper(run, directory=directory, tiers=tiers) as keeper,
+            ocp.CheckpointManager(run) as manager,
+        ):
+            like = ocp.args.StandardRestore(abstract(state_of(self._mesh, 0)))
+            found = lazy_orbax.restore_newest(manager, keeper, args=like)
+        pairs = zip(all_bits(found.value), all_bits(state_of(self._mesh, found.step)), strict=True)
+        return found.step, found.tier, [a[0] for a, b in pairs if a != b]
 
     def save_leaves(self, step: int, n: int) -> None:
         """Saves `leaves_of` the mesh."""

@@ -94,6 +94,7 @@ COVERED_BY = {
     "recovery.cleaning": "faults/test_leftovers.py",
     "recovery.failed_saves": "faults/test_full_disk.py",
     "recovery.leftovers": "faults/test_leftovers.py",
+    "recovery.unfinished_exports": "unit/combine/test_export.py",
     "recovery.preemption": "faults/test_preemption.py",
     "recovery.retired_steps": "faults/test_retired_steps.py",
     "reports": "faults/test_integrity.py",

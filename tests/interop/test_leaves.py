@@ -493,8 +493,10 @@ def compare(tree, directory, combination, modes=MODES):
         found, error = attempt(lambda: save(lazy, by_us, kind.save(tree)))  # noqa: B023
         assert found == wanted, f"stock: {wanted} {why!r}; ours, {mode}: {found} {error!r}"
         if wanted == "refused":
-            assert isinstance(error, ValueError), repr(error)
-            assert list(by_us.iterdir()) == []
+            if isinstance(error, ValueError):
+                assert list(by_us.iterdir()) == []
+            else:  # Older releases of Orbax refuse what is written.
+                assert isinstance(error.__cause__, ValueError), repr(error)
             continue
         ours, theirs = stored(by_us), stored(by_stock)
         assert ours.keys() == theirs.keys()

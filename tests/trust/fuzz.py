@@ -39,12 +39,12 @@ COLUMNS = ("same", "different", "refused", "named", "noted", *_BAD)
 
 
 class Worker:
-    """A process that restores."""
+    """A process that restores, or combines."""
 
-    def __init__(self, root: pathlib.Path):
+    def __init__(self, root: pathlib.Path, what: str):
         path = [str(_TESTS), str(_TESTS.parent), os.environ.get("PYTHONPATH", "")]
         self._process = subprocess.Popen(
-            [sys.executable, str(_TESTS / "trust" / "worker.py"), str(root)],
+            [sys.executable, str(_TESTS / "trust" / "worker.py"), str(root), what],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -96,15 +96,22 @@ class Case:
     took_s: float = 0.0
 
 
-def cases(seed: int, numbers: range, scratch: pathlib.Path) -> Iterator[Case]:
-    """Makes and restores malformed checkpoints. Each depends on the seed and its number alone."""
+def cases(
+    seed: int, numbers: range, scratch: pathlib.Path, what: str = "restore"
+) -> Iterator[Case]:
+    """Makes malformed checkpoints, and restores or combines them.
+
+    Each depends on the seed and its number alone.
+    """
     root, worker = scratch / "valid", None
     names: list[str] = []
     try:
         for number in numbers:
             if worker is None:
-                worker = Worker(root)
+                worker = Worker(root, what)
                 names = sorted(path.name for path in root.iterdir())
+                if what == "combine":  # Those need a checkpoint that says what it holds.
+                    names.remove("older")
             rng = random.Random(f"{seed} {number}")
             name, directory = rng.choice(names), scratch / f"case-{number}"
             kind, what = mutated(rng, root / name, directory)
@@ -149,6 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--what", default="restore", choices=("restore", "combine"))
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--show", default="", help="also print the cases that ended like this")
     arguments = parser.parse_args()
@@ -156,7 +164,7 @@ def main() -> None:
     in_memory = pathlib.Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=in_memory if in_memory.is_dir() else None) as scratch:
         numbers = range(arguments.first, arguments.first + arguments.cases)
-        for case in cases(arguments.seed, numbers, pathlib.Path(scratch)):
+        for case in cases(arguments.seed, numbers, pathlib.Path(scratch), arguments.what):
             found.append(case)
             if is_bad(case) or arguments.show in case.ended:
                 print(case, flush=True)

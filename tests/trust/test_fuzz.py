@@ -8,20 +8,43 @@ import tempfile
 import pytest
 from trust import fuzz
 
+# Of these all is compared with digests.
+_OURS = ("ours", "plain zarr3")
+
+
+def found(record_property, title, numbers, what="restore"):
+    """Returns how some cases ended, none of them badly."""
+    in_memory = pathlib.Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=in_memory if in_memory.is_dir() else None) as scratch:
+        cases = list(fuzz.cases(0, numbers, pathlib.Path(scratch), what))
+    for row in fuzz.table(cases):
+        record_property("table row", [title, *row])
+    assert [case for case in cases if fuzz.is_bad(case)] == []
+    assert len(cases) == len(numbers)
+    # Most are noticed, and some are harmless.
+    ended = [how for case in cases for how in case.ended]
+    assert ended.count("refused") > len(cases)
+    assert "same" in ended
+    return cases
+
 
 @pytest.mark.parametrize(
     ("first", "n_cases"), [(0, 100), pytest.param(100, 1000, marks=pytest.mark.slow)]
 )
 def test_malformed_checkpoints_are_refused_clearly(record_property, first, n_cases):
-    in_memory = pathlib.Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=in_memory if in_memory.is_dir() else None) as scratch:
-        found = list(fuzz.cases(0, range(first, first + n_cases), pathlib.Path(scratch)))
-    for row in fuzz.table(found):
-        record_property("table row", ["Restores of malformed checkpoints", *row])
-    assert [case for case in found if fuzz.is_bad(case)] == []
-    assert len(found) == n_cases
-    assert {case.kind for case in found} == set(fuzz.MUTATIONS)
-    # Most are noticed, and some are harmless.
-    ended = [how for case in found for how in case.ended]
-    assert ended.count("refused") > n_cases
-    assert "same" in ended
+    title = "Restores of malformed checkpoints"
+    cases = found(record_property, title, range(first, first + n_cases))
+    assert {case.kind for case in cases} == set(fuzz.MUTATIONS)
+
+
+@pytest.mark.parametrize(
+    ("first", "n_cases"), [(0, 50), pytest.param(50, 1000, marks=pytest.mark.slow)]
+)
+def test_nothing_else_is_made_of_malformed_checkpoints(record_property, first, n_cases):
+    """They are merged, searched and exported. What has digests never becomes something else."""
+    title = "Merges, searches and exports of malformed checkpoints"
+    cases = found(record_property, title, range(first, first + n_cases), "combine")
+    ours = [case for case in cases if case.what.startswith(_OURS)]
+    assert ours
+    assert [case for case in ours if "different" in case.ended] == []
+    assert not any(how in case.ended for case in cases for how in ("named", "noted"))

@@ -27,6 +27,7 @@ import tensorstore as ts
 from equipment.trees import abstract, all_bits, on_mesh
 from etils import epath
 from orbax.checkpoint import msgpack_utils
+from trust import combined
 
 import lazy_orbax
 from lazy_orbax.restore import load
@@ -164,6 +165,28 @@ class Restorer:
         return ended
 
 
+class Combining:
+    """Merges, searches and exports, and compares with what comes of the valid one."""
+
+    def __init__(self, root: pathlib.Path):
+        # Those need a checkpoint that says what it holds.
+        names = [name for name in BASES if name != "older"]
+        self._combiner = combined.Combiner(root, names)
+
+    def outcome(self, directory: pathlib.Path, name: str) -> list[tuple[str, str]]:
+        """Returns how each way to combine ended, and what was said."""
+        ended = []
+        for way, do in self._combiner.ways(directory, name).items():
+            try:
+                found = do()
+            except Exception as error:  # noqa: BLE001
+                ended.append((_clarity(error, directory), f"{way}: {_text(error)}"))
+            else:
+                same = found == self._combiner.valid[name][way]
+                ended.append(("same" if same else "different", way))
+        return ended
+
+
 def _text(error: BaseException) -> str:
     notes = " ".join(getattr(error, "__notes__", []))
     return f"{type(error).__name__}: {error} {notes}"[:2000].encode(errors="replace").decode()
@@ -198,7 +221,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE_BYTES,) * 2)
     for module in (malformed, declared_sizes, load):
         module.memory_bytes = lambda: MEMORY_BYTES
-    restorer = Restorer(root)
+    restorer = {"restore": Restorer, "combine": Combining}[sys.argv[2]](root)
     replies.write(json.dumps({"ready": _peak_bytes()}) + "\n")
     for number, line in enumerate(sys.stdin):
         name, directory = json.loads(line)

@@ -24,9 +24,12 @@ from equipment.pods.kill_points import killing
 import lazy_orbax
 from lazy_orbax import _machine
 from lazy_orbax.combine import merge_work
+from lazy_orbax.errors import KeeperError, OptionError
+from lazy_orbax.handlers import promoting
 from lazy_orbax.save import commit, writer
 from lazy_orbax.snapshot.host_budget import HOST_BUDGET
 from lazy_orbax.storage import pace as pacing
+from lazy_orbax.tiers.promoted_steps import listed
 
 Report = dict[str, Any]
 
@@ -480,6 +483,54 @@ def preempted_in_v1(root: str, signalled: int) -> Report:
     return v1.preempted(pathlib.Path(root), _mesh(), signalled)
 
 
+def promoted(root: str, memory: str) -> Report:
+    """The keeper that both share brings step 5 down when all have it, and not before."""
+    mesh, process = _mesh(), jax.process_index()
+    tier = lazy_orbax.Tier(f"{root}/tier", every_s=0.1)
+    run = f"{root}/run"
+    with (
+        lazy_orbax.Keeper(run, directory=memory, tiers=[tier]) as keeper,
+        _manager(run) as manager,
+    ):
+        states_at = {step: states.on_mesh(mesh, step) for step in (5, 6)}
+        if process == 0:
+            keeper.save(5, states_at[5])
+            keeper.wait()
+            try:
+                promoting.promote(run, tier, memory)
+                why = "it was promoted"
+            except KeeperError as error:
+                why = str(error)
+        else:
+            why = ""
+        ocp.multihost.sync_global_processes("one has it")
+        before = os.listdir(tier.path) if os.path.isdir(tier.path) else []
+        ocp.multihost.sync_global_processes("looked")
+        if process == 1:
+            keeper.save(5, states_at[5])
+            keeper.wait()
+        while not [step for step, _ in listed(tier.path)]:
+            time.sleep(0.05)
+        ocp.multihost.sync_global_processes("it is there")
+        for file in keeper.slots.files(["default"]):
+            keeper.slots.shelf.remove(file)
+        ocp.multihost.sync_global_processes("memory is gone")
+        args = ocp.args.StandardRestore(states.targets(mesh, states.OTHER_SPECS))
+        found = lazy_orbax.restore_newest(manager, keeper, args=args)
+        wrong = states.differences(found.value, states.values(5))
+    return {"why": why, "before": before, "found": [found.step, found.tier], "wrong": wrong}
+
+
+def keepers_apart(root: str, memory: str) -> str:
+    """Tiers of two processes with a keeper each, as on two machines."""
+    tier = lazy_orbax.Tier(f"{root}/tier", every_s=0.1)
+    try:
+        lazy_orbax.Keeper(root, directory=f"{memory}{jax.process_index()}", tiers=[tier])
+    except OptionError as error:
+        return str(error)
+    return ""
+
+
 SCENARIOS = {
     function.__name__: function
     for function in (
@@ -498,6 +549,8 @@ SCENARIOS = {
         preempted,
         at_intervals,
         merged,
+        promoted,
+        keepers_apart,
         modes,
         saved_by_v1,
         killed_in_v1,

@@ -28,6 +28,7 @@ from lazy_orbax.errors import (
     OptionError,
     TransformError,
 )
+from lazy_orbax.inspect import clean
 from lazy_orbax.plan.transforms.rules_as_json import map_of
 from lazy_orbax.transforms import (
     TransformMap,
@@ -142,6 +143,21 @@ def test_rules_name_tensors_of_sharded_leaves_in_every_format(tmp_path, form):
         },
     )
     assert (report.dropped, report.left_out) == (("mu.scan.w",), ("note",))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_float64_is_rounded_once(tmp_path, dtype, compressed):
+    """A hair above a tie, which float32 would lose."""
+    step = float(ml_dtypes.finfo(dtype).eps)
+    values = np.array([[1 + step / 2 + 1e-12, 1 + step / 2 - 1e-12, -3.0]] * 300).T.copy()
+    saved(tmp_path / "c", {"w": values}, use_compression=compressed)
+    lazy_orbax.export(tmp_path / "c", tmp_path / "out", dtype=dtype)
+    (content,) = (
+        dict(one) for _, one in deserialize((tmp_path / "out" / "model.safetensors").read_bytes())
+    )
+    found = np.frombuffer(content["data"], ml_dtypes.finfo(dtype).dtype).reshape(3, 300)
+    assert found[:, 0].astype(float).tolist() == [1 + step, 1, -3]
 
 
 def test_a_dtype_is_for_floats_that_no_rule_casts(tmp_path):
@@ -307,6 +323,52 @@ lazy_orbax.export(*sys.argv[1:], map=TransformMap([drop("small")]), on_progress=
     assert found.returncode == -signal.SIGKILL, found.stderr
     (left,) = left_in(tmp_path)
     assert left.startswith(".out.exporting-")
+    (tmp_path / ".out.exporting-of-somebody").mkdir()
+    (told,) = clean(tmp_path, quiet_s=0).directories
+    assert (told.path, told.kept) == (str(tmp_path / left), None)
+    assert told.n_bytes
+    (told,) = clean(tmp_path).directories
+    assert "just now" in told.kept
+    seen = []
+    rules = TransformMap(FINE)
+    lazy_orbax.export(
+        step, tmp_path / "out", map=rules, on_progress=lambda *_: seen.append(at_work(tmp_path))
+    )
+    assert {kept for _, kept in seen} == {"an export is at it"}
+    assert left not in {name for name, _ in seen}
+    assert left_in(tmp_path) == {"out", ".out.exporting-of-somebody"}
+
+
+def at_work(directory):
+    """Returns the one hidden directory of an export that runs, and why it is not removed."""
+    (told,) = clean(directory, dry_run=False, quiet_s=0).directories
+    return os.path.basename(told.path), told.kept
+
+
+def test_what_a_killed_export_left_is_removed(tmp_path):
+    left, link = tmp_path / ".out.exporting-01234567", tmp_path / ".out.exporting-76543210"
+    (left / "deep").mkdir(parents=True)
+    link.symlink_to(tmp_path)
+    told = {os.path.basename(one.path): one for one in clean(tmp_path, quiet_s=0).directories}
+    assert left.exists()
+    assert told[link.name].kept == "it is a link"
+    report = clean(tmp_path, dry_run=False, quiet_s=0)
+    assert report.ok
+    assert left_in(tmp_path) == {link.name}
+    link.unlink()
+    with pytest.raises(OptionError, match="holds no checkpoint"):
+        clean(tmp_path)
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_an_array_that_is_not_stored_is_not_left_out(tmp_path, stock):
+    saved(tmp_path / "c", {"a": np.ones(3), "b": np.ones(3)}, stock=stock, use_ocdbt=False)
+    (tmp_path / "c" / "a" / ".zarray").unlink()
+    error = MalformedCheckpointError if stock else CorruptCheckpointError
+    for do in (lazy_orbax.export, lambda c, out: lazy_orbax.merge([c, c], "uniform", out)):
+        with pytest.raises(error, match=r"lea\w+ a"):
+            do(tmp_path / "c", tmp_path / "out")
+    assert left_in(tmp_path) == {"c"}
 
 
 # The command line, and rules as JSON.

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import lazy_orbax
 from lazy_orbax.errors import OptionError, TreeError
 from lazy_orbax.save.plan_cache import PLAN_CACHE, PlanCache
-from lazy_orbax.snapshot import pack
+from lazy_orbax.snapshot import pack, programs
 from lazy_orbax.snapshot.host_budget import HOST_BUDGET
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -24,7 +24,7 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 @pytest.fixture(autouse=True)
 def forget():
     PLAN_CACHE.clear()
-    pack._PROGRAMS.clear()
+    programs.PROGRAMS.clear()
     pack._cached_table.cache_clear()
     HOST_BUDGET.drop_idle()
     yield

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
+import lazy_orbax
+from lazy_orbax import LazyOptions
 from lazy_orbax.inspection.du import du
 from lazy_orbax.inspection.ls import ls
 
@@ -30,6 +34,23 @@ def test_without_digests_nothing_is_claimed(runs):
     assert (use.fixed, use.n_compared) == ((), 0)
     assert all(step.repeated_bytes is None for step in use.steps)
     assert "not known" in str(use)
+
+
+def test_a_file_that_several_steps_have_is_counted_once(tmp_path):
+    options = LazyOptions(skip_unchanged=True)
+    handler = lazy_orbax.pytree_handler(options=options, use_ocdbt=False, use_compression=False)
+    with ocp.CheckpointManager(tmp_path, item_handlers=handler) as manager:
+        for step in range(3):
+            tree = {"frozen": np.ones(2**12), "w": np.full(8, step)}
+            manager.save(step, args=ocp.args.PyTreeSave(tree))
+    use = du(tmp_path)
+    sizes = [entry.n_bytes for entry in ls(tmp_path).steps]
+    assert [step.linked_bytes for step in use.steps] == [0, 2**15, 2**15]
+    assert [step.n_bytes + step.linked_bytes for step in use.steps] == sizes
+    files = [path.stat() for path in tmp_path.glob("[0-9]/**/*") if path.is_file()]
+    assert use.n_bytes == sum({file.st_ino: file.st_size for file in files}.values())
+    assert (use.linked_bytes, use.repeated_bytes) == (2**16, 0)
+    assert "65.5 kB more are linked" in str(use)
 
 
 def test_the_tree_has_each_step(runs):

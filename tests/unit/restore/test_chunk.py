@@ -11,7 +11,7 @@ from lazy_orbax.integrity import digest
 from lazy_orbax.integrity.array_format import ArrayFormat
 from lazy_orbax.plan.boxes import Box
 from lazy_orbax.plan.reads import chunk_reads
-from lazy_orbax.restore.chunk import Chunk, Target, arrived, put
+from lazy_orbax.restore.chunk import Chunk, Target, arrived, copy
 
 FLOATS = [
     np.dtype(dtype)
@@ -55,7 +55,7 @@ def test_floats_are_cast_as_tensorstore_casts(source, target, with_nans):
         values = values if with_nans else values[~np.isnan(values)]
     found = np.empty(values.shape, target)
     for start in range(0, len(values), 2**14):  # Few enough to be cast by NumPy.
-        put(found[start : start + 2**14], values[start : start + 2**14])
+        copy(found[start : start + 2**14], values[start : start + 2**14])
     wanted = ts.cast(ts.array(values), ts.dtype(target)).read().result()
     np.testing.assert_array_equal(bits(found), bits(wanted))
 
@@ -64,7 +64,7 @@ def test_floats_are_cast_as_tensorstore_casts(source, target, with_nans):
 def test_other_numbers_are_cast_as_tensorstore_casts(source, target):
     values = np.array([-1.0, 0.0, 3.0, 100.0]).astype(source)
     found = np.empty(values.shape, target)
-    put(found, values)
+    copy(found, values)
     np.testing.assert_array_equal(found, digest.cast(values, np.dtype(target).name))
 
 

@@ -21,7 +21,7 @@ from lazy_orbax.plan.shards import Leaf, ReplicaPolicy
 from lazy_orbax.plan.slabs import Plan, Slab, make_plan
 from lazy_orbax.save import in_flight
 from lazy_orbax.snapshot import choose_mode as room_module
-from lazy_orbax.snapshot import device_to_host, host_copies, pack
+from lazy_orbax.snapshot import device_to_host, host_copies, pack, programs
 from lazy_orbax.snapshot.choose_mode import Room
 
 DEVICES = np.array(jax.devices()[:8])
@@ -213,8 +213,8 @@ def test_large_leaves_whose_type_changes_are_written_into_the_buffer_one_by_one(
     again = device_to_host.stage(plan, slab, second, held.buffer)
     assert pointers(again.buffer) == before
     assert_same(collected(plan, [again]), hosts[1])
-    program, table = pack.program(plan, slab, into=True)
-    needed = program.lower(table, again.buffer, *second).compile().memory_analysis()
+    program, _ = pack.program(plan, slab, into=True)
+    needed = program.compiled().memory_analysis()
     assert needed.temp_size_in_bytes < 2**14
 
 
@@ -390,7 +390,7 @@ def every_bit_pattern(name):
     return array
 
 
-@pytest.mark.parametrize("mode", ["stage", "direct"])
+@pytest.mark.parametrize("mode", ["stage", "copy", "direct"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_bit_pattern_of_every_dtype_arrives(name, mode):
     wanted, n_leaves = every_bit_pattern(name), 10
@@ -434,17 +434,17 @@ def _held_bytes(held):
 
 
 def test_slabs_that_look_alike_share_a_program():
-    pack._PROGRAMS.clear()
+    programs.PROGRAMS.clear()
     leaves = [on_mesh(np.ones((8, 6), np.float32), MESH, "a") for _ in range(8)]
     plans = [plan_of(leaves, slab_bytes=2 * leaves[0].nbytes) for _ in range(2)]
-    programs = set()
+    used = set()
     for plan in plans:
         assert len(plan.slabs) == 4
         for slab in plan.slabs:
             device_to_host.stage(plan, slab, leaves)
-            programs.add(pack.program(plan, slab, into=True)[0])
-    (program,) = programs
-    assert program._cache_size() == 1
+            used.add(pack.program(plan, slab, into=True)[0])
+    (program,) = used
+    assert program.is_compiled
 
 
 @pytest.mark.parametrize("into", [True, False])

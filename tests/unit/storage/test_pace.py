@@ -104,7 +104,7 @@ def test_only_the_threads_of_a_save_are_lowered(tmp_path, monkeypatch, low, lowe
     options = lazy_orbax.LazyOptions(low_priority=low)
     with ocp.AsyncCheckpointer(lazy_orbax.standard_handler(options=options)) as checkpointer:
         checkpointer.save(tmp_path / "1", args=ocp.args.StandardSave({"x": np.ones(3)}))
-    assert found == {"writing": mine + lowered}
+    assert found == {"writing": min(mine + lowered, 19)}
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == mine
 
 

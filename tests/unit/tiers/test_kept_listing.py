@@ -41,6 +41,22 @@ def test_each_snapshot_is_listed_with_what_is_wrong(two, tmp_path, capsys):
     assert "whole" in capsys.readouterr().out
 
 
+def test_each_tier_is_listed_with_how_it_went(served, tmp_path, capsys):
+    tiers = [lazy_orbax.Tier(tmp_path / name, every_s=1e6) for name in "abcd"]
+    with lazy_orbax.Keeper(tmp_path / "run", directory=served, tiers=tiers):
+        found = kept(served)
+    assert [one["path"] for one in found.tiers] == [tier.path for tier in tiers]
+    for one, (status, is_busy) in zip(
+        found.tiers, [(None, False), (None, True), (0, False), (1, False)], strict=True
+    ):
+        one.update(status=status, is_busy=is_busy)
+    *_, a, b, c, d = str(found).splitlines()
+    assert a == f"{tmp_path}/run to {tmp_path}/a: nothing yet"
+    assert b.endswith("on its way")
+    assert c.endswith("the newest is there")
+    assert d.endswith(f"failed, see {served}/keeper.log")
+
+
 def test_looking_makes_nothing(place, capsys):
     assert kept(place).snapshots == ()
     assert not stop(place, discard=True)

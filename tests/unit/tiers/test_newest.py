@@ -168,7 +168,7 @@ def test_items_are_of_one_step(tmp_path, served):
 
 def test_where_there_is_nothing_it_says_so(tmp_path, served):
     with (
-        lazy_orbax.Keeper(tmp_path / "other", directory=served) as keeper,
+        lazy_orbax.Keeper(tmp_path / "empty", directory=served) as keeper,
         ocp.CheckpointManager(tmp_path / "empty") as manager,
         pytest.raises(FileNotFoundError, match="no step"),
     ):

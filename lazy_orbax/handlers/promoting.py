@@ -1,0 +1,129 @@
+"""The newest snapshot in memory goes to a tier, as an ordinary step, by a fresh process.
+
+`python -m lazy_orbax.handlers.promoting RUN DIRECTORY TIER`: the keeper calls it, with the fields
+of a `Tier` as JSON. Killed anywhere, it leaves nothing that is listed; the next one removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from lazy_orbax.errors import KeeperError, LazyOrbaxError
+from lazy_orbax.handlers.completing import write
+from lazy_orbax.handlers.verified_path import verified_in
+from lazy_orbax.tiers.kept_steps import UNUSABLE, kept_steps
+from lazy_orbax.tiers.promoted_steps import newest_in, remove_unfinished, retire
+from lazy_orbax.tiers.shelf import Shelf, claim_of
+from lazy_orbax.tiers.tier import Tier
+
+_LOG = logging.getLogger("lazy_orbax")
+# A trainer goes on meanwhile, and may write over what is being read.
+_TRIES = 3
+_NICE = 10
+
+
+def promote(run: str, tier: Tier, directory: str | None = None) -> int | None:
+    """Writes the newest whole snapshot of a run to a tier, unless it has one as new.
+
+    It is read from memory first, compared with its digests, and what is taken of a snapshot that a
+    trainer has begun to write over meanwhile is thrown away. The step is written, read back and
+    compared with its own digests, and then listed. Older ones are removed as the tier says.
+
+    Args:
+        run: the run, as `Keeper` was given it.
+        tier: where it goes. Its directory is made if it is not there.
+        directory: the keeper's directory.
+
+    Returns:
+        The step; `None`: nothing was newer.
+
+    Raises:
+        KeeperError: there is no whole snapshot of all processes, or another program is at it.
+        SaveError: the storage refused it.
+        CorruptCheckpointError: what was read back is not what was written; it is not listed.
+    """
+    shelf = Shelf(directory)
+    with _alone(shelf, tier.path):
+        remove_unfinished(tier.path)
+        taken = _taken(shelf, run, newest_in(tier.path))
+        if taken is not None:
+            step, values = taken
+            path_class = verified_in(tier.path, {"run": run})
+            write(tier.path, step, values, create=True, temporary_path_class=path_class)
+        if tier.keep is not None:
+            retire(tier.path, tier.keep)
+        return None if taken is None else taken[0]
+
+
+def _taken(shelf: Shelf, run: str, newest: int) -> tuple[int, dict[str, Any]] | None:
+    """Returns the newest step that is whole, read into this process's own memory.
+
+    Args:
+        shelf: where the snapshots are.
+        run: the run.
+        newest: the step that the tier has: older ones are of no use.
+    """
+    reasons: list[str] = []
+    for _ in range(_TRIES):
+        reasons.clear()
+        for kept in kept_steps(shelf, run):
+            if kept.step <= newest:
+                if reasons:
+                    break
+                return None
+            try:
+                kept.refuse_parts()
+                values = kept.values()
+            except UNUSABLE as error:
+                reasons.append(f"step {kept.step}: {error}")
+                continue
+            if kept.is_as_it_was():
+                return kept.step, values
+            reasons.append(f"step {kept.step}: a trainer wrote over it meanwhile")
+    raise KeeperError(f"no snapshot of {run} in memory is whole: {'; '.join(reasons) or 'none'}")
+
+
+@contextlib.contextmanager
+def _alone(shelf: Shelf, tier: str) -> Iterator[None]:
+    """Keeps another program, of a keeper that died perhaps, away from a tier.
+
+    Raises:
+        KeeperError: there is one.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(f"{shelf.path}/{claim_of(f'tier {tier}', 0)}", flags, 0o600)
+    try:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise KeeperError(f"another program is bringing a snapshot to {tier}") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def main(arguments: list[str]) -> int:
+    """Promotes. Returns the exit status: 0 where the tier has the newest there is."""
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+    os.nice(_NICE)  # The training comes first.
+    run, directory, told = arguments
+    tier = Tier(**json.loads(told))
+    try:
+        step = promote(run, tier, directory)
+    except (LazyOrbaxError, OSError) as error:
+        _LOG.warning("Nothing of %s was brought to %s: %s", run, tier.path, error)
+        return 1
+    if step is not None:
+        _LOG.warning("Step %d of %s was brought to %s.", step, run, tier.path)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

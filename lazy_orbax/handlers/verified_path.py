@@ -1,0 +1,74 @@
+"""Temporary paths of Orbax for steps that are read back, and compared, before they are listed.
+
+A step carries a mark from its beginning: who promotes knows its own steps, finished or not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from lazy_orbax._orbax.symbols import ocp_path
+from lazy_orbax._paths import PROMOTED
+from lazy_orbax.errors import CorruptCheckpointError
+from lazy_orbax.integrity.verify import problems_before_publication
+from lazy_orbax.save.durable_path import DurablePath
+from lazy_orbax.storage.places import place_of
+
+
+class _Verified:
+    """What both kinds of paths do more than others. Items in a step are left alone.
+
+    Attributes:
+        run: the directory in which steps are verified.
+        told: what the mark of a step says.
+    """
+
+    run = ""
+    told: dict[str, Any]
+
+    def _is_of_step(self: Any) -> bool:
+        return str(self.get_final()).rpartition("/")[0] == self.run
+
+    async def create(self: Any) -> Any:
+        made = await super().create()  # type: ignore[misc]
+        if self._is_of_step():
+            mark = json.dumps(self.told).encode()
+            await asyncio.to_thread(place_of(str(made)).write, PROMOTED, mark)
+        return made
+
+    async def finalize(self: Any) -> None:
+        """Publishes the step, if it is what was saved.
+
+        Raises:
+            CorruptCheckpointError: it is not.
+        """
+        if self._is_of_step():
+            await asyncio.to_thread(_refuse_unlike, str(self.get()))
+        await super().finalize()  # type: ignore[misc]
+
+
+def _refuse_unlike(directory: str) -> None:
+    problems = problems_before_publication(directory)
+    if problems:
+        raise CorruptCheckpointError(directory, problems)
+
+
+class _Directory(_Verified, DurablePath):
+    """In a file system. It is also synced before it is listed."""
+
+
+class _InBucket(_Verified, ocp_path.atomicity.CommitFileTemporaryPath):
+    """In an object store, where a file says that it is committed."""
+
+
+def verified_in(run: str, told: dict[str, Any]) -> type[Any]:
+    """Returns a class of temporary paths for steps that are verified before they are listed.
+
+    Args:
+        run: the directory of the steps, or its address.
+        told: what the mark of a step says, as JSON values.
+    """
+    kind = _Directory if place_of(run).needs_sync else _InBucket
+    return type(kind.__name__, (kind,), {"run": run, "told": told})

@@ -1,0 +1,91 @@
+"""Whole steps of a run in the memory of this machine, and the trees that they are."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from lazy_orbax.errors import KeeperError, LazyOrbaxError
+from lazy_orbax.tiers.kept_tree import KeptTree
+from lazy_orbax.tiers.shelf import Shelf
+from lazy_orbax.tiers.snapshot_file import Snapshot, SnapshotError, read_snapshot
+from lazy_orbax.timeline import RestoreRecorder
+
+
+class KeptStep(NamedTuple):
+    """A step in one life of its job.
+
+    Attributes:
+        step: the step.
+        items: the snapshots of each item, of one process or of several.
+    """
+
+    step: int
+    items: dict[str, list[Snapshot]]
+
+    @property
+    def written_s(self) -> float:
+        """When the last of it was written."""
+        return max(one.facts["written_s"] for each in self.items.values() for one in each)
+
+    def values(self) -> dict[str, Any]:
+        """Returns the tree of each item, with NumPy arrays; every byte is compared first.
+
+        Raises:
+            NotAtHandError: other machines have some of it.
+            CorruptCheckpointError: a piece is not what was put there.
+            SnapshotError: a snapshot makes no sense.
+        """
+        recorder = RestoreRecorder(str(self.step))
+        return {
+            item: KeptTree(snapshots).restored(None, recorder, on_devices=False)
+            for item, snapshots in self.items.items()
+        }
+
+    def refuse_parts(self) -> None:
+        """Refuses a step of which the snapshot of a process is not here.
+
+        Raises:
+            KeeperError: there is such a process.
+        """
+        for item, snapshots in self.items.items():
+            wanted = max(one.facts["processes"] for one in snapshots)
+            missing = set(range(wanted)) - {one.facts["process"] for one in snapshots}
+            if missing:
+                raise KeeperError(
+                    f"step {self.step} of the item {item}: found no snapshot of process "
+                    f"{min(missing)} in {snapshots[0].path.rpartition('/')[0]}, wanted those of "
+                    f"all {wanted} processes"
+                )
+
+    def is_as_it_was(self) -> bool:
+        """Whether nobody has begun to write over it since: then what was read of it is whole."""
+        try:
+            return all(
+                read_snapshot(one.path).facts == one.facts
+                for snapshots in self.items.values()
+                for one in snapshots
+            )
+        except (SnapshotError, OSError):
+            return False
+
+
+UNUSABLE = (LazyOrbaxError, SnapshotError, OSError)
+"""What says that a step in memory cannot be used, and another may be."""
+
+
+def kept_steps(shelf: Shelf, run: str) -> list[KeptStep]:
+    """Returns the steps that have all items, the one that was written last first.
+
+    Args:
+        shelf: where the snapshots are.
+        run: the name of the run.
+    """
+    found: dict[tuple[int, int], KeptStep] = {}
+    for _, snapshot in shelf.snapshots():
+        if isinstance(snapshot, Snapshot) and snapshot.facts["run"] == run:
+            key = snapshot.step, snapshot.facts["life"]
+            items = found.setdefault(key, KeptStep(snapshot.step, {})).items
+            items.setdefault(snapshot.facts["item"], []).append(snapshot)
+    wanted = {item for kept in found.values() for item in kept.items}
+    whole = [kept for kept in found.values() if set(kept.items) == wanted]
+    return sorted(whole, key=lambda kept: kept.written_s, reverse=True)

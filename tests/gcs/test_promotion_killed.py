@@ -1,0 +1,98 @@
+"""A promotion to `gs://` killed at an exact request: what others find there, and the next one."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import shutil
+import tempfile
+
+import pytest
+from gcs.proxy import Fault
+from gcs.uploads import COMMIT, DATA, ITEM_COMMIT, MERGED, STEP_METADATA, TREE
+
+from lazy_orbax.tiers.keeper_link import connected
+from lazy_orbax.tiers.messages import asked
+
+MARK = r"upload \S*/2/lazy_orbax_promoted.json"
+UNLIST = r"delete \S*/1/commit_success.txt"
+REMOVE = r"delete \S*/1/default/"
+REMOVE_MARK = r"delete \S*/1/lazy_orbax_promoted.json"
+# What, the pattern, and which steps are listed before that. By day one, at night all.
+POINTS = [
+    ("the step's metadata", STEP_METADATA, [1]),
+    ("the mark", MARK, [1]),
+    ("the first data", DATA, [1]),
+    ("_METADATA", TREE, [1]),
+    ("the merge's manifest", MERGED, [1]),
+    ("the item's commit file", ITEM_COMMIT, [1]),
+    ("the commit file", COMMIT, [1]),
+    ("the end of the old step", UNLIST, [1, 2]),
+    ("the first removal", REMOVE, [2]),
+    ("the last removal", REMOVE_MARK, [2]),
+]
+NOTHING_LEFT = {(STEP_METADATA, "stall"), (REMOVE_MARK, "mute")}
+BY_DAY = {("the commit file", "stall")}
+
+
+@pytest.fixture(scope="module")
+def witness(start_for_module):
+    """Another process, which only knows the address."""
+    return start_for_module()
+
+
+@pytest.fixture
+def memory():
+    """The directory of a keeper that is not there yet."""
+    above = pathlib.Path(tempfile.mkdtemp(prefix="lo-", dir="/dev/shm"))
+    yield str(above / "k")
+    with contextlib.suppress(OSError), connected(str(above / "k")) as peer:
+        asked(peer, {"do": "stop", "discard": True}, timeout_s=60)
+    shutil.rmtree(above)
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        pytest.param(
+            (action, pattern, listed),
+            id=f"{'before' if action == 'stall' else 'after'} {what}",
+            marks=[] if (what, action) in BY_DAY else pytest.mark.slow,
+        )
+        for what, pattern, listed in POINTS
+        for action in ("stall", "mute")
+    ],
+)
+def test_a_killed_promotion(start, witness, proxy, root, memory, point):
+    action, pattern, listed = point
+    run, tier = f"{root}/run", f"{root}/tier"
+    promoter = start()
+    for step in (1, 2):
+        witness.do("keep", run, memory, step)
+        if step == 1:
+            assert promoter.do("promote", run, memory, tier) == 1
+    met = Fault(pattern, action, times=1)
+    with proxy.breaking(met):
+        promoter.begin("promote", run, memory, tier)
+        met.await_request()
+        promoter.kill()
+    after = {COMMIT: [1, 2], UNLIST: [2]}.get(pattern, listed) if action == "mute" else listed
+    assert witness.do("open", tier, stock=True) == after
+    assert witness.do("wrong", *after) == []
+    left = {1, 2} - {*after}
+    if left and (pattern, action) not in NOTHING_LEFT:
+        assert f"{tier}/{left.pop()} " in witness.do("command", "clean", tier)[1]
+    assert start().do("promote", run, memory, tier) in (2, None)
+    assert witness.do("open", tier, stock=True) == [2]
+    assert witness.do("wrong", 2) == []
+    assert witness.do("problems", 2) == []
+    assert not witness.do("objects", 1)
+
+
+def test_what_is_in_a_bucket_is_found_when_memory_is_gone(start, root, memory):
+    run, tier = f"{root}/run", f"{root}/tier"
+    job = start()
+    job.do("keep", run, memory, 1)
+    assert job.do("promote", run, memory, tier) == 1
+    assert job.do("newest", run, memory, tier) == (1, "memory", [])
+    assert job.do("newest", run, memory, tier) == (1, tier, [])  # It ended well, and left nothing.

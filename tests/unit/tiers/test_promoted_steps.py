@@ -1,0 +1,53 @@
+"""Of a tier's directories, only those that were promoted are ever removed."""
+
+import os
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from lazy_orbax._paths import PROMOTED
+from lazy_orbax.tiers.promoted_steps import listed, newest_in, remove_unfinished, retire
+
+
+@pytest.fixture
+def tier(tmp_path):
+    """Steps 1 to 5 of stock Orbax, of which 1, 3 and 5 bear the mark."""
+    with ocp.CheckpointManager(tmp_path) as manager:
+        for step in range(1, 6):
+            manager.save(step, args=ocp.args.StandardSave({"a": np.full(3, step)}))
+    for step in (1, 3, 5):
+        (tmp_path / str(step) / PROMOTED).write_text("{}")
+    return tmp_path
+
+
+def test_the_newest_counts_whoever_saved_it(tier):
+    assert newest_in(str(tier)) == 5
+    assert [step for step, _ in listed(str(tier))] == [1, 2, 3, 4, 5]
+    assert newest_in(str(tier / "nothing")) == -1
+
+
+@pytest.mark.parametrize(("keep", "left"), [(3, "12345"), (2, "2345"), (1, "245")])
+def test_the_oldest_that_were_promoted_go(tier, keep, left):
+    retire(str(tier), keep)
+    assert sorted(os.listdir(tier)) == list(left)
+    with ocp.CheckpointManager(tier) as manager:
+        assert np.array_equal(manager.restore(2)["a"], [2, 2, 2])
+
+
+def test_only_what_promotions_left_is_removed(tier):
+    """The others may be saves that are running."""
+    for name in ("6.orbax-checkpoint-tmp", "7.orbax-checkpoint-tmp", "notes"):
+        (tier / name).mkdir()
+    (tier / "6.orbax-checkpoint-tmp" / PROMOTED).write_text("{}")
+    # Killed in the middle of a removal, and just before its end.
+    (tier / "5").rename(tier / "5.orbax-checkpoint-tmp-going")
+    (tier / "0.orbax-checkpoint-tmp-going").mkdir()
+    remove_unfinished(str(tier))
+    assert sorted(os.listdir(tier)) == ["1", "2", "3", "4", "7.orbax-checkpoint-tmp", "notes"]
+
+
+def test_what_an_earlier_removal_left_is_in_nobodys_way(tier):
+    (tier / "1.orbax-checkpoint-tmp-going" / "default").mkdir(parents=True)
+    retire(str(tier), 2)
+    assert sorted(os.listdir(tier)) == ["2", "3", "4", "5"]
