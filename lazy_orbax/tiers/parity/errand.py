@@ -6,9 +6,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from lazy_orbax.integrity.digest import hasher
+import numpy as np
+
+from lazy_orbax.integrity.digest import digest_of_bytes
 from lazy_orbax.tiers.parity.settings import NodeSettings
-from lazy_orbax.tiers.parity.transport import Peer
+from lazy_orbax.tiers.parity.transport import CHUNK_BYTES, Peer
 
 
 class Errand:
@@ -63,16 +65,26 @@ class Incoming:
     """Bytes that come from a member.
 
     Attributes:
-        digest: of all of them, when they have come.
+        digest: of all of them, when they have come: that of the digests of their chunks.
     """
 
-    def __init__(self, chunks: Iterator[memoryview]):
+    def __init__(self, chunks: Iterator[tuple[memoryview, int]]):
         self._chunks, self.digest = chunks, 0
 
     def __iter__(self) -> Iterator[tuple[int, memoryview]]:
-        digest, at = hasher(), 0
-        for chunk in self._chunks:
-            digest.update(chunk)
+        digests, at = list[int](), 0
+        for chunk, digest in self._chunks:
+            digests.append(digest)
             yield at, chunk
             at += len(chunk)
-        self.digest = digest.intdigest()
+        self.digest = _digest_of(digests)
+
+
+def digest_in_chunks(content: np.ndarray) -> int:
+    """Returns the digest that bytes have when they come in chunks."""
+    chunks = range(0, content.size, CHUNK_BYTES)
+    return _digest_of([digest_of_bytes(content[at : at + CHUNK_BYTES]) for at in chunks])
+
+
+def _digest_of(digests: list[int]) -> int:
+    return digest_of_bytes(np.array(digests, "<u8"))

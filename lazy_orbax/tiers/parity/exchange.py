@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lazy_orbax.errors import KeeperError
-from lazy_orbax.integrity.digest import digest_of_bytes
 from lazy_orbax.tiers.parity import files, stripes
-from lazy_orbax.tiers.parity.errand import Errand
+from lazy_orbax.tiers.parity.errand import Errand, digest_in_chunks
 from lazy_orbax.tiers.parity.files import Key, Member
 from lazy_orbax.tiers.parity.settings import NodeSettings
 from lazy_orbax.tiers.shelf import Shelf
@@ -115,6 +114,6 @@ class Exchange:
             **dataclasses.asdict(self._key),
             "process": self._settings.process,
             "parity_bytes": target.size,
-            "parity_digest": digest_of_bytes(target),
+            "parity_digest": digest_in_chunks(target),
             "members": [dataclasses.asdict(member) for member in members],
         }

@@ -25,7 +25,6 @@ from lazy_orbax.tiers.parity.settings import (
     NodeSettings,
     Parity,
     interface_towards,
-    refuse_without_transport,
 )
 from lazy_orbax.tiers.shelf import GENERATIONS, Shelf, parity_file_of
 from lazy_orbax.tiers.votes import Votes
@@ -76,9 +75,8 @@ class Guard:
         """Starts the node, and tells the others where it is. Every process of a job must.
 
         Raises:
-            KeeperError: gRPC is not installed, or the node cannot be started.
+            KeeperError: the node cannot be started.
         """
-        refuse_without_transport()
         self.report = ProtectionReport()
         self.store: Any = None
         self._shelf, self._lock = shelf, threading.RLock()

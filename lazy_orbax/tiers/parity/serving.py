@@ -57,13 +57,12 @@ class Serving:
             self._pace.await_turn(end - first, self._over)
             with self._lock:
                 self.sent_bytes += end - first
-        chunk = opened.memory[begins + first : begins + end]
-        content = memoryview(chunk.tobytes())
         if not opened.is_as_it_was():
             raise KeeperError(f"step {key.step} was overwritten while it was sent")
         if what == "exchange" and begins + end == ends:
             self.announced.was_served(key, int(told["holder"]))
-        return content
+        # What is overwritten from here on has another digest when it comes.
+        return memoryview(opened.memory[begins + first : begins + end])
 
     def _opened(self, what: str, key: Key, process: int) -> files.Opened:
         """Returns a file to read. The last ones stay open, until they are overwritten."""

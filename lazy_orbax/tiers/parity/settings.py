@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import socket
 
 from lazy_orbax.errors import KeeperError, OptionError
@@ -86,19 +85,6 @@ class NodeSettings:
     bytes_per_s: int | None = None
     timeout_s: float = 300.0
     tls: tuple[str, str, str] | None = None
-
-
-def refuse_without_transport() -> None:
-    """Refuses to go on where what moves the bytes is not installed.
-
-    Raises:
-        KeeperError: it is not.
-    """
-    if importlib.util.find_spec("grpc") is None:
-        raise KeeperError(
-            "parity between machines needs gRPC, which is not installed: "
-            "pip install 'lazy_orbax[parity]'; or make the Keeper without `parity`"
-        )
 
 
 def interface_towards(address: str | None) -> str:

@@ -1,15 +1,15 @@
 """Any one machine of a group may go with its memory; who is wrong is found out, and named."""
 
 import pathlib
+import time
 
 import numpy as np
 import pytest
 from equipment.nodes import ITEM, LIMIT_BYTES, RUN, key_of, machines
 
 from lazy_orbax.errors import KeeperError
-from lazy_orbax.integrity.digest import digest_of_bytes
 from lazy_orbax.tiers.parity import files
-from lazy_orbax.tiers.parity.errand import Errand
+from lazy_orbax.tiers.parity.errand import Errand, digest_in_chunks
 from lazy_orbax.tiers.parity.survey import plans
 from lazy_orbax.tiers.snapshot_file import PAGE_BYTES
 
@@ -138,7 +138,7 @@ def test_one_who_lies_in_parity_and_its_digest_makes_no_snapshot():
         flip(parity.path, PAGE_BYTES + 9)
         told = pathlib.Path(parity.path).read_bytes()[PAGE_BYTES:][: parity.facts["parity_bytes"]]
         listing = job.all[1].listing()
-        listing["parities"][0]["parity_digest"] = digest_of_bytes(told)
+        listing["parities"][0]["parity_digest"] = digest_in_chunks(np.frombuffer(told, np.uint8))
         job.all[1].listing = lambda: listing
         (plan,), _ = job.plans()
         with pytest.raises(KeeperError, match="put together"):
@@ -179,7 +179,8 @@ def test_nobody_gets_what_is_not_there(at):
         with Errand(job.all[0].settings) as errand:
             peer = errand._peer(job.all[1].node.address)
             with pytest.raises(KeeperError, match="wanted"):
-                peer._answer(*peer._call("Read", {**told, "first": at[0], "end": at[1]}, 30), 30)
+                more = {**told, "first": at[0], "end": at[1]}
+                peer._asked("/read", more, 10**6, time.monotonic() + 30)
 
 
 def test_without_room_nothing_changes():

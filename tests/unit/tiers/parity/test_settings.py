@@ -1,12 +1,11 @@
 """What is wrong with an option is said before anything begins."""
 
-import importlib.util
 import socket
 
 import pytest
 
 from lazy_orbax.errors import KeeperError, OptionError
-from lazy_orbax.tiers.parity.settings import Parity, interface_towards, refuse_without_transport
+from lazy_orbax.tiers.parity.settings import Parity, interface_towards
 
 
 @pytest.mark.parametrize(
@@ -29,13 +28,6 @@ def test_a_secret_is_not_printed():
 def test_what_fails_as_a_whole_is_the_host_unless_it_is_said():
     assert Parity().domain_here == socket.gethostname()
     assert Parity(domain="rack 3").domain_here == "rack 3"
-
-
-def test_without_grpc_it_says_what_to_install(monkeypatch):
-    refuse_without_transport()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(KeeperError, match=r"lazy_orbax\[parity\]"):
-        refuse_without_transport()
 
 
 def test_the_interface_is_the_one_towards_the_coordinator():
