@@ -62,7 +62,7 @@ class Serving:
         if what == "exchange" and begins + end == ends:
             self.announced.was_served(key, int(told["holder"]))
         # What is overwritten from here on has another digest when it comes.
-        return memoryview(opened.memory[begins + first : begins + end])
+        return opened.memory[begins + first : begins + end].data
 
     def _opened(self, what: str, key: Key, process: int) -> files.Opened:
         """Returns a file to read. The last ones stay open, until they are overwritten."""

@@ -124,7 +124,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
-    server: Server
+    server: Server  # type: ignore[override]
 
     def handle(self) -> None:
         # Whoever sends a byte from time to time is not waited for, either.

@@ -8,6 +8,7 @@ import pytest
 from equipment.nodes import ITEM, LIMIT_BYTES, RUN, key_of, machines
 
 from lazy_orbax.errors import KeeperError
+from lazy_orbax.storage.pace import Pace
 from lazy_orbax.tiers.parity import files
 from lazy_orbax.tiers.parity.errand import Errand, digest_in_chunks
 from lazy_orbax.tiers.parity.survey import plans
@@ -197,3 +198,16 @@ def test_without_room_nothing_changes():
         assert set(before) <= set(job.all[0].shelf.files())
         job.all[0].shelf.remove(FILLER)
         assert all("seconds" in done for done in job.exchange(11))
+
+
+def test_exchanges_are_limited_in_speed_and_rebuilding_is_not(monkeypatch):
+    turns = []
+    monkeypatch.setattr(Pace, "await_turn", lambda self, n_bytes, ended: turns.append(n_bytes))
+    with machines(2) as job:
+        wanted = job.write(10, contents(2))
+        job.exchange(10)
+        assert sum(turns) == sum(map(len, wanted))
+        job.lose(1)
+        (plan,), _ = job.plans()
+        job.mend(plan)
+        assert sum(turns) == sum(map(len, wanted))

@@ -1,7 +1,9 @@
 """Who does not know the secret gets nothing, and a call always ends."""
 
 import http.client
+import shutil
 import socket
+import subprocess
 import threading
 
 import pytest
@@ -192,3 +194,39 @@ def test_it_listens_on_the_interface_that_it_is_told(server):
 def test_where_nobody_can_listen_it_says_so(desk):
     with pytest.raises(KeeperError, match="listen on 192.0.2.1"):
         Server("192.0.2.1", SECRET, None, desk.answer, desk.read)
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory):
+    """A certificate of this machine, which signed itself."""
+    place = tmp_path_factory.mktemp("tls")
+    names = [str(place / name) for name in ("certificate", "key")]
+    if shutil.which("openssl") is None:
+        pytest.skip("there is no openssl here, which makes the certificate")
+    options = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+    name = ["-subj", "/CN=node", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-out", names[0], "-keyout", names[1]]
+    command = ["openssl", "req", "-x509", *options, *name, *files]
+    subprocess.run(command, check=True, capture_output=True)
+    return (*names, names[0])
+
+
+def test_with_certificates_all_is_encrypted_and_who_has_none_is_refused(desk, tls):
+    server = Server("127.0.0.1", SECRET, tls, desk.answer, desk.read)
+    member = Peer(server.address, SECRET, tls)
+    assert member.ask({"x": 1}, timeout_s=30) == {"found": 1}
+    assert b"".join(chunk for chunk, _ in member.read({}, 5000, timeout_s=30)) == CONTENT[:5000]
+    assert member._connection.sock.cipher()
+    asked = len(desk.asked)
+    plain = Peer(server.address, SECRET, None)
+    with pytest.raises(KeeperError, match="does not answer"):
+        plain.ask({"x": 1}, timeout_s=30)
+    assert len(desk.asked) == asked
+    for peer in (member, plain):
+        peer.close()
+    server.close()
+
+
+def test_certificates_that_are_not_there_are_named(desk):
+    with pytest.raises(KeeperError, match="/nowhere"):
+        Server("127.0.0.1", SECRET, ("/nowhere", "/key", "/ca"), desk.answer, desk.read)
