@@ -19,7 +19,10 @@ import time
 
 from benchmarks.in_processes import parser_of, sample_of, tell
 
-WAYS = ("stock", "lazy", "lazy, skip_unchanged")
+WAYS = (
+    *("stock", "lazy", "lazy, skip_unchanged"),
+    *("lazy, OCDBT", "lazy, OCDBT, skip_unchanged"),
+)
 _LEAVES, _FROZEN, _SAVES = 20, 18, 6
 
 
@@ -61,11 +64,11 @@ def sample(way: str, place: str, megabytes: int) -> dict[str, float]:
     size = megabytes * 2**18
     leaves = [jax.numpy.asarray(rng.normal(size=size).astype(np.float32)) for _ in range(_LEAVES)]
     change = jax.jit(lambda leaf: leaf + 1)
-    options = lazy_orbax.LazyOptions(skip_unchanged=way == WAYS[2])
+    options = lazy_orbax.LazyOptions(skip_unchanged=way.endswith("skip_unchanged"))
     handler = (
         ocp.PyTreeCheckpointHandler(use_ocdbt=False)
         if way == "stock"
-        else lazy_orbax.pytree_handler(options=options, use_ocdbt=False)
+        else lazy_orbax.pytree_handler(options=options, use_ocdbt="OCDBT" in way)
     )
     cpu, wall = [], []
     with ocp.CheckpointManager(place, item_handlers=handler) as manager:

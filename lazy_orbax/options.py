@@ -56,8 +56,8 @@ class LazyOptions:
             or `prewarm` does, and the first save that finds them is verified.
         skip_unchanged: do not write again what is, by its digest, the same in the committed step
             before: frozen weights, the base under an adapter. The new step gets a hard link to the
-            file of such a chunk, so it stays whole when the older step is deleted. Only for plain
-            Zarr (`use_ocdbt=False`) in a local directory; elsewhere a save raises `OptionError`.
+            file of such a chunk, so it stays whole when the older step is deleted. Only in a local
+            directory; elsewhere a save raises `OptionError`.
             Steps share what did not change: a disk that damages it damages it in all of them.
         storage_timeout_s: most seconds in which the storage may do nothing; the save then fails.
             An object store (`gs://`) acknowledges a write in that time, retries included. A local

@@ -115,7 +115,7 @@ async def begin(saver: Saver, directory: Any, args: Any) -> list[Commit]:
     )
     refuse_relative(path, uses_ocdbt=bool(prepared.format.own_directories))
     if saver.options.skip_unchanged:
-        refuse_unlinkable(prepared.format, path)
+        refuse_unlinkable(path)
     if failures:
         remember(failures, prepared.plan.n_bytes, item_directory=path)
     save = Save(_job(saver, prepared, leaves, recorder))

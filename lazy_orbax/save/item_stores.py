@@ -59,6 +59,19 @@ class ItemStores:
         store = self.deadline.result_of(opening)
         return store if store.path.endswith("/") or not store.path else store + "/"
 
+    def open_earlier(self, manifest: bytes) -> tuple[ts.KvStore, ts.KvStore]:
+        """Returns an older version of the database that this process writes, and that itself.
+
+        Args:
+            manifest: content of its manifest. Its values lie where those of the new one do, and a
+                copy of one is a reference to it.
+        """
+        place = {"driver": "memory", "path": "earlier/"}
+        memory = ts.KvStore.open(place, context=self._context).result()
+        memory.write(_paths.MANIFEST, manifest).result()
+        spec = {**self.place.kvstore_spec_like(self.format.kvstores[0]), "manifest": place}
+        return ts.KvStore.open(spec, context=self._context).result(), self.arrays[0]
+
     def open_leaf(self, stored: StoredLeaf) -> ts.TensorStore:
         """Returns the array of a leaf, which takes what the leaf is on the host."""
         kvstore = self.arrays[stored.kvstore] + stored.prefix

@@ -1,51 +1,40 @@
 """Chunks that are what they are in the step before: linked, and not written again.
 
-A hard link is a second name of a file. A step that has one is whole without the other step, for
-stock Orbax as for us. Nobody changes such a file in place: TensorStore writes another, and renames.
-A file that was changed since its digest was noted is not linked: it is no longer what was saved.
+`linked_files.py` links those that are files, `linked_values.py` those in a database.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import logging
 import math
-import os
-import stat
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lazy_orbax import _paths
-from lazy_orbax.errors import OptionError
+from lazy_orbax.errors import MalformedCheckpointError, OptionError
 from lazy_orbax.integrity import digest_file
 from lazy_orbax.integrity.chunk_location import MOST_KEYS, keys_of
 from lazy_orbax.integrity.digest_file import DigestError, LeafDigests
 from lazy_orbax.plan.boxes import Box, Shape
 from lazy_orbax.plan.slabs import Piece, Plan
 from lazy_orbax.save.disk_format import Format
+from lazy_orbax.save.linked_files import LinkedFiles, OpenEarlier
+from lazy_orbax.save.linked_values import LinkedValues
 from lazy_orbax.storage.places import place_of
 
 
-def refuse_unlinkable(format_: Format, directory: str) -> None:
+def refuse_unlinkable(directory: str) -> None:
     """Checks that chunks can be linked where an item goes.
 
     Raises:
         OptionError: they cannot.
     """
-    remedy = "Set LazyOptions(skip_unchanged=False)"
     if not place_of(directory).has_special_files:
         raise OptionError(
-            f"skip_unchanged: {directory} is in an object store, which has no hard links. {remedy}."
+            f"skip_unchanged: {directory} is in an object store, which has no hard links. "
+            "Set LazyOptions(skip_unchanged=False)."
         )
-    if format_.digests.use_ocdbt:
-        raise OptionError(
-            "skip_unchanged: OCDBT has many arrays in one file, and a link to it would keep those "
-            f"that changed as well. {remedy}, or save with use_ocdbt=False."
-        )
-
-
-_log = logging.getLogger("lazy_orbax")
 
 
 class _Stored(NamedTuple):
@@ -65,28 +54,21 @@ class Links:
 
     def __init__(
         self,
-        earlier: str,
+        stored: LinkedFiles | LinkedValues,
         known: Mapping[str, LeafDigests],
-        directory: str,
         plan: Plan,
         format_: Format,
     ):
         """Links nothing yet.
 
         Args:
-            earlier: the item in the step before.
+            stored: what is stored in the step before.
             known: its digests, by name of the leaf.
-            directory: the item's directory, which exists.
             plan: what is saved.
             format_: how it is stored.
-
-        Raises:
-            OSError: the file of these digests was deleted meanwhile.
         """
-        self._earlier, self._known, self._directory = earlier, known, directory
-        self._plan, self._format = plan, format_
+        self._stored, self._known, self._plan, self._format = stored, known, plan, format_
         self._stored_of = functools.lru_cache(None)(self._read_stored)
-        self._noted_ns = os.stat(f"{earlier}/{_file_of(format_)}").st_mtime_ns
         self.n_bytes = 0
 
     def digest_of(self, piece: Piece) -> int | None:
@@ -112,30 +94,28 @@ class Links:
             return False
         prefix = self._format.leaves[piece.leaf].prefix
         try:
-            for key in keys:
-                source, name = (f"{at}/{prefix}{key}" for at in (self._earlier, self._directory))
-                found = os.lstat(source)
-                if not stat.S_ISREG(found.st_mode):
-                    return False
-                if found.st_mtime_ns > self._noted_ns:
-                    _log.warning("%s was changed after it was saved. It is not linked.", source)
-                    return False
-                os.makedirs(os.path.dirname(name), exist_ok=True)
-                os.link(source, name, follow_symlinks=False)
-        except OSError:  # Deleted meanwhile, not stored, on another disk, too many links: written.
+            is_linked = all(self._stored.link(f"{prefix}{key}") for key in keys)
+        except OSError:  # Then it is written.
             return False
-        self.n_bytes += n_bytes
-        return True
+        self.n_bytes += n_bytes if is_linked else 0
+        return is_linked
+
+    def finish(self, open_earlier: OpenEarlier) -> None:
+        """Lets readers find what was linked, once all else was written.
+
+        Args:
+            open_earlier: is `ItemStores.open_earlier`.
+
+        Raises:
+            ValueError: the storage refused.
+            OSError: the storage refused.
+        """
+        self._stored.finish(open_earlier)
 
     def _read_stored(self, leaf: int) -> _Stored | None:
         """Returns how a leaf is stored, if that is so in both steps."""
         mine = self._format.leaves[leaf]
-        name = f"{self._earlier}/{mine.prefix}{mine.metadata_key}"
-        try:
-            with open(name, "rb") as file:
-                if file.read(len(mine.metadata) + 1) != mine.metadata:
-                    return None
-        except OSError:
+        if self._stored.metadata(f"{mine.prefix}{mine.metadata_key}") != mine.metadata:
             return None
         metadata = json.loads(mine.metadata)
         grid = metadata.get("chunk_grid")
@@ -180,11 +160,15 @@ def links_to_earlier(directory: str, plan: Plan, format_: Format) -> Links | Non
         saved = digest_file.parse(content) if content is not None else None
     except DigestError:
         return None
-    is_alike = saved is not None and not saved.use_ocdbt and saved.step == earlier[-1].step
-    if saved is None or not is_alike or saved.driver != format_.digests.driver:
+    in_database = format_.digests.use_ocdbt
+    if saved is None or (saved.use_ocdbt, saved.step) != (in_database, earlier[-1].step):
+        return None
+    if saved.driver != format_.digests.driver or (in_database and len(format_.kvstores) > 1):
         return None
     known = {leaf.name: leaf for leaf in saved.leaves}
     try:
-        return Links(item, known, directory, plan, format_)
-    except OSError:
+        files = LinkedFiles(item, directory, _file_of(format_))
+        stored = LinkedValues(files, format_.own_directories[0]) if in_database else files
+    except (OSError, MalformedCheckpointError):
         return None
+    return Links(stored, known, plan, format_)

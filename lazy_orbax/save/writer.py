@@ -157,6 +157,16 @@ class Writer:
         self._item.deadline.run(link, "lazy_orbax-link")
         return left
 
+    def _finish_links(self, requests: Sequence[Request]) -> None:
+        if (links := self._links) is None:
+            return
+        self.wait(requests)
+        finish = functools.partial(links.finish, self._item.open_earlier)
+        try:
+            self._item.deadline.run(finish, "lazy_orbax-link")
+        except (ValueError, OSError) as error:
+            raise save_error(self._item.place.directory, error) from error
+
     def _error_of(self, leaf: str, what: str) -> SaveError:
         return save_error(self._item.place.directory, ValueError(what), leaf=leaf)
 
@@ -198,6 +208,7 @@ class Writer:
             for leaf in range(len(self._plan.leaves)):
                 if leaf not in self._stores:
                     self._stores[leaf] = self._open_leaf(leaf, requests)
+        self._finish_links(requests)  # Nothing that is linked later is younger than the digests.
         files = self._item.format.metadata_files(custom_metadata)
         fingerprints = self.evidence.found if self.evidence else None
         ours, digests, fingerprint = self._item.format.digests.fill(

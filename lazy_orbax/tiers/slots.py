@@ -20,6 +20,7 @@ from lazy_orbax.tiers.kept_layout import KeptLayout
 from lazy_orbax.tiers.parity.guard import Guard, GuardedVotes
 from lazy_orbax.tiers.shelf import Shelf
 from lazy_orbax.tiers.slot import Slot, Writing
+from lazy_orbax.tiers.snapshot_file import HeldError
 from lazy_orbax.tiers.votes import Votes
 
 _LOG = logging.getLogger("lazy_orbax")
@@ -31,7 +32,8 @@ class KeeperReport:
 
     Attributes:
         kept: snapshots that are, or were, whole in memory.
-        skipped: steps that were passed over, because the one before was still being copied.
+        skipped: steps that were passed over, because the one before was still being copied, or the
+            one before that was being read, to go to a tier.
         failed: snapshots that failed.
         newest_step: the step of the newest whole one of this process's life; `None`: there is none.
         error: why the last one failed, if it did.
@@ -138,6 +140,11 @@ class Slots:
             return self._slots[item]
 
     def _told(self, writing: Writing, error: BaseException | None) -> None:
+        if isinstance(error, HeldError):
+            with self._lock:
+                self.report = dataclasses.replace(self.report, skipped=self.report.skipped + 1)
+            _LOG.info("Step %d is not kept in memory: %s.", writing.step, error)
+            return
         if error is not None:
             self.failed(writing.step, error)
             return

@@ -8,16 +8,20 @@ process that dies at any moment leaves a file that is whole or is seen not to be
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import mmap
 import os
 import stat
 import struct
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
+from lazy_orbax.errors import KeeperError
 from lazy_orbax.integrity.digest import digest_of_bytes
 
 PAGE_BYTES = 4096
@@ -31,6 +35,10 @@ _FACTS = {"run": str, "item": str, "step": int, "life": int, "process": int}
 
 class SnapshotError(ValueError):
     """A file holds no snapshot, or one that is not whole."""
+
+
+class HeldError(KeeperError):
+    """A file cannot be written over now: somebody reads what it holds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +104,20 @@ class SnapshotFile:
         return len(self._map)
 
     def break_seal(self) -> None:
-        """Makes the file one that holds no snapshot. Before anything in it is changed."""
-        self._map[_SEAL.size : _SEAL.size + _WORD.size] = _WORD.pack(0)
+        """Makes the file one that holds no snapshot. Before anything in it is changed.
+
+        Raises:
+            HeldError: somebody reads it.
+            OSError: the file is gone.
+        """
+        descriptor = _opened(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._map[_SEAL.size : _SEAL.size + _WORD.size] = _WORD.pack(0)
+        except BlockingIOError as error:
+            raise HeldError(f"{self.path} is being brought to a tier") from error
+        finally:
+            os.close(descriptor)
 
     def seal(self, serial: int, layout: bytes, facts: bytes, *, end: int) -> None:
         """Makes the file a whole snapshot.
@@ -143,6 +163,25 @@ def _opened(path: str, flags: int) -> int:
         os.close(descriptor)
         raise SnapshotError(f"{path} is not a file of user {os.geteuid()}")
     return descriptor
+
+
+@contextlib.contextmanager
+def held(paths: Iterable[str]) -> Iterator[None]:
+    """Keeps files from being written over by their trainers, which pass over a step meanwhile.
+
+    Args:
+        paths: the files. Whether one still holds what it did is to be looked at inside.
+
+    Raises:
+        SnapshotError: one is not a file of this user's.
+        OSError: one is gone.
+    """
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            descriptor = _opened(path, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)  # A trainer has it for a moment only.
+        yield
 
 
 def read_memory(path: str) -> np.ndarray:

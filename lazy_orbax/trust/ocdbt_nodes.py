@@ -40,11 +40,13 @@ class Database:
         metadata: content of the keys that describe an array, by key.
         values: the other keys: where their values lie, or the value itself if it is a short one.
         longest_value: the key of the longest value that is not a description, and its bytes.
+        nodes: the files in which the nodes of its tree lie.
     """
 
     metadata: dict[str, bytes]
     values: dict[str, Extent | bytes]
     longest_value: tuple[str, int]
+    nodes: frozenset[str]
 
 
 def contents(files: ItemFiles, suffixes: tuple[str, ...]) -> Database | None:
@@ -104,7 +106,8 @@ class _Reader:
             for some in runs(level, self._bytes_of, _READ_AT_ONCE_BYTES, _READ_AT_ONCE):
                 below += self._read_nodes(some)
             level = below
-        return Database(self._descriptions(), self._values, self._longest)
+        nodes = frozenset(_place(location, self._files).file for location in seen)
+        return Database(self._descriptions(), self._values, self._longest, nodes)
 
     def _bytes_of(self, node: _Node) -> int:
         return _place(node.location, self._files).length

@@ -37,8 +37,9 @@ def first_step(zygote: crashes.Zygote, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="module")
 def first_of_linked(
     zygote: crashes.Zygote, tmp_path_factory: pytest.TempPathFactory
-) -> pathlib.Path:
-    """A run with one step, to whose files the next one links."""
-    root = tmp_path_factory.mktemp("linked") / "run"
-    zygote.save(root, 1, linked=True)
-    return root
+) -> dict[bool, pathlib.Path]:
+    """Runs with one step, to whose files the next one links: in a database or not."""
+    roots = {flag: tmp_path_factory.mktemp("linked") / "run" for flag in (False, True)}
+    for in_database, root in roots.items():
+        zygote.save(root, 1, linked=True, in_database=in_database)
+    return roots

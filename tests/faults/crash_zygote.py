@@ -67,6 +67,7 @@ def save(  # noqa: PLR0913 - As they come in a request.
     durable_path: bool,
     v1: str = "",
     linked: bool = False,
+    in_database: bool = True,
     memory: str = "",
     made: str = "",
     death: Death | None = None,
@@ -80,6 +81,7 @@ def save(  # noqa: PLR0913 - As they come in a request.
         durable_path: whether it is synced before it is listed.
         v1: whether v1 saves it, and how: `save` or `Checkpointer`.
         linked: whether most of it is the same in every step, and linked.
+        in_database: whether arrays go to an OCDBT database.
         memory: the directory of a keeper. The step is not saved: what is kept there of the run
             `/run` is brought to `root`, of which that is a tier.
         made: `merge` or `export`: what is made of step 1 instead.
@@ -93,7 +95,11 @@ def save(  # noqa: PLR0913 - As they come in a request.
         tier = lazy_orbax.Tier(root, every_s=1, keep=1)
         begin, end = (lambda step, state: promote("/run", tier, memory)), (lambda: None)
     else:
-        begin, end = _saving(root, stock=stock, durable_path=durable_path, v1=v1, linked=linked)
+        options = dataclasses.replace(OPTIONS, skip_unchanged=linked)
+        handler = None
+        if not (stock or v1):
+            handler = lazy_orbax.standard_handler(options=options, use_ocdbt=in_database)
+        begin, end = _saving(root, handler, durable_path=durable_path, v1=v1)
     if death is None:
         begin(step, state)
         end()
@@ -118,7 +124,7 @@ def make(root: str, made: str) -> None:
         lazy_orbax.export(f"{root}/1", f"{root}/model", max_shard_bytes=2**20)
 
 
-def _saving(root: str, *, stock: bool, durable_path: bool, v1: str, linked: bool) -> Any:
+def _saving(root: str, handler: Any, *, durable_path: bool, v1: str) -> Any:
     """Returns what begins a save, and what waits for its end."""
     if v1:
         lazy_v1(OPTIONS)
@@ -127,8 +133,6 @@ def _saving(root: str, *, stock: bool, durable_path: bool, v1: str, linked: bool
     if v1:
         checkpointer = orbax_v1.training.Checkpointer(root)
         return functools.partial(checkpointer.save_async, force=True), checkpointer.wait
-    options = dataclasses.replace(OPTIONS, skip_unchanged=linked)
-    handler = None if stock else lazy_orbax.standard_handler(options=options, use_ocdbt=not linked)
     path_class = {"temporary_path_class": lazy_orbax.DurablePath} if durable_path else {}
     manager = ocp.CheckpointManager(
         root,

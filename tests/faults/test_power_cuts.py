@@ -42,12 +42,14 @@ class Cuts:
     """Cuts the power of a disk in the second save of a run."""
 
     def __init__(self, zygote, disk, first_steps, copy):
-        self.zygote, self.disk, self.first_steps, self.copy = zygote, disk, first_steps, copy
+        self.zygote, self.disk, self.copy = zygote, disk, copy
+        self.first_step, self.first_of_linked = first_steps
 
     def cut(self, call="", nth=1, *, late, **how):
         """Returns the calls that began, the steps that stock Orbax lists, and what is wrong."""
         linked = how.get("linked", False)
-        root = self.disk.replace(self.first_steps[linked])
+        first = self.first_of_linked[how["in_database"]] if linked else self.first_step
+        root = self.disk.replace(first)
         death = {"call": call, "nth": nth, "cut": str(self.disk.mounted), "late": late}
         calls = self.zygote.die(root, 2, death, **how)
         self.disk.after_the_cut(root, self.copy)
@@ -65,10 +67,14 @@ def cuts(zygote, disk, first_step, first_of_linked, tmp_path):
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "a little later"])
-@pytest.mark.parametrize("how", ["stock", "default", "DurablePath", "linked"])
+@pytest.mark.parametrize("how", ["stock", "default", "DurablePath", "linked", "linked in OCDBT"])
 def test_a_step_that_is_finished(cuts, late, how, tell, request):
-    fields = {"stock": "stock", "DurablePath": "durable_path", "linked": "linked"}
-    options = {fields[how]: True} if how in fields else {}
+    options = {
+        "stock": {"stock": True},
+        "DurablePath": {"durable_path": True},
+        "linked": {"linked": True, "in_database": False},
+        "linked in OCDBT": {"linked": True, "in_database": True},
+    }.get(how, {})
     for _ in range(_CUTS_OF_STOCK if how == "stock" else 1):
         calls, steps, wrong = cuts.cut(late=late, **options)
         assert calls[-1] == "finished"
@@ -90,20 +96,23 @@ def kind_of_disk(request):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("disk", ["xfs", NO_HEURISTIC], indirect=True)
-def test_a_save_that_links_whose_power_is_cut_at_every_call(cuts, tell, request):
-    run = cuts.cut(late=False, linked=True)[0][:-1]
+@pytest.mark.parametrize("in_database", [False, True], ids=["files", "database"])
+def test_a_save_that_links_whose_power_is_cut_at_every_call(cuts, tell, request, in_database):
+    run = cuts.cut(late=False, linked=True, in_database=in_database)[0][:-1]
     end = run.index("fsync ", run.index("rename /2")) + 5
     failures = []
     for position in range(run.index(next(c for c in run if c.startswith("linkat"))), end):
         call, nth = run[position], run[: position + 1].count(run[position])
-        calls, steps, wrong = cuts.cut(call, nth, late=True, linked=True)
+        how = {"linked": True, "in_database": in_database}
+        calls, steps, wrong = cuts.cut(call, nth, late=True, **how)
         is_synced = calls[-1] == "finished" or (
             "fsync " in calls[calls.index("rename /2") : -1] if "rename /2" in calls else False
         )
         if wrong or steps[-1] not in ([2] if is_synced else [1, 2]):
             failures.append(f"cut before {nth}. {call}: {steps} {wrong}")
     assert not failures, "\n".join(failures)
-    tell(TABLE, kind_of_disk(request), "linked", f"{end} calls of a save", "each step is whole")
+    how = "linked in OCDBT" if in_database else "linked"
+    tell(TABLE, kind_of_disk(request), how, f"{end} calls of a save", "each step is whole")
 
 
 # What ext4 loses with its heuristic, and xfs at these calls, ext4 also loses without.

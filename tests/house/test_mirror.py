@@ -76,6 +76,7 @@ COVERED_BY = {
     "inspection.leaves": "unit/inspection/test_show.py",
     "inspection.values": "unit/inspection/test_diff.py",
     "inspection.looking": "unit/inspection/test_ls.py",
+    "save.linked_files": "unit/save/test_linked_chunks.py",
     "save.beside": "unit/tiers/test_keeping.py",
     "save.job": "unit/save/test_plan_cache.py",
     "plan.runs": "unit/plan/test_slabs.py",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -113,6 +114,7 @@ class Exchange:
             "run": self._settings.run,
             **dataclasses.asdict(self._key),
             "process": self._settings.process,
+            "written_s": time.time(),
             "parity_bytes": target.size,
             "parity_digest": digest_in_chunks(target),
             "members": [dataclasses.asdict(member) for member in members],

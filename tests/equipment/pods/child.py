@@ -288,11 +288,11 @@ def one_save(root: str, how: str) -> Report:
         return {"steps": manager.all_steps()}
 
 
-def linked_saves(root: str) -> Report:
+def linked_saves(root: str, *, in_database: bool) -> Report:
     """Saves two steps, of which the second links what did not change."""
     told: list[lazy_orbax.SaveTimeline] = []
     options = lazy_orbax.LazyOptions(skip_unchanged=True, on_timeline=told.append)
-    handler = lazy_orbax.standard_handler(options=options, use_ocdbt=False)
+    handler = lazy_orbax.standard_handler(options=options, use_ocdbt=in_database)
     changed, kept = states.on_mesh(_mesh(), 2), states.on_mesh(_mesh(), 1)
     with ocp.CheckpointManager(root, item_handlers=handler) as manager:
         for step, others in ((1, kept), (2, {"both": changed["both"], "prime": changed["prime"]})):

@@ -107,20 +107,40 @@ def test_what_a_killed_promotion_left_goes_when_the_next_one_has_a_newer_step(ke
     assert os.listdir(tier.path) == ["30"]
 
 
-def test_what_a_trainer_writes_over_meanwhile_is_thrown_away(keeper, place, tier, monkeypatch):
+def test_a_trainer_writes_over_nothing_that_is_being_read(keeper, place, tier, monkeypatch):
     keep(keeper, 20)
     read = KeptStep.values
 
     def slowly(kept):
-        found = read(kept)
-        monkeypatch.setattr(KeptStep, "values", read)
-        for step in (30, 40, 50):
-            keep(keeper, step)
-        return found
+        keep(keeper, 30)
+        keeper.save(40, state(40))  # In the place of what is being read.
+        keeper.wait()
+        return read(kept)
 
-    monkeypatch.setattr(KeptStep, "values", slowly)
-    assert promote(RUN, tier, place) == 50
-    assert steps(tier) == [50]
+    with monkeypatch.context() as patched:
+        patched.setattr(KeptStep, "values", slowly)
+        assert promote(RUN, tier, place) == 20
+    assert (keeper.report.newest_step, keeper.report.skipped) == (30, 1)
+    assert promote(RUN, tier, place) == 30
+    assert steps(tier) == [20, 30]
+
+
+def test_where_the_newest_is_broken_an_older_one_may_be_written_over(
+    keeper, place, tier, monkeypatch
+):
+    keep(keeper, 20)
+    keep(keeper, 30)
+    check = KeptStep.refuse_parts
+
+    def slowly(kept):
+        monkeypatch.setattr(KeptStep, "refuse_parts", check)
+        keep(keeper, 40)
+        raise KeeperError("as if it were")
+
+    monkeypatch.setattr(KeptStep, "refuse_parts", slowly)
+    with pytest.raises(KeeperError, match="step 20: .* was written over meanwhile"):
+        promote(RUN, tier, place)
+    assert promote(RUN, tier, place) == 40
 
 
 def test_a_part_of_a_pods_step_is_not_listed(keeper, place, tier, monkeypatch):
@@ -131,7 +151,7 @@ def test_a_part_of_a_pods_step_is_not_listed(keeper, place, tier, monkeypatch):
         return dataclasses.replace(found, facts={**found.facts, "processes": 2})
 
     monkeypatch.setattr(shelf, "read_snapshot", of_two)
-    monkeypatch.setattr(KeptStep, "is_as_it_was", lambda kept: True)
+    monkeypatch.setattr(KeptStep, "refuse_other", lambda kept: None)
     keep(keeper, 20)
     with pytest.raises(KeeperError, match="process 1"):
         promote(RUN, tier, place)

@@ -9,6 +9,7 @@ from equipment.nodes import ITEM, LIMIT_BYTES, RUN, key_of, machines
 
 from lazy_orbax.errors import KeeperError
 from lazy_orbax.storage.pace import Pace
+from lazy_orbax.tiers.kept_listing import kept
 from lazy_orbax.tiers.parity import files
 from lazy_orbax.tiers.parity.errand import Errand, digest_in_chunks
 from lazy_orbax.tiers.parity.survey import plans
@@ -211,3 +212,14 @@ def test_exchanges_are_limited_in_speed_and_rebuilding_is_not(monkeypatch):
         (plan,), _ = job.plans()
         job.mend(plan)
         assert sum(turns) == sum(map(len, wanted))
+
+
+def test_parity_is_listed_beside_the_snapshots():
+    with machines(2) as job:
+        job.write(10, contents(2))
+        job.exchange(10)
+        found = kept(job.all[0].shelf.path).snapshots
+        assert [(one.item, one.step, one.problem) for one in found] == [
+            (ITEM, 10, None), (f"{ITEM} (parity)", 10, None),
+        ]  # fmt: skip
+        assert found[1].age_s < 3600
