@@ -18,23 +18,22 @@ from typing import Any
 from lazy_orbax.errors import KeeperError, LazyOrbaxError
 from lazy_orbax.handlers.completing import write
 from lazy_orbax.handlers.verified_path import verified_in
-from lazy_orbax.tiers.kept_steps import UNUSABLE, kept_steps
+from lazy_orbax.tiers.kept_steps import UNUSABLE, held_steps
 from lazy_orbax.tiers.promoted_steps import newest_in, remove_unfinished, retire
 from lazy_orbax.tiers.shelf import Shelf, claim_of
+from lazy_orbax.tiers.snapshot_file import held
 from lazy_orbax.tiers.tier import Tier
 
 _LOG = logging.getLogger("lazy_orbax")
-# A trainer goes on meanwhile, and may write over what is being read.
-_TRIES = 3
 _NICE = 10
 
 
 def promote(run: str, tier: Tier, directory: str | None = None) -> int | None:
     """Writes the newest whole snapshot of a run to a tier, unless it has one as new.
 
-    It is read from memory first, compared with its digests, and what is taken of a snapshot that a
-    trainer has begun to write over meanwhile is thrown away. The step is written, read back and
-    compared with its own digests, and then listed. Older ones are removed as the tier says.
+    It is read from memory first, and compared with its digests; until then no trainer writes over
+    it. The step is written, read back and compared with its own digests, and then listed. Older
+    ones are removed as the tier says.
 
     Args:
         run: the run, as `Keeper` was given it.
@@ -71,22 +70,19 @@ def _taken(shelf: Shelf, run: str, newest: int) -> tuple[int, dict[str, Any]] | 
         newest: the step that the tier has: older ones are of no use.
     """
     reasons: list[str] = []
-    for _ in range(_TRIES):
-        reasons.clear()
-        for kept in kept_steps(shelf, run):
+    with held_steps(shelf, run) as steps:
+        for kept in steps:
             if kept.step <= newest:
-                if reasons:
-                    break
-                return None
+                if not reasons:
+                    return None
+                break
             try:
                 kept.refuse_parts()
-                values = kept.values()
+                with held(kept.paths):
+                    kept.refuse_other()
+                    return kept.step, kept.values()
             except UNUSABLE as error:
                 reasons.append(f"step {kept.step}: {error}")
-                continue
-            if kept.is_as_it_was():
-                return kept.step, values
-            reasons.append(f"step {kept.step}: a trainer wrote over it meanwhile")
     raise KeeperError(f"no snapshot of {run} in memory is whole: {'; '.join(reasons) or 'none'}")
 
 
@@ -112,7 +108,6 @@ def _alone(shelf: Shelf, tier: str) -> Iterator[None]:
 def main(arguments: list[str]) -> int:
     """Promotes. Returns the exit status: 0 where the tier has the newest there is."""
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
-    os.nice(_NICE)  # The training comes first.
     run, directory, told = arguments
     tier = Tier(**json.loads(told))
     try:
@@ -126,4 +121,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    os.nice(_NICE)  # The training comes first.
     raise SystemExit(main(sys.argv[1:]))

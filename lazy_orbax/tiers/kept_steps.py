@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from lazy_orbax.errors import KeeperError, LazyOrbaxError
 from lazy_orbax.tiers.kept_tree import KeptTree
 from lazy_orbax.tiers.shelf import Shelf
-from lazy_orbax.tiers.snapshot_file import Snapshot, SnapshotError, read_snapshot
+from lazy_orbax.tiers.snapshot_file import Snapshot, SnapshotError, held, read_snapshot
 from lazy_orbax.timeline import RestoreRecorder
 
 
@@ -57,16 +59,43 @@ class KeptStep(NamedTuple):
                     f"all {wanted} processes"
                 )
 
-    def is_as_it_was(self) -> bool:
-        """Whether nobody has begun to write over it since: then what was read of it is whole."""
-        try:
-            return all(
-                read_snapshot(one.path).facts == one.facts
-                for snapshots in self.items.values()
-                for one in snapshots
-            )
-        except (SnapshotError, OSError):
-            return False
+    def refuse_other(self) -> None:
+        """Refuses a step if somebody has begun to write over it since it was found.
+
+        Raises:
+            SnapshotError: somebody has.
+            OSError: it is gone.
+        """
+        for snapshots in self.items.values():
+            for one in snapshots:
+                if read_snapshot(one.path).facts != one.facts:
+                    raise SnapshotError(f"{one.path} was written over meanwhile")
+
+    @property
+    def paths(self) -> list[str]:
+        """Its files."""
+        return [one.path for snapshots in self.items.values() for one in snapshots]
+
+
+@contextlib.contextmanager
+def held_steps(shelf: Shelf, run: str) -> Iterator[list[KeptStep]]:
+    """Yields the steps of a run, as `kept_steps` does; nobody writes over the first of them.
+
+    A trainer that would goes on, and passes over a step.
+
+    Args:
+        shelf: where the snapshots are.
+        run: the name of the run.
+    """
+    with contextlib.ExitStack() as first:
+        with contextlib.ExitStack() as everything:  # For the moment that it takes to look.
+            for file in shelf.files():
+                with contextlib.suppress(SnapshotError, OSError):
+                    everything.enter_context(held([shelf.path_of(file)]))
+            found = kept_steps(shelf, run)
+            for kept in found[:1]:
+                first.enter_context(held(kept.paths))
+        yield found
 
 
 UNUSABLE = (LazyOrbaxError, SnapshotError, OSError)

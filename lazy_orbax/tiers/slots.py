@@ -17,8 +17,10 @@ from lazy_orbax.pods import consensus
 from lazy_orbax.storage import threads
 from lazy_orbax.tiers.keeper_link import KeeperLink
 from lazy_orbax.tiers.kept_layout import KeptLayout
+from lazy_orbax.tiers.parity.guard import Guard, GuardedVotes
 from lazy_orbax.tiers.shelf import Shelf
 from lazy_orbax.tiers.slot import Slot, Writing
+from lazy_orbax.tiers.snapshot_file import HeldError
 from lazy_orbax.tiers.votes import Votes
 
 _LOG = logging.getLogger("lazy_orbax")
@@ -30,7 +32,8 @@ class KeeperReport:
 
     Attributes:
         kept: snapshots that are, or were, whole in memory.
-        skipped: steps that were passed over, because the one before was still being copied.
+        skipped: steps that were passed over, because the one before was still being copied, or the
+            one before that was being read, to go to a tier.
         failed: snapshots that failed.
         newest_step: the step of the newest whole one of this process's life; `None`: there is none.
         error: why the last one failed, if it did.
@@ -52,17 +55,20 @@ class Slots:
         shelf: the directory in memory.
         life: which life of the job this is: a random number.
         report: what became of the snapshots so far.
+        guard: sees to parity on other machines; `None`: nobody does.
     """
 
-    def __init__(self, shelf: Shelf, link: KeeperLink, run: str):
+    def __init__(self, shelf: Shelf, link: KeeperLink, run: str, guard: Guard | None = None):
         """Begins with none.
 
         Args:
             shelf: where they are.
             link: whom to ask for room.
             run: the name of the run.
+            guard: sees to parity on other machines, where that is wanted.
         """
         self.shelf, self.life, self.report = shelf, 0, KeeperReport()
+        self.guard = guard
         self._link, self._run, self._lock = link, run, threading.Lock()
         self._slots: dict[str, Slot] = {}
 
@@ -81,6 +87,8 @@ class Slots:
             self._slot(item).begin_life(self._votes(item), path)
 
     def _votes(self, item: str) -> Votes:
+        if self.guard is not None:
+            return GuardedVotes(self.guard, item, self.life)
         return Votes(f"{self.life}/{item}")
 
     def begin(
@@ -132,6 +140,11 @@ class Slots:
             return self._slots[item]
 
     def _told(self, writing: Writing, error: BaseException | None) -> None:
+        if isinstance(error, HeldError):
+            with self._lock:
+                self.report = dataclasses.replace(self.report, skipped=self.report.skipped + 1)
+            _LOG.info("Step %d is not kept in memory: %s.", writing.step, error)
+            return
         if error is not None:
             self.failed(writing.step, error)
             return
@@ -162,6 +175,9 @@ class Slots:
     def close(self) -> list[str]:
         """Lets go of the memory. Returns the names of the files."""
         names = self.files(list(self._slots))
+        if self.guard is not None:
+            names += self.guard.files(list(self._slots))
+            self.guard.close()
         for slot in self._slots.values():
             slot.close()
         self._slots.clear()

@@ -8,16 +8,20 @@ process that dies at any moment leaves a file that is whole or is seen not to be
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import mmap
 import os
 import stat
 import struct
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
+from lazy_orbax.errors import KeeperError
 from lazy_orbax.integrity.digest import digest_of_bytes
 
 PAGE_BYTES = 4096
@@ -33,6 +37,10 @@ class SnapshotError(ValueError):
     """A file holds no snapshot, or one that is not whole."""
 
 
+class HeldError(KeeperError):
+    """A file cannot be written over now: somebody reads what it holds."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
     """A snapshot that was sealed.
@@ -43,6 +51,7 @@ class Snapshot:
         facts: which step of whom it is; `digests`, one for each piece.
         layout: which bytes are which piece of which leaf.
         fingerprint: the digest of the layout: equal for equal plans.
+        n_bytes: all of it, from the beginning of the file.
     """
 
     path: str
@@ -50,6 +59,7 @@ class Snapshot:
     facts: dict[str, Any]
     layout: dict[str, Any]
     fingerprint: int
+    n_bytes: int = 0
 
     @property
     def step(self) -> int:
@@ -94,8 +104,20 @@ class SnapshotFile:
         return len(self._map)
 
     def break_seal(self) -> None:
-        """Makes the file one that holds no snapshot. Before anything in it is changed."""
-        self._map[_SEAL.size : _SEAL.size + _WORD.size] = _WORD.pack(0)
+        """Makes the file one that holds no snapshot. Before anything in it is changed.
+
+        Raises:
+            HeldError: somebody reads it.
+            OSError: the file is gone.
+        """
+        descriptor = _opened(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._map[_SEAL.size : _SEAL.size + _WORD.size] = _WORD.pack(0)
+        except BlockingIOError as error:
+            raise HeldError(f"{self.path} is being brought to a tier") from error
+        finally:
+            os.close(descriptor)
 
     def seal(self, serial: int, layout: bytes, facts: bytes, *, end: int) -> None:
         """Makes the file a whole snapshot.
@@ -143,6 +165,25 @@ def _opened(path: str, flags: int) -> int:
     return descriptor
 
 
+@contextlib.contextmanager
+def held(paths: Iterable[str]) -> Iterator[None]:
+    """Keeps files from being written over by their trainers, which pass over a step meanwhile.
+
+    Args:
+        paths: the files. Whether one still holds what it did is to be looked at inside.
+
+    Raises:
+        SnapshotError: one is not a file of this user's.
+        OSError: one is gone.
+    """
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            descriptor = _opened(path, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)  # A trainer has it for a moment only.
+        yield
+
+
 def read_memory(path: str) -> np.ndarray:
     """Returns all of a file, as bytes that cannot be written to.
 
@@ -180,7 +221,7 @@ def read_snapshot(path: str) -> Snapshot:
     for name, kind in _FACTS.items():
         if not isinstance(facts.get(name), kind):
             raise SnapshotError(f"the facts of {path} have no {name}")
-    return Snapshot(path, serial, facts, layout, told[2])
+    return Snapshot(path, serial, facts, layout, told[2], told[3] + told[4])
 
 
 def _text(memory: np.ndarray, path: str, what: str, told: list[int]) -> dict[str, Any]:

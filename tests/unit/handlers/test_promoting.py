@@ -18,11 +18,13 @@ from equipment.trees import assert_same, on_mesh
 
 import lazy_orbax
 from lazy_orbax.errors import KeeperError
+from lazy_orbax.handlers import promoting
 from lazy_orbax.handlers.promoting import main, promote
 from lazy_orbax.tiers import shelf
 from lazy_orbax.tiers.keeper_link import connected
 from lazy_orbax.tiers.kept_steps import KeptStep
 from lazy_orbax.tiers.messages import asked
+from lazy_orbax.tiers.promotion import Promotions
 from lazy_orbax.tiers.shelf import claim_of
 from lazy_orbax.tiers.tier import told_of
 
@@ -107,20 +109,40 @@ def test_what_a_killed_promotion_left_goes_when_the_next_one_has_a_newer_step(ke
     assert os.listdir(tier.path) == ["30"]
 
 
-def test_what_a_trainer_writes_over_meanwhile_is_thrown_away(keeper, place, tier, monkeypatch):
+def test_a_trainer_writes_over_nothing_that_is_being_read(keeper, place, tier, monkeypatch):
     keep(keeper, 20)
     read = KeptStep.values
 
     def slowly(kept):
-        found = read(kept)
-        monkeypatch.setattr(KeptStep, "values", read)
-        for step in (30, 40, 50):
-            keep(keeper, step)
-        return found
+        keep(keeper, 30)
+        keeper.save(40, state(40))  # In the place of what is being read.
+        keeper.wait()
+        return read(kept)
 
-    monkeypatch.setattr(KeptStep, "values", slowly)
-    assert promote(RUN, tier, place) == 50
-    assert steps(tier) == [50]
+    with monkeypatch.context() as patched:
+        patched.setattr(KeptStep, "values", slowly)
+        assert promote(RUN, tier, place) == 20
+    assert (keeper.report.newest_step, keeper.report.skipped) == (30, 1)
+    assert promote(RUN, tier, place) == 30
+    assert steps(tier) == [20, 30]
+
+
+def test_where_the_newest_is_broken_an_older_one_may_be_written_over(
+    keeper, place, tier, monkeypatch
+):
+    keep(keeper, 20)
+    keep(keeper, 30)
+    check = KeptStep.refuse_parts
+
+    def slowly(kept):
+        monkeypatch.setattr(KeptStep, "refuse_parts", check)
+        keep(keeper, 40)
+        raise KeeperError("as if it were")
+
+    monkeypatch.setattr(KeptStep, "refuse_parts", slowly)
+    with pytest.raises(KeeperError, match="step 20: .* was written over meanwhile"):
+        promote(RUN, tier, place)
+    assert promote(RUN, tier, place) == 40
 
 
 def test_a_part_of_a_pods_step_is_not_listed(keeper, place, tier, monkeypatch):
@@ -131,7 +153,7 @@ def test_a_part_of_a_pods_step_is_not_listed(keeper, place, tier, monkeypatch):
         return dataclasses.replace(found, facts={**found.facts, "processes": 2})
 
     monkeypatch.setattr(shelf, "read_snapshot", of_two)
-    monkeypatch.setattr(KeptStep, "is_as_it_was", lambda kept: True)
+    monkeypatch.setattr(KeptStep, "refuse_other", lambda kept: None)
     keep(keeper, 20)
     with pytest.raises(KeeperError, match="process 1"):
         promote(RUN, tier, place)
@@ -187,6 +209,20 @@ def test_two_programs_do_not_write_one_tier(keeper, place, tier):
     assert promote(RUN, tier, place) == 20
 
 
+def test_what_the_keeper_starts_brings_it_there(keeper, place, tier, monkeypatch):
+    keep(keeper, 20)
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: started.append(command))
+    promotions = Promotions(keeper.slots.shelf)
+    promotions.came(RUN, told_of([tier]), 0.0)
+    promotions.turn(tier.every_s, {RUN})
+    ((python, dash_m, module, *arguments),) = started
+    assert [python, dash_m, module] == [sys.executable, "-m", promoting.__name__]
+    assert main(arguments) == 0
+    assert steps(tier) == [20]
+
+
+@pytest.mark.slow  # The program makes way for everybody: it may take its time.
 def test_the_keeper_brings_it_there_while_the_trainer_goes_on(place, tier):
     tier = dataclasses.replace(tier, every_s=0.1)
     with lazy_orbax.Keeper(RUN, directory=place, tiers=[tier]) as keeper:

@@ -9,6 +9,7 @@ import pytest
 import lazy_orbax
 from lazy_orbax.errors import KeeperError
 from lazy_orbax.tiers.kept_steps import KeptStep, kept_steps
+from lazy_orbax.tiers.snapshot_file import SnapshotError, held
 
 
 def save(keeper, step, item="default"):
@@ -38,13 +39,28 @@ def test_a_step_without_all_items_does_not_count(keeper):
 
 def test_what_is_written_over_meanwhile_is_noticed(keeper):
     new, old = kept_steps(keeper.slots.shelf, keeper.run)
-    assert new.is_as_it_was()
+    new.refuse_other()
     save(keeper, 3)
-    assert new.is_as_it_was()
-    assert not old.is_as_it_was()
+    new.refuse_other()
+    with pytest.raises(SnapshotError, match="written over"):
+        old.refuse_other()
     for file in keeper.slots.files(["default"]):
         keeper.slots.shelf.remove(file)
-    assert not new.is_as_it_was()
+    with pytest.raises(FileNotFoundError):
+        new.refuse_other()
+
+
+def test_what_is_held_is_not_written_over(keeper):
+    new, _ = kept_steps(keeper.slots.shelf, keeper.run)
+    with held(new.paths), held(new.paths):
+        save(keeper, 3)  # The other file is free.
+        save(keeper, 4)
+        save(keeper, 5)
+        assert keeper.report == lazy_orbax.reports.KeeperReport(kept=3, skipped=2, newest_step=3)
+        new.refuse_other()
+    save(keeper, 6)
+    assert keeper.report.newest_step == 6
+    assert [kept.step for kept in kept_steps(keeper.slots.shelf, keeper.run)] == [6, 3]
 
 
 def test_a_step_of_a_pod_needs_the_part_of_every_process(keeper):
