@@ -114,16 +114,21 @@ def _program(plan: Plan, slab: Slab, into: bool) -> tuple[Program, jax.Array]:
 
     def make() -> Program:
         is_local = mesh is slab.mesh
-        shapes = [s.shape if is_local else _shard_shape(s) for s in leaves]
-        stand_ins = [jax.ShapeDtypeStruct(table.shape, table.dtype)]
+        shapes = [leaf.shape if is_local else _shard_shape(leaf) for leaf in leaves]
+        places = [NamedSharding(mesh, spec) for spec in specs]
+        stand_ins = [_stand_in(table.shape, table.dtype, table.sharding)]
         if into:
             buffer = buffer_of(plan, slab)
-            stand_ins.append(jax.ShapeDtypeStruct((buffer.size,), buffer.dtype))
-        for shape, leaf in zip(shapes, leaves, strict=True):
-            stand_ins.append(jax.ShapeDtypeStruct(shape, leaf.dtype))
+            stand_ins.append(_stand_in((buffer.size,), buffer.dtype, buffer.sharding))
+        for shape, leaf, place in zip(shapes, leaves, places, strict=True):
+            stand_ins.append(_stand_in(shape, leaf.dtype, place))
         return Program(_packer(mesh, specs, cuts, into), stand_ins)
 
     return shared(look, make), table
+
+
+def _stand_in(shape: Shape, dtype: np.dtype, place: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
 
 def _shard_shape(leaf: Leaf) -> Shape:

@@ -14,7 +14,6 @@ from typing import Any
 from lazy_orbax import _paths
 from lazy_orbax._machine import memory_bytes
 from lazy_orbax.errors import MalformedCheckpointError
-from lazy_orbax.storage import page_cache
 from lazy_orbax.storage.place import MOST_BYTES
 from lazy_orbax.storage.places import place_of
 from lazy_orbax.trust import sidecar_json, tree_file
@@ -102,11 +101,10 @@ def _examined(
     if not place.may_be_there():
         yield None
         return
-    with place.listed() as listed, contextlib.ExitStack() as stack:
+    with place.listed() as listed:
         sizes = survey(place.directory) if place.has_special_files else listed
         files = ItemFiles(place, sizes)
         limit_bytes = max(_LEAST_JSON_BYTES, memory_bytes() // _JSON_SHARE)
-        stack.callback(_fill_page_cache(files, args).result)
         _read_ahead(files, args, beside, limit_bytes)
         _check_aggregate(files, aggregate, memory_bytes() // _AGGREGATE_SHARE)
         contents = contents_of(files, *_check_json(files, limit_bytes, args, like))
@@ -128,30 +126,6 @@ def _read_ahead(files: ItemFiles, args: Any, beside: str, limit_bytes: int) -> N
         files.read_ahead(describing_arrays(files), MOST_METADATA_BYTES)
     else:
         files.read_ahead([_paths.MANIFEST], SMALL_NODE_BYTES)
-
-
-def _fill_page_cache(files: ItemFiles, args: Any) -> Any:
-    """Starts to read the data of a local database from its disk, if all of it will be wanted.
-
-    Until the checks of what it says are through, the disk would do nothing else.
-    """
-    found: dict[str, int] = {}
-    if files.place.has_special_files and files.size(_paths.MANIFEST) and _wants_all(args):
-        sizes = files.sizes or {}
-        found = {n: sizes[n] for n in sorted(sizes) if n.split("/")[-2:-1] == [_paths.DATA]}
-    return page_cache.start_to_fill(files.place.directory, found)
-
-
-def _wants_all(args: Any) -> bool:
-    """Whether this process alone is known to restore every array."""
-    item = getattr(args, "item", None)
-    if item is None or getattr(args, "partial_restore", False):
-        return False
-    if getattr(args, "transforms", None) is not None:
-        return False
-    import jax
-
-    return jax.process_count() == 1 and all(leaf is not ... for leaf in jax.tree.leaves(item))
 
 
 def _check_aggregate(files: ItemFiles, name: str, limit_bytes: int) -> None:
