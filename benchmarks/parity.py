@@ -21,8 +21,9 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
+from lazy_orbax.tiers.parity.peer import Peer
 from lazy_orbax.tiers.parity.stripes import add
-from lazy_orbax.tiers.parity.transport import CHUNK_BYTES, Peer, Server
+from lazy_orbax.tiers.parity.transport import CHUNK_BYTES, Server
 
 SECRET = "of the benchmark alone"
 

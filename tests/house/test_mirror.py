@@ -138,6 +138,7 @@ COVERED_BY = {
     "tiers.parity.mend": "unit/tiers/parity/test_node.py",
     "tiers.parity.node_link": "unit/tiers/parity/test_guard.py",
     "tiers.parity.node_process": "unit/tiers/parity/test_guard.py",
+    "tiers.parity.peer": "unit/tiers/parity/test_transport.py",
     "tiers.parity.restoring": "unit/tiers/parity/test_guard.py",
     "tiers.parity.serving": "unit/tiers/parity/test_node.py",
     "timeline_lines": "unit/inspection/test_timeline.py",

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from lazy_orbax.integrity.digest import digest_of_bytes
+from lazy_orbax.tiers.parity.peer import Peer
 from lazy_orbax.tiers.parity.settings import NodeSettings
-from lazy_orbax.tiers.parity.transport import CHUNK_BYTES, Peer
+from lazy_orbax.tiers.parity.transport import CHUNK_BYTES
 
 
 class Errand:

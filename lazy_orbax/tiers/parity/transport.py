@@ -1,4 +1,4 @@
-"""How members of a group ask each other, by HTTP: a short question, or for a chunk of bytes.
+"""How members of a group answer each other, by HTTP: a short question, or one for a chunk of bytes.
 
 Python's own server and client were chosen by measurement (`benchmarks/parity.py`): gRPC takes
 several times the CPU seconds for a byte, and was seen to hang for good where a server ended. Here
@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import http.client
 import http.server
 import pathlib
-import secrets
 import socket
 import socketserver
 import ssl
 import struct
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from lazy_orbax.errors import KeeperError
@@ -31,13 +28,15 @@ from lazy_orbax.tiers.parity import proof
 CHUNK_BYTES = 2**22
 """Of bytes that are sent, at once."""
 _LONGEST_BYTES = 2**16
-_ASK, _READ = "/ask", "/read"
+ASK, READ = "/ask", "/read"
+"""The paths of a question, and of one for bytes."""
 _MOST_CONNECTIONS = 256
 # For one who has not shown yet that it knows the secret; and between two questions of a member.
 _STRANGER_S, _IDLE_S = 10.0, 60.0
 # How soon one that listens sees that it is to end.
 _LOOK_S = 0.05
-_HEAD = struct.Struct("<HI")
+HEAD = struct.Struct("<HI")
+"""What comes before an answer: its bytes, and those of the chunk behind it."""
 Told = dict[str, Any]
 Tls = tuple[str, str, str]
 
@@ -75,8 +74,8 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         Raises:
             KeeperError: nobody can listen there.
         """
-        self.secret, self._tls = secret, _context(tls, ssl.PROTOCOL_TLS_SERVER)
-        self.answers = {_ASK: lambda told: (answer(told), b""), _READ: lambda t: _part(read, t)}
+        self.secret, self._tls = secret, context_of(tls, ssl.PROTOCOL_TLS_SERVER)
+        self.answers = {ASK: lambda told: (answer(told), b""), READ: lambda t: _part(read, t)}
         self._open_lock, self._open = threading.Lock(), set[socket.socket]()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
@@ -158,9 +157,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             found, chunk = {"error": str(error) or repr(error)}, b""
         head = proof.sealed(self.server.secret, proof.code_of(request), found)
         self.send_response_only(200)
-        self.send_header("Content-Length", str(_HEAD.size + len(head) + len(chunk)))
+        self.send_header("Content-Length", str(HEAD.size + len(head) + len(chunk)))
         self.end_headers()
-        self.connection.sendall(_HEAD.pack(len(head), len(chunk)) + head)
+        self.connection.sendall(HEAD.pack(len(head), len(chunk)) + head)
         self.connection.sendall(chunk)
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -172,7 +171,7 @@ def _hang_up(peer: socket.socket) -> None:
         peer.shutdown(socket.SHUT_RDWR)
 
 
-def _context(tls: Tls | None, protocol: int) -> ssl.SSLContext | None:
+def context_of(tls: Tls | None, protocol: int) -> ssl.SSLContext | None:
     """Returns how to encrypt: both ends show a certificate.
 
     Raises:
@@ -197,106 +196,3 @@ def _part(read: Callable[[Told, int, int], memoryview], told: Told) -> tuple[Tol
         raise KeeperError(f"bytes {first} to {end} are wanted, and {CHUNK_BYTES} at once at most")
     chunk = read(told, first, end)
     return {"digest": digest_of_bytes(chunk)}, chunk
-
-
-class Peer:
-    """Another member, or whoever is at its address."""
-
-    def __init__(self, address: str, secret: str, tls: Tls | None):
-        """Connects when it is asked something.
-
-        Raises:
-            KeeperError: the certificates cannot be used.
-        """
-        self._secret, self.address = secret, address
-        context = _context(tls, ssl.PROTOCOL_TLS_CLIENT)
-        if context is None:
-            self._connection = http.client.HTTPConnection(address)
-        else:
-            self._connection = http.client.HTTPSConnection(address, context=context)
-
-    def ask(self, told: Told, *, timeout_s: float) -> Told:
-        """Returns the answer to a question.
-
-        Raises:
-            KeeperError: it refused, does not know the secret, or did not answer in time.
-        """
-        return self._asked(_ASK, told, 0, time.monotonic() + timeout_s)[0]
-
-    def read(
-        self, told: Told, n_bytes: int, *, timeout_s: float
-    ) -> Iterator[tuple[memoryview, int]]:
-        """Yields the bytes that are asked for, in chunks, each with its digest.
-
-        Args:
-            told: which bytes.
-            n_bytes: how many they are.
-            timeout_s: most seconds for all of them.
-
-        Raises:
-            KeeperError: as for `ask`; or what came is not what was sent.
-        """
-        end_s = time.monotonic() + timeout_s
-        for first in range(0, n_bytes, CHUNK_BYTES):
-            end = min(first + CHUNK_BYTES, n_bytes)
-            more = {**told, "first": first, "end": end}
-            answer, chunk = self._asked(_READ, more, end - first, end_s)
-            digest = digest_of_bytes(chunk)
-            if len(chunk) != end - first or answer.get("digest") != digest:
-                raise KeeperError(f"what came from {self.address} is not what was asked for")
-            yield chunk, digest
-
-    def _asked(self, path: str, told: Told, most: int, end_s: float) -> tuple[Told, memoryview]:
-        """Returns what is said, and the chunk behind it."""
-        told = {**told, "once": secrets.token_hex(8)}
-        request = proof.sealed(self._secret, path.encode(), told)
-        try:
-            head, chunk = self._sent(path, request, most, end_s)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            self._connection.close()
-            raise KeeperError(
-                f"{self.address} does not answer as a member: {error or type(error).__name__}"
-            ) from error
-        try:
-            answer = proof.opened(self._secret, proof.code_of(request), head)
-        except proof.NotProvenError as error:
-            raise KeeperError(f"{self.address} is no member: {error}") from error
-        if "error" in answer:
-            raise KeeperError(f"{self.address} says: {answer['error']}")
-        return answer, chunk
-
-    def _sent(self, path: str, request: bytes, most: int, end_s: float) -> tuple[bytes, memoryview]:
-        self._wait_until(end_s)
-        self._connection.request("POST", path, request)
-        self._wait_until(end_s)
-        response = self._connection.getresponse()
-        if response.status != 200:
-            raise ConnectionError(f"it refused ({response.status})")
-        head_bytes, chunk_bytes = _HEAD.unpack(self._filled(response, _HEAD.size, end_s))
-        if chunk_bytes > most:
-            raise ConnectionError(f"it sends {chunk_bytes} bytes, wanted {most} at most")
-        head = bytes(self._filled(response, head_bytes, end_s))
-        chunk = self._filled(response, chunk_bytes, end_s)
-        response.read(0)
-        return head, chunk
-
-    def _filled(self, response: Any, n_bytes: int, end_s: float) -> memoryview:
-        content, n = memoryview(bytearray(n_bytes)), 0
-        while n < n_bytes:
-            self._wait_until(end_s)
-            n += (more := response.readinto(content[n:]))
-            if not more:
-                raise ConnectionError("it hung up")
-        return content
-
-    def _wait_until(self, end_s: float) -> None:
-        left_s = end_s - time.monotonic()
-        if left_s <= 0:
-            raise TimeoutError("it took too long")
-        self._connection.timeout = left_s
-        if self._connection.sock is not None:
-            self._connection.sock.settimeout(left_s)
-
-    def close(self) -> None:
-        """Hangs up."""
-        self._connection.close()

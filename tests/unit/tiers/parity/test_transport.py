@@ -10,7 +10,8 @@ import pytest
 
 from lazy_orbax.errors import KeeperError
 from lazy_orbax.tiers.parity import transport
-from lazy_orbax.tiers.parity.transport import CHUNK_BYTES, Peer, Server
+from lazy_orbax.tiers.parity.peer import Peer
+from lazy_orbax.tiers.parity.transport import CHUNK_BYTES, Server
 
 SECRET = "0123456789abcdef"
 CONTENT = bytes(range(256)) * (3 * CHUNK_BYTES // 256) + b"rest"
