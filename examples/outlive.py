@@ -2,17 +2,24 @@
 
     python examples/outlive.py                  # 4 processes; one is killed, then all of them
     python examples/outlive.py --processes 2
+    python examples/outlive.py --machines       # each process plays a machine, which is lost whole
 
 Each process keeps a snapshot of its part every few steps, in a keeper that survives `kill -9`.
 First the job runs undisturbed. Then it runs again: one process is killed and the job ends, the
 next one goes on; all processes are killed at once, the next job goes on. Storage has nothing but
 the first step. Each time the losses continue bit for bit as in the run that was never killed.
+
+With `--machines`, each process has a memory of its own, and keeps parity of that of the others.
+One dies and takes its memory with it: its keeper and its snapshots. What it had is made again from
+what the others have.
 """
 
 import argparse
 import collections
+import glob
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,13 +38,16 @@ import lazy_orbax
 TO_MEMORY, TO_STORAGE = 3, 1000  # every so many steps
 
 
-def train(directory: str, memory: str, n_steps: int, kill: tuple[int, str]) -> None:
+def train(
+    directory: str, memory: str, n_steps: int, kill: tuple[int, str], *, machines: bool
+) -> None:
     """Trains from the newest step there is, and notes each loss.
 
     Args:
         directory: the run.
         memory: where the keeper has its snapshots.
         n_steps: so many steps in all.
+        machines: whether each process plays a machine.
         kill: after which step who dies: `one`, `all` or `nobody`.
     """
     mesh = Mesh(np.array(jax.devices()), ("devices",))
@@ -45,7 +55,11 @@ def train(directory: str, memory: str, n_steps: int, kill: tuple[int, str]) -> N
     shardings = jax.tree.map(lambda leaf: NamedSharding(mesh, spec_of(leaf)), abstract)
     step_fn = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
     process, last = jax.process_index(), jax.process_count() - 1
-    keeper = lazy_orbax.Keeper(directory, directory=memory)
+    parity = None
+    if machines:
+        memory = memory_of(memory, process)
+        parity = lazy_orbax.Parity(group=last + 1, domain=f"machine {process}")
+    keeper = lazy_orbax.Keeper(directory, directory=memory, parity=parity)
     options = ocp.CheckpointManagerOptions(save_interval_steps=TO_STORAGE)
     handler = lazy_orbax.standard_handler(options=lazy_orbax.LazyOptions(keeper=keeper))
     with (
@@ -58,6 +72,9 @@ def train(directory: str, memory: str, n_steps: int, kill: tuple[int, str]) -> N
             state, first = newest.value, newest.step + 1
             if process == 0:
                 print(f"goes on from step {newest.step}, in {newest.tier}", flush=True)
+                for one in newest.rebuilt:
+                    who = ", ".join(map(str, one.sources))
+                    print(f"what process {one.process} had was made again by {who}", flush=True)
         except FileNotFoundError:
             state, first = jax.jit(init, out_shardings=shardings)(), 0
         rows = NamedSharding(mesh, P("devices"))
@@ -68,10 +85,18 @@ def train(directory: str, memory: str, n_steps: int, kill: tuple[int, str]) -> N
             manager.save(step, args=ocp.args.StandardSave(state))
             if step % TO_MEMORY == 0:
                 keeper.save(step, state)
+                if machines:  # So that this demonstration knows which step will be there.
+                    keeper.wait()
+                    assert keeper.protection.newest_step == step, keeper.protection
             when, who = kill
             if step == when and (who == "all" or (who == "one" and process == last)):
                 os.kill(os.getpid(), signal.SIGKILL)
     keeper.close()
+
+
+def memory_of(memory: str, process: int) -> str:
+    """Returns the memory of a process that plays a machine."""
+    return f"{memory}-{process}"
 
 
 # ---------------------------------------------------------------- on one machine
@@ -110,18 +135,23 @@ def losses_of(directory: str) -> dict[int, set[str]]:
     return dict(found)
 
 
-def demo(n: int, n_steps: int, above: str) -> None:
+def demo(n: int, n_steps: int, above: str, *, machines: bool) -> None:
     undisturbed = tempfile.mkdtemp(prefix="undisturbed-", dir=above)
     directory = tempfile.mkdtemp(prefix="killed-", dir=above)
     memory = tempfile.mkdtemp(prefix="lazy-", dir="/dev/shm")
-    flags = ["--steps", str(n_steps), "--memory", memory, "--directory"]
+    os.rmdir(memory)  # The keepers make their own.
+    flags = ["--steps", str(n_steps), "--memory", memory, *["--machines"] * machines]
+    flags.append("--directory")
     print(f"{n} processes, undisturbed", flush=True)
     assert run(n, [*flags, undisturbed]) == [0] * n
     for when, who in ((n_steps // 3, "one"), (2 * n_steps // 3, "all"), (n_steps, "nobody")):
         print(f"after step {when}, kill -9: {who}", flush=True)
         ended = run(n, [*flags, directory, "--kill", str(when), who])
         assert all(ended) == (who != "nobody"), ended
-    assert not os.path.exists(memory), "a clean end leaves nothing"
+        if machines and who != "nobody":
+            print(f"machine {n - 1} is gone, with its memory", flush=True)
+            shutil.rmtree(memory_of(memory, n - 1))
+    assert not glob.glob(f"{memory}*"), "a clean end leaves nothing"
     wanted, found = losses_of(undisturbed), losses_of(directory)
     assert sorted(wanted) == list(range(n_steps))
     assert found == wanted, "the losses differ"
@@ -136,6 +166,7 @@ def main() -> None:
     add("--directory", default="runs/outlive")
     add("--steps", type=int, default=30)
     add("--processes", type=int, default=4)
+    add("--machines", action="store_true", help="each process plays a machine")
     add("--memory", help=argparse.SUPPRESS)
     add("--kill", nargs=2, default=("-1", "nobody"), help=argparse.SUPPRESS)
     add("--join", nargs=3, metavar=("ADDRESS", "COUNT", "INDEX"), help=argparse.SUPPRESS)
@@ -143,12 +174,13 @@ def main() -> None:
     directory = os.path.abspath(arguments.directory)
     pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
     if arguments.join is None:
-        demo(arguments.processes, arguments.steps, directory)
+        demo(arguments.processes, arguments.steps, directory, machines=arguments.machines)
         return
     address, count, index = arguments.join
     jax.distributed.initialize(address, int(count), int(index), heartbeat_timeout_seconds=10)
     when, who = arguments.kill
-    train(directory, arguments.memory, arguments.steps, (int(when), who))
+    kill = (int(when), who)
+    train(directory, arguments.memory, arguments.steps, kill, machines=arguments.machines)
 
 
 if __name__ == "__main__":

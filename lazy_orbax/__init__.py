@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from lazy_orbax.tiers.advise import TierCost, advise
     from lazy_orbax.tiers.keeping import Keeper
     from lazy_orbax.tiers.newest import restore_newest
+    from lazy_orbax.tiers.parity.odds import parity_survives
+    from lazy_orbax.tiers.parity.settings import Parity
     from lazy_orbax.tiers.save_interval import SaveIntervalPolicy
     from lazy_orbax.tiers.tier import Tier
     from lazy_orbax.timeline import RestoreTimeline, SaveTimeline
@@ -52,6 +54,7 @@ _HOMES = {
     # By way of its args, which Orbax must know of as soon as there is such a handler.
     "LazyCheckpointHandler": "lazy_orbax.args",
     "LazyOptions": "lazy_orbax.options",
+    "Parity": "lazy_orbax.tiers.parity.settings",
     "Preemption": "lazy_orbax.recovery.preemption",
     "RestoreTimeline": "lazy_orbax.timeline",
     "SaveIntervalPolicy": "lazy_orbax.tiers.save_interval",
@@ -72,6 +75,7 @@ _HOMES = {
     "merge_coefficients": "lazy_orbax.combine.schedules",
     "node_local_options": "lazy_orbax.pods.node_local",
     "params_of": "lazy_orbax.combine.params_of",
+    "parity_survives": "lazy_orbax.tiers.parity.odds",
     "prewarm": "lazy_orbax.handlers.prewarm",
     "pytree_handler": "lazy_orbax.handlers.stock_shaped",
     "reports": "lazy_orbax.reports",
@@ -97,6 +101,7 @@ __all__ = [
     "Keeper",
     "LazyCheckpointHandler",
     "LazyOptions",
+    "Parity",
     "Preemption",
     "RestoreTimeline",
     "SaveIntervalPolicy",
@@ -117,6 +122,7 @@ __all__ = [
     "merge_coefficients",
     "node_local_options",
     "params_of",
+    "parity_survives",
     "prewarm",
     "pytree_handler",
     "reports",

@@ -4,8 +4,9 @@
 |---|---|
 | `verify` | `VerifyReport`, with an `ItemReport` for each item |
 | `restore_latest_good` | `LatestGood`, with a `Skipped` for each step that was passed over |
-| `restore_newest` | `Newest` |
+| `restore_newest` | `Newest`, with a `Rebuilt` for each snapshot that was made again |
 | `Keeper.report` | `KeeperReport` |
+| `Keeper.protection` | `ProtectionReport` |
 | `restore_replacing` | `RestoredWithReplacements`, with a `Replaced` for each such leaf |
 | `merge` | `Merged` |
 | `search` | `Searched` |
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     from lazy_orbax.tiers.advise import Advice, TierAdvice
     from lazy_orbax.tiers.keeping import KeeperReport
     from lazy_orbax.tiers.newest import Newest
+    from lazy_orbax.tiers.parity.guard import ProtectionReport
+    from lazy_orbax.tiers.parity.restoring import Rebuilt
     from lazy_orbax.tiers.save_interval import IntervalReport
 
 _HOMES = {
@@ -74,6 +77,8 @@ _HOMES = {
     "Merged": "lazy_orbax.combine.merge",
     "Newest": "lazy_orbax.tiers.newest",
     "NodeLocalOptions": "lazy_orbax.pods.node_local",
+    "ProtectionReport": "lazy_orbax.tiers.parity.guard",
+    "Rebuilt": "lazy_orbax.tiers.parity.restoring",
     "Replaced": "lazy_orbax.restore.replacements",
     "RestoredWithReplacements": "lazy_orbax.restore.replacements",
     "RunListing": "lazy_orbax.inspection.ls",
@@ -113,6 +118,8 @@ __all__ = [
     "Merged",
     "Newest",
     "NodeLocalOptions",
+    "ProtectionReport",
+    "Rebuilt",
     "Replaced",
     "RestoredWithReplacements",
     "RunListing",

@@ -108,7 +108,6 @@ def _alone(shelf: Shelf, tier: str) -> Iterator[None]:
 def main(arguments: list[str]) -> int:
     """Promotes. Returns the exit status: 0 where the tier has the newest there is."""
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
-    os.nice(_NICE)  # The training comes first.
     run, directory, told = arguments
     tier = Tier(**json.loads(told))
     try:
@@ -122,4 +121,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    os.nice(_NICE)  # The training comes first.
     raise SystemExit(main(sys.argv[1:]))

@@ -32,6 +32,7 @@ from lazy_orbax.tiers.claim import Claim
 from lazy_orbax.tiers.keeper_link import KeeperLink
 from lazy_orbax.tiers.keeper_process import KeeperSettings
 from lazy_orbax.tiers.kept_layout import has_all_here, layout_of, with_host_leaves
+from lazy_orbax.tiers.parity.guard import Guard, Parity, ProtectionReport
 from lazy_orbax.tiers.shelf import Shelf
 from lazy_orbax.tiers.slot import Writing
 from lazy_orbax.tiers.slots import KeeperReport, Slots
@@ -75,6 +76,7 @@ class Keeper:
         complete_after_s: float | None = None,
         tiers: Sequence[Tier] = (),
         options: LazyOptions | None = None,
+        parity: Parity | None = None,
     ):
         """Finds the keeper, or starts one, which takes a second.
 
@@ -92,17 +94,15 @@ class Keeper:
             tiers: directories to which the keeper brings the newest whole snapshot from time to
                 time, each as an ordinary step. All processes of the job must share one keeper.
             options: its `mode`, `host_bytes` and `slab_bytes` count.
+            parity: how groups of processes keep parity of each other's snapshots, so that a machine
+                may be lost with its memory. `None`: they do not.
 
         Raises:
             OptionError: a value is out of range.
             KeeperError: there is no keeper, and none can be started; or another process that is
                 alive writes the snapshots of this process of the run.
         """
-        _check_options(run, limit_bytes, linger_s, complete_after_s)
-        if sys.platform != "linux":
-            raise KeeperError(f"a keeper needs Linux, and this is {sys.platform}; train without")
-        if symbols.MISSING:
-            raise KeeperError(f"this version of Orbax is not known: {', '.join(symbols.MISSING)}")
+        _check(run, limit_bytes, linger_s, complete_after_s)
         self.run = _paths.absolute(os.fspath(run))
         self.tiers = checked_tiers(tiers, self.run, directory)
         shelf = Shelf(directory)
@@ -113,21 +113,29 @@ class Keeper:
         whose = {"run": self.run, "process": jax.process_index(), "pid": os.getpid()}
         whose |= {"complete_after_s": complete_after_s, "tiers": told_of(self.tiers)}
         self._link = KeeperLink(settings, whose)
-        self.slots = Slots(shelf, self._link, self.run)
         self._saving: list[concurrent.futures.Future[None]] = []
         self._along: dict[str, int] = {}
         self._claim = Claim(shelf, self.run, jax.process_index())
         try:
             self._link.ask({"do": "status"})
+            guard = None if parity is None else Guard(parity, shelf, self.run)
         except BaseException:
             self._claim.release()
             raise
+        self.slots = Slots(shelf, self._link, self.run, guard)
         self.slots.begin_life()
+        if guard is not None:
+            guard.join()
 
     @property
     def report(self) -> KeeperReport:
         """What became of the snapshots so far."""
         return self.slots.report
+
+    @property
+    def protection(self) -> ProtectionReport:
+        """What became of the parity of the snapshots so far."""
+        return self.slots.guard.report if self.slots.guard else ProtectionReport()
 
     def save(self, step: int, state: Any, *, item: str = ITEM) -> bool:
         """Takes a snapshot. The caller may donate, delete or change `state` when this returned.
@@ -229,12 +237,14 @@ class Keeper:
         )
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Waits until no snapshot of `save` is on its way any more.
+        """Waits until no snapshot of `save`, nor its parity, is on its way any more.
 
         Args:
             timeout_s: most seconds to wait; `None` waits without a limit.
         """
         concurrent.futures.wait(self._saving, timeout_s)
+        if self.slots.guard is not None:
+            self.slots.guard.wait(timeout_s)
 
     def close(self, *, discard: bool = True) -> None:
         """Waits for what is on its way, and leaves the keeper. A second call does nothing.
@@ -275,7 +285,7 @@ def _settings() -> Settings:
     return describe.settings_of(symbols.HANDLER_BASE(**keywords), keywords)
 
 
-def _check_options(run: Any, limit_bytes: Any, linger_s: Any, after_s: Any) -> None:
+def _check(run: Any, limit_bytes: Any, linger_s: Any, after_s: Any) -> None:
     if not isinstance(run, str | os.PathLike) or not str(run):
         raise OptionError(f"run={run!r} is no path; give the directory of the run.")
     if limit_bytes is not None and (not isinstance(limit_bytes, int) or limit_bytes < 2**20):
@@ -284,3 +294,7 @@ def _check_options(run: Any, limit_bytes: Any, linger_s: Any, after_s: Any) -> N
         raise OptionError(f"linger_s={linger_s!r} must be a finite number of seconds, above 0.")
     if after_s is not None and (not isinstance(after_s, int | float) or not 0 <= after_s < 1e9):
         raise OptionError(f"complete_after_s={after_s!r} must be a number of seconds, or None.")
+    if sys.platform != "linux":
+        raise KeeperError(f"a keeper needs Linux, and this is {sys.platform}; train without")
+    if symbols.MISSING:
+        raise KeeperError(f"this version of Orbax is not known: {', '.join(symbols.MISSING)}")

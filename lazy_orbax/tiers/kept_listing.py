@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import time
 from typing import Any
@@ -124,7 +125,7 @@ def kept(directory: str | None = None) -> KeptListing:
     with contextlib.suppress(OSError), connected(place) as peer:
         told = messages.asked(peer, {"do": "status"}, timeout_s=_ANSWER_S)
     entries = []
-    for file, snapshot in shelf.snapshots():
+    for file, snapshot in itertools.chain(shelf.snapshots(), shelf.parities()):
         path = shelf.path_of(file)
         with contextlib.suppress(FileNotFoundError):
             status = os.stat(path)
@@ -132,6 +133,8 @@ def kept(directory: str | None = None) -> KeptListing:
             if isinstance(snapshot, Snapshot):
                 facts = {name: snapshot.facts.get(name) for name in ("run", "item", "process")}
                 age_s = max(0.0, time.time() - float(snapshot.facts.get("written_s", 0.0)))
+                if "members" in snapshot.facts:
+                    facts["item"] = f"{facts['item']} (parity)"
                 entry = dataclasses.replace(entry, **facts, step=snapshot.step, age_s=age_s)
             else:
                 entry = dataclasses.replace(entry, problem=str(snapshot))

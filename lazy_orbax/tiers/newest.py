@@ -22,6 +22,7 @@ from lazy_orbax.pods import consensus
 from lazy_orbax.restore.latest_good import Skipped, refuse_no_manager, restore_latest_good
 from lazy_orbax.tiers.keeping import ITEM, Keeper
 from lazy_orbax.tiers.kept_tree import KeptTree, NotAtHandError
+from lazy_orbax.tiers.parity import restoring
 from lazy_orbax.tiers.restored_tier import (
     MOST_STEPS,
     from_tier,
@@ -47,6 +48,8 @@ class Newest:
         tier: where it was: `"memory"`, the path of a tier, or `"storage"`.
         why: why this step, from there.
         skipped: what was passed over, newest first, and why.
+        rebuilt: snapshots that were not on their machine, and were made there from parity on other
+            machines, or copied from one.
     """
 
     step: int
@@ -54,6 +57,7 @@ class Newest:
     tier: str
     why: str
     skipped: tuple[Skipped, ...]
+    rebuilt: tuple[restoring.Rebuilt, ...] = ()
 
 
 def restore_newest(manager: ocp.CheckpointManager, keeper: Keeper, *, args: Any = None) -> Newest:
@@ -151,7 +155,9 @@ def _before_storage(
         stored: the newest step in storage, if there is one.
         skipped: gets what is passed over.
     """
-    targets, (at_hand, passed) = _targets(args), _at_hand(keeper)
+    targets = _targets(args)
+    made = restoring.make_whole(keeper.slots.guard, targets, stored[0] if stored else None)
+    at_hand, passed = _at_hand(keeper, made)
     in_tiers, out_of_reach = _in_tiers(keeper)
     skipped += passed + out_of_reach
     keys = _newest_first(_candidates(at_hand, targets), in_tiers)
@@ -171,10 +177,10 @@ def _before_storage(
             newer = [one for one in skipped if one.step is None or one.step > step]
             newest = stored[0] if stored else "none"
             why = f"{tier or MEMORY} has it whole; the newest in storage is {newest}"
-            keeper.slots.begin_life(
-                _own_files(at_hand[step, where], targets) if tier is None else None
-            )
-            return Newest(step, _shaped(value, args), tier or MEMORY, why, tuple(newer)), []
+            keeper.slots.begin_life(None if tier else _own_files(at_hand[step, where], targets))
+            restoring.protect_again(keeper.slots.guard, () if tier else targets, step, where)
+            value, rebuilt = _shaped(value, args), () if tier else made.rebuilt
+            return Newest(step, value, tier or MEMORY, why, tuple(newer), rebuilt), []
         if any(consensus.any_process([_is_for_the_caller(error)])):
             raise error or RestoreError(f"Step {step} could not be restored on another process.")
         skipped.append(_skipped(step, error, failed, tier or keeper.slots.shelf.path))
@@ -193,9 +199,9 @@ _AtHand = dict[tuple[int, int], _Items]
 """Snapshots of the run on this machine, of each item, by step and life of the job."""
 
 
-def _at_hand(keeper: Keeper) -> tuple[_AtHand, list[Skipped]]:
+def _at_hand(keeper: Keeper, made: restoring.MadeWhole) -> tuple[_AtHand, list[Skipped]]:
     found: _AtHand = {}
-    skipped = []
+    skipped = [Skipped(step, keeper.slots.shelf.path, why) for step, why in made.missing]
     mine = set(keeper.slots.files([ITEM]))
     for file, snapshot in keeper.slots.shelf.snapshots():
         if isinstance(snapshot, SnapshotError):

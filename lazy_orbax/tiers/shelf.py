@@ -18,7 +18,8 @@ from lazy_orbax.tiers.snapshot_file import Snapshot, SnapshotError, read_snapsho
 MEMORY = "/dev/shm"
 GENERATIONS = 2
 """The newest whole snapshot stays as it is while the next one is written."""
-_FILE = re.compile(r"[0-9a-f]{32}\.[0-9]+\.slabs")
+_SNAPSHOT, _PARITY = ".slabs", ".parity"
+_FILE = re.compile(r"[0-9a-f]{32}\.[0-9]+\.(slabs|parity)")
 _CLAIM = re.compile(r"[0-9a-f]{32}\.claim")
 _LOCK, _SOCKET, _LOG = "lock", "socket", "keeper.log"
 # What Linux allows for the path of a socket.
@@ -113,7 +114,7 @@ class Shelf:
         return descriptor is None
 
     def files(self) -> list[str]:
-        """Returns the names of the files of snapshots, whole or not."""
+        """Returns the names of the files of snapshots and of parity, whole or not."""
         try:
             return sorted(name for name in os.listdir(self.path) if _FILE.fullmatch(name))
         except FileNotFoundError:
@@ -131,7 +132,16 @@ class Shelf:
 
     def snapshots(self) -> Iterator[tuple[str, Snapshot | SnapshotError]]:
         """Yields each file with the snapshot in it, or why it holds none."""
+        return self._read(_SNAPSHOT)
+
+    def parities(self) -> Iterator[tuple[str, Snapshot | SnapshotError]]:
+        """Yields each file with the parity of other snapshots in it, or why it holds none."""
+        return self._read(_PARITY)
+
+    def _read(self, kind: str) -> Iterator[tuple[str, Snapshot | SnapshotError]]:
         for file in self.files():
+            if not file.endswith(kind):
+                continue
             try:
                 yield file, read_snapshot(self.path_of(file))
             except SnapshotError as error:
@@ -215,7 +225,12 @@ def claim_of(run: str, process: int) -> str:
 
 def file_of(run: str, item: str, process: int, generation: int) -> str:
     """Returns the name of the file for a generation of what a process saves of an item."""
-    return f"{_key_of(run, item, process)}.{generation}.slabs"
+    return f"{_key_of(run, item, process)}.{generation}{_SNAPSHOT}"
+
+
+def parity_file_of(run: str, item: str, process: int, generation: int) -> str:
+    """Returns the name of the file for a generation of the parity that a process has of others."""
+    return f"{_key_of(run, item, process)}.{generation}{_PARITY}"
 
 
 def _key_of(*whose: str | int) -> str:

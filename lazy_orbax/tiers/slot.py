@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import threading
@@ -70,6 +71,8 @@ class Slot:
         """
         with self._busy:
             self._votes, self._undecided = votes, None
+            # One of them may have been made again since, from parity.
+            self._serial = max(self._serial, *map(self._serial_of, self.names))
             for i, name in enumerate(self.names):
                 if self._shelf.path_of(name) == restored:
                     self._common = i
@@ -119,6 +122,10 @@ class Slot:
     def tell(self, step: int, *, is_sealed: bool) -> None:
         """Tells the other processes what became of a step."""
         self._votes.tell(step, is_sealed=is_sealed)
+
+    def settle(self, work: Callable[[], None]) -> None:
+        """Runs what comes after a snapshot, now or where nobody waits for it."""
+        self._votes.settle(work)
 
     def end(self) -> None:
         """Ends what `begin` began."""
@@ -217,9 +224,12 @@ class Writing:
     def _end(self, error: BaseException | None) -> None:
         if not self._is_over:
             self._is_over, self._file = True, None
-            try:
-                self._slot.tell(self.step, is_sealed=error is None)
-            except Exception as failure:  # noqa: BLE001 - The job is ending.
-                error = error or failure
-            self._slot.end()
-            self._told(self, error)
+            self._slot.settle(functools.partial(self._settle, error))
+
+    def _settle(self, error: BaseException | None) -> None:
+        try:
+            self._slot.tell(self.step, is_sealed=error is None)
+        except Exception as failure:  # noqa: BLE001 - The job is ending.
+            error = error or failure
+        self._slot.end()
+        self._told(self, error)

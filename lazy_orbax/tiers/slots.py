@@ -17,6 +17,7 @@ from lazy_orbax.pods import consensus
 from lazy_orbax.storage import threads
 from lazy_orbax.tiers.keeper_link import KeeperLink
 from lazy_orbax.tiers.kept_layout import KeptLayout
+from lazy_orbax.tiers.parity.guard import Guard, GuardedVotes
 from lazy_orbax.tiers.shelf import Shelf
 from lazy_orbax.tiers.slot import Slot, Writing
 from lazy_orbax.tiers.snapshot_file import HeldError
@@ -54,17 +55,20 @@ class Slots:
         shelf: the directory in memory.
         life: which life of the job this is: a random number.
         report: what became of the snapshots so far.
+        guard: sees to parity on other machines; `None`: nobody does.
     """
 
-    def __init__(self, shelf: Shelf, link: KeeperLink, run: str):
+    def __init__(self, shelf: Shelf, link: KeeperLink, run: str, guard: Guard | None = None):
         """Begins with none.
 
         Args:
             shelf: where they are.
             link: whom to ask for room.
             run: the name of the run.
+            guard: sees to parity on other machines, where that is wanted.
         """
         self.shelf, self.life, self.report = shelf, 0, KeeperReport()
+        self.guard = guard
         self._link, self._run, self._lock = link, run, threading.Lock()
         self._slots: dict[str, Slot] = {}
 
@@ -83,6 +87,8 @@ class Slots:
             self._slot(item).begin_life(self._votes(item), path)
 
     def _votes(self, item: str) -> Votes:
+        if self.guard is not None:
+            return GuardedVotes(self.guard, item, self.life)
         return Votes(f"{self.life}/{item}")
 
     def begin(
@@ -169,6 +175,9 @@ class Slots:
     def close(self) -> list[str]:
         """Lets go of the memory. Returns the names of the files."""
         names = self.files(list(self._slots))
+        if self.guard is not None:
+            names += self.guard.files(list(self._slots))
+            self.guard.close()
         for slot in self._slots.values():
             slot.close()
         self._slots.clear()

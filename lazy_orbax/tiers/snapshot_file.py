@@ -51,6 +51,7 @@ class Snapshot:
         facts: which step of whom it is; `digests`, one for each piece.
         layout: which bytes are which piece of which leaf.
         fingerprint: the digest of the layout: equal for equal plans.
+        n_bytes: all of it, from the beginning of the file.
     """
 
     path: str
@@ -58,6 +59,7 @@ class Snapshot:
     facts: dict[str, Any]
     layout: dict[str, Any]
     fingerprint: int
+    n_bytes: int = 0
 
     @property
     def step(self) -> int:
@@ -219,7 +221,7 @@ def read_snapshot(path: str) -> Snapshot:
     for name, kind in _FACTS.items():
         if not isinstance(facts.get(name), kind):
             raise SnapshotError(f"the facts of {path} have no {name}")
-    return Snapshot(path, serial, facts, layout, told[2])
+    return Snapshot(path, serial, facts, layout, told[2], told[3] + told[4])
 
 
 def _text(memory: np.ndarray, path: str, what: str, told: list[int]) -> dict[str, Any]:

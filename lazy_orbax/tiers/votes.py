@@ -6,6 +6,7 @@ have that, the older one is of no use; if one has not, nobody will ever restore 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,6 +39,10 @@ class Votes:
             value = "sealed" if is_sealed else "lost"
             self._store.key_value_set(self._key(step, self._process), value, allow_overwrite=True)
             self._told.append(step)
+
+    def settle(self, work: Callable[[], None]) -> None:
+        """Runs what comes after a snapshot: telling of it, and making room for the next."""
+        work()
 
     def is_common(self, step: int, *, timeout_s: float) -> bool | None:
         """Returns whether all processes have sealed a step that this one has.

@@ -18,6 +18,7 @@ ROOT = pathlib.Path(__file__).parents[2]
         ["linen_train_state.py"],
         ["hidden_copy.py"],
         pytest.param(["outlive.py", "--steps", "24"], marks=pytest.mark.slow),
+        pytest.param(["outlive.py", "--steps", "24", "--machines"], marks=pytest.mark.slow),
         pytest.param(["dense_params.py", "--steps", "24"], marks=pytest.mark.slow),
         pytest.param(
             ["merge_tail.py", "--seeds", "1", "--steps", "60", "--tail", "20", "--every", "5"],
@@ -46,5 +47,7 @@ def test_the_example_holds_what_it_claims(command, tmp_path):
         assert "stock Orbax restores step 12 in one process" in done.stdout
     elif name == "outlive.py":
         assert "24 losses are equal, bit for bit" in done.stdout
+        again = done.stdout.count("what process 3 had was made again by 0, 1, 2")
+        assert again == (2 if "--machines" in flags else 0)
     elif "--demo" in flags:
         assert "12 losses and the last checkpoint are equal, bit for bit" in done.stdout

@@ -377,6 +377,7 @@ def test_what_is_public_is_documented(name):
         "merge_coefficients",
         "node_local_options",
         "params_of",
+        "parity_survives",
         "pytree_handler",
         "restore_latest_good",
         "restore_newest",

@@ -18,11 +18,13 @@ from equipment.trees import assert_same, on_mesh
 
 import lazy_orbax
 from lazy_orbax.errors import KeeperError
+from lazy_orbax.handlers import promoting
 from lazy_orbax.handlers.promoting import main, promote
 from lazy_orbax.tiers import shelf
 from lazy_orbax.tiers.keeper_link import connected
 from lazy_orbax.tiers.kept_steps import KeptStep
 from lazy_orbax.tiers.messages import asked
+from lazy_orbax.tiers.promotion import Promotions
 from lazy_orbax.tiers.shelf import claim_of
 from lazy_orbax.tiers.tier import told_of
 
@@ -207,6 +209,20 @@ def test_two_programs_do_not_write_one_tier(keeper, place, tier):
     assert promote(RUN, tier, place) == 20
 
 
+def test_what_the_keeper_starts_brings_it_there(keeper, place, tier, monkeypatch):
+    keep(keeper, 20)
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: started.append(command))
+    promotions = Promotions(keeper.slots.shelf)
+    promotions.came(RUN, told_of([tier]), 0.0)
+    promotions.turn(tier.every_s, {RUN})
+    ((python, dash_m, module, *arguments),) = started
+    assert [python, dash_m, module] == [sys.executable, "-m", promoting.__name__]
+    assert main(arguments) == 0
+    assert steps(tier) == [20]
+
+
+@pytest.mark.slow  # The program makes way for everybody: it may take its time.
 def test_the_keeper_brings_it_there_while_the_trainer_goes_on(place, tier):
     tier = dataclasses.replace(tier, every_s=0.1)
     with lazy_orbax.Keeper(RUN, directory=place, tiers=[tier]) as keeper:

@@ -29,6 +29,9 @@ class FakeVotes:
     def tell(self, step, *, is_sealed):
         self.told[step] = is_sealed
 
+    def settle(self, work):
+        work()
+
     def is_common(self, step, *, timeout_s):
         return None if step in self.late else step not in self.lost
 

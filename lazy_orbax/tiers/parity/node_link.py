@@ -1,0 +1,134 @@
+"""The way from a trainer to its node: a program of its own, told what to do through a pipe."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import itertools
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import lazy_orbax
+from lazy_orbax.errors import KeeperError
+from lazy_orbax.storage import threads
+from lazy_orbax.tiers import messages
+from lazy_orbax.tiers.parity.settings import NodeSettings
+from lazy_orbax.tiers.shelf import Shelf
+
+_START_S, _END_S = 60.0, 30.0
+_ROOT = str(pathlib.Path(lazy_orbax.__file__).parent.parent)
+
+
+class NodeLink:
+    """A node that works for this process.
+
+    Invariant, under the lock: `_asked` has what was asked and not answered, by its number; once
+    `_is_gone`, nothing is added.
+
+    Attributes:
+        address: where other nodes reach it.
+    """
+
+    def __init__(self, settings: NodeSettings):
+        """Starts the node.
+
+        Raises:
+            KeeperError: it could not be started.
+        """
+        self._lock, self._numbers = threading.Lock(), itertools.count(1)
+        self._asked: dict[int, concurrent.futures.Future[dict[str, Any]]] = {}
+        self._is_gone = False
+        path = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        log = os.open(Shelf(settings.directory).log, flags, 0o600)
+        try:
+            self._program = subprocess.Popen(
+                [sys.executable, "-m", "lazy_orbax.tiers.parity.node_process"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                cwd="/",
+                bufsize=0,
+                env={**os.environ, "PYTHONPATH": path},
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise KeeperError(f"no node could be started: {error}") from error
+        finally:
+            os.close(log)
+        first = self._asked[0] = concurrent.futures.Future()
+        self._reading = threads.run(self._read, "lazy_orbax-node")
+        try:
+            self._write(dataclasses.asdict(settings))
+            self.address = str(first.result(_START_S)["address"])
+        except (KeeperError, OSError, concurrent.futures.TimeoutError) as error:
+            self.close()
+            raise KeeperError(f"no node could be started: {error or 'it says nothing'}") from error
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the node has ended."""
+        return self._is_gone
+
+    def _write(self, message: dict[str, Any]) -> None:
+        assert self._program.stdin is not None
+        content = messages.encoded(message)
+        while content:
+            content = content[self._program.stdin.write(content) :]
+
+    def ask(self, message: dict[str, Any], *, timeout_s: float) -> dict[str, Any]:
+        """Returns the answer to a message, which may take the node a while. Several may ask.
+
+        Raises:
+            KeeperError: the node could not do it, is gone, or did not answer in time.
+        """
+        future: concurrent.futures.Future[dict[str, Any]] = concurrent.futures.Future()
+        try:
+            with self._lock:
+                if self._is_gone:
+                    raise KeeperError("the node is gone")
+                number = next(self._numbers)
+                self._asked[number] = future
+                self._write({**message, "id": number})
+            return future.result(timeout_s)
+        except concurrent.futures.TimeoutError as error:
+            raise KeeperError(f"the node did not answer within {timeout_s:.0f} s") from error
+        except OSError as error:
+            raise KeeperError(f"the node is gone: {error}") from error
+
+    def _read(self) -> None:
+        assert self._program.stdout is not None
+        for line in self._program.stdout:
+            answer = messages.decoded(line)
+            with self._lock:
+                future = self._asked.pop(answer.pop("id"), None)
+            if future is not None and "error" in answer:
+                future.set_exception(KeeperError(answer["error"]))
+            elif future is not None:
+                future.set_result(answer)
+        with self._lock:
+            self._is_gone = True
+            left = list(self._asked.values())
+            self._asked.clear()
+        for future in left:
+            future.set_exception(KeeperError("the node is gone"))
+
+    def close(self) -> None:
+        """Ends the node."""
+        assert self._program.stdin is not None
+        assert self._program.stdout is not None
+        with contextlib.suppress(OSError):
+            self._program.stdin.close()
+        try:
+            self._program.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self._program.kill()
+            self._program.wait()
+        with contextlib.suppress(concurrent.futures.TimeoutError):
+            self._reading.result(_END_S)
+        self._program.stdout.close()

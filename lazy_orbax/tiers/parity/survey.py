@@ -1,0 +1,208 @@
+"""Which steps are whole somewhere, or can be made whole? From what each process says that it has.
+
+Nothing is asked or moved here: whoever has the listings of all comes to the same answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lazy_orbax.tiers.parity.files import Key, Member
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A member of the group of a lost snapshot, and who has what of it.
+
+    Attributes:
+        process: the member.
+        n_bytes: of its snapshot.
+        snapshot: the address of who has it; `None`: it is the one that was lost.
+        parity: the address of who has its parity.
+        parity_digest: of its parity.
+        digests: of the stripe of each member in it.
+    """
+
+    process: int
+    n_bytes: int
+    snapshot: str | None = None
+    parity: str | None = None
+    parity_digest: int | None = None
+    digests: tuple[int | None, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Lost:
+    """A snapshot that is not where its process is now, and how to make it.
+
+    Attributes:
+        key: which.
+        process: whose it is.
+        n_bytes: of it.
+        serial: of it.
+        copy: the address of a machine that has it; `None`: it is to be made from parity.
+        sources: the members of its group.
+    """
+
+    key: Key
+    process: int
+    n_bytes: int
+    serial: int
+    copy: str | None = None
+    sources: tuple[Source, ...] = ()
+
+    def as_message(self) -> dict[str, Any]:
+        """Returns it for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def told(cls, told: Mapping[str, Any]) -> Lost:
+        """Returns what a message says."""
+        sources = tuple(
+            Source(**{**source, "digests": tuple(source["digests"])}) for source in told["sources"]
+        )
+        return cls(**{**told, "key": Key.told(told["key"]), "sources": sources})
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A step of which all snapshots are there, or can be made.
+
+    Attributes:
+        step: the step.
+        life: of which life of the job.
+        lost: what is to be made.
+    """
+
+    step: int
+    life: int
+    lost: tuple[Lost, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """What all machines have: by what it is, who has it, and what that one says of it."""
+
+    snapshots: dict[tuple[Key, int], dict[str, Mapping[str, Any]]]
+    parities: dict[tuple[Key, int], dict[str, Mapping[str, Any]]]
+
+    @classmethod
+    def of(cls, listings: Sequence[Mapping[str, Any]]) -> _Held:
+        found: tuple[Any, Any] = ({}, {})
+        for listing in listings:
+            for held, name in zip(found, ("snapshots", "parities")):
+                for one in listing[name]:
+                    who = held.setdefault((Key.told(one), one["process"]), {})
+                    who[listing["address"]] = one
+        return cls(*found)
+
+
+def plans(
+    listings: Sequence[Mapping[str, Any]], items: Iterable[str], newer_than: int | None
+) -> tuple[list[Plan], dict[int, str]]:
+    """Returns the steps that all processes can have, the newest first; and why not the others.
+
+    Args:
+        listings: of each process, what its machine has (`files.listing_of`), and its `address`.
+        items: those that are wanted.
+        newer_than: older steps are of no use.
+    """
+    held, n, wanted = _Held.of(listings), len(listings), sorted(items)
+    steps = {(key.step, key.life) for key, _ in (*held.snapshots, *held.parities)}
+    found, missing = [], {}
+    for step, life in steps:
+        if newer_than is not None and step < newer_than:
+            continue
+        lost, problems, serial = [], [], -1
+        for key in (Key(item, step, life) for item in wanted):
+            for process in range(n):
+                one = _looked_for(held, listings, key, process)
+                if isinstance(one, str):
+                    problems.append(one)
+                    continue
+                serial = max(serial, one.serial) if process == 0 else serial
+                if one.copy != _HERE:
+                    lost.append(one)
+        if not _are_of_as_many(held, step, life, n):
+            missing[step] = f"it is of another number of processes than {n}"
+        elif problems:
+            missing[step] = "; ".join(problems[:3])
+        else:
+            found.append((serial, Plan(step, life, tuple(lost))))
+    found.sort(key=lambda one: one[0], reverse=True)
+    return [plan for _, plan in found], missing
+
+
+_HERE = ""
+
+
+def _are_of_as_many(held: _Held, step: int, life: int, n: int) -> bool:
+    said = {
+        one.get("processes")
+        for (key, _), who in held.snapshots.items()
+        for one in who.values()
+        if (key.step, key.life) == (step, life)
+    }
+    return said <= {n}
+
+
+def _looked_for(
+    held: _Held, listings: Sequence[Mapping[str, Any]], key: Key, process: int
+) -> Lost | str:
+    """Returns where a snapshot is, or how to make it; or what is missing for that."""
+    holders = held.snapshots.get((key, process), {})
+    mine = [
+        one
+        for one in listings[process]["snapshots"]
+        if Key.told(one) == key and one["process"] == process
+    ]
+    for address, one in ((_HERE, mine[0]),) if mine else tuple(holders.items())[:1]:
+        return Lost(key, process, one["n_bytes"], one["serial"], copy=address)
+    groups: dict[tuple[int, ...], tuple[Member, ...]] = {}
+    for (other, _), who in held.parities.items():
+        for one in who.values():
+            members = tuple(Member(**member) for member in one["members"])
+            numbers = tuple(member.process for member in members)
+            if other == key and process in numbers:
+                groups[numbers] = members
+    why = f"the snapshot of process {process} is nowhere, and nobody has parity of it"
+    for members in groups.values():
+        found = _from_group(held, key, process, members)
+        if isinstance(found, Lost):
+            return found
+        why = found
+    return why
+
+
+def _from_group(held: _Held, key: Key, process: int, members: tuple[Member, ...]) -> Lost | str:
+    """Returns how a group makes the snapshot of a member again, or what it misses."""
+    sources, missing = [], []
+    for member in members:
+        if member.process == process:
+            sources.append(Source(process, member.n_bytes))
+            continue
+        snapshots = held.snapshots.get((key, member.process), {})
+        parities = held.parities.get((key, member.process), {})
+        for what, who in (("snapshot", snapshots), ("parity", parities)):
+            if not who:
+                missing.append(f"the {what} of process {member.process}")
+        for where, parity in tuple(parities.items())[:1]:
+            digests = tuple(one["digest"] for one in parity["members"])
+            source = Source(
+                member.process,
+                member.n_bytes,
+                next(iter(snapshots), None),
+                where,
+                parity["parity_digest"],
+                digests,
+            )
+            sources.append(source)
+    if missing:
+        return (
+            f"the snapshot of process {process} is nowhere, and of its group "
+            f"{[member.process for member in members]} there is not {', '.join(missing)}"
+        )
+    (mine,) = (member for member in members if member.process == process)
+    return Lost(key, process, mine.n_bytes, mine.serial, sources=tuple(sources))

@@ -1,0 +1,232 @@
+"""Who does not know the secret gets nothing, and a call always ends."""
+
+import http.client
+import shutil
+import socket
+import subprocess
+import threading
+
+import pytest
+
+from lazy_orbax.errors import KeeperError
+from lazy_orbax.tiers.parity import transport
+from lazy_orbax.tiers.parity.transport import CHUNK_BYTES, Peer, Server
+
+SECRET = "0123456789abcdef"
+CONTENT = bytes(range(256)) * (3 * CHUNK_BYTES // 256) + b"rest"
+
+
+class Desk:
+    """Answers; counts who got to it."""
+
+    def __init__(self):
+        self.asked = []
+
+    def answer(self, told):
+        self.asked.append(told)
+        if told.get("wrong"):
+            raise KeeperError("there is no such thing")
+        return {"found": told["x"]}
+
+    def read(self, told, first, end):
+        self.asked.append((first, end))
+        if told.get("wrong") == first:
+            raise KeeperError("it was overwritten")
+        return memoryview(CONTENT[first:end])
+
+
+@pytest.fixture
+def desk():
+    return Desk()
+
+
+@pytest.fixture
+def server(desk):
+    server = Server("127.0.0.1", SECRET, None, desk.answer, desk.read)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def peer(server):
+    peer = Peer(server.address, SECRET, None)
+    yield peer
+    peer.close()
+
+
+def test_a_question_is_answered(peer):
+    assert peer.ask({"x": 5}, timeout_s=30) == {"found": 5}
+    with pytest.raises(KeeperError, match="no such thing"):
+        peer.ask({"x": 5, "wrong": True}, timeout_s=30)
+
+
+@pytest.mark.parametrize("n_bytes", [0, 1, CHUNK_BYTES, CHUNK_BYTES + 1, len(CONTENT)])
+def test_bytes_come_in_turn(peer, desk, n_bytes):
+    parts = list(peer.read({}, n_bytes, timeout_s=30))
+    assert b"".join(chunk for chunk, _ in parts) == CONTENT[:n_bytes]
+    assert len(desk.asked) == -(-n_bytes // CHUNK_BYTES)
+
+
+def test_an_error_on_the_way_is_told(peer):
+    with pytest.raises(KeeperError, match="overwritten"):
+        list(peer.read({"wrong": 2 * CHUNK_BYTES}, len(CONTENT), timeout_s=30))
+
+
+def test_who_sends_less_than_was_wanted_is_found_out(peer):
+    with pytest.raises(KeeperError, match="not what was asked for"):
+        list(peer.read({}, len(CONTENT) + 5, timeout_s=30))
+
+
+def test_a_bit_that_changes_on_the_way_is_found(peer, monkeypatch):
+    sent = peer._sent
+
+    def flipped(*args):
+        head, chunk = sent(*args)
+        chunk[-3] ^= 1
+        return head, chunk
+
+    monkeypatch.setattr(peer, "_sent", flipped)
+    with pytest.raises(KeeperError, match="not what was asked for"):
+        list(peer.read({}, 1000, timeout_s=30))
+
+
+def test_a_stranger_gets_nothing(server, desk):
+    stranger = Peer(server.address, "a" * 16, None)
+    with pytest.raises(KeeperError, match="403"):
+        stranger.ask({"x": 1}, timeout_s=30)
+    with pytest.raises(KeeperError, match="403"):
+        list(stranger.read({"x": 1}, 5, timeout_s=30))
+    assert desk.asked == []
+    stranger.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "length"), [("/ask", 10**6), ("/ask", -5), ("/ask", "x"), ("/", 5), ("/ask", 10**30)]
+)
+def test_a_stranger_makes_nobody_take_memory(server, desk, path, length):
+    """What is longer than any question is refused before it is read."""
+    connection = http.client.HTTPConnection(server.address, timeout=30)
+    connection.putrequest("POST", path)
+    connection.putheader("Content-Length", str(length))
+    connection.endheaders()
+    assert connection.getresponse().status == 413
+    connection.close()
+    assert desk.asked == []
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /ask HTTP/1.1\r\n", b"\0" * 1000])
+def test_a_stranger_who_says_little_is_hung_up_on(desk, monkeypatch, sent):
+    monkeypatch.setattr(transport, "_STRANGER_S", 0.1)
+    server = Server("127.0.0.1", SECRET, None, desk.answer, desk.read)
+    host, _, port = server.address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=60) as stranger:
+        stranger.sendall(sent)
+        while stranger.recv(10_000):
+            pass
+    server.close()
+
+
+def test_there_are_only_so_many_connections(desk, monkeypatch):
+    monkeypatch.setattr(transport, "_MOST_CONNECTIONS", 2)
+    server = Server("127.0.0.1", SECRET, None, desk.answer, desk.read)
+    peers = [Peer(server.address, SECRET, None) for _ in range(3)]
+    for peer in peers[:2]:
+        assert peer.ask({"x": 1}, timeout_s=30) == {"found": 1}
+    with pytest.raises(KeeperError, match="does not answer"):
+        peers[2].ask({"x": 1}, timeout_s=30)
+    for peer in peers:
+        peer.close()
+    server.close()
+
+
+def test_a_server_sends_no_more_than_was_asked_for(peer, monkeypatch):
+    monkeypatch.setattr(transport, "_part", lambda read, told: ({}, memoryview(bytes(5000))))
+    with pytest.raises(KeeperError, match="sends 5000 bytes, wanted 100"):
+        list(peer.read({}, 100, timeout_s=30))
+
+
+def test_an_answer_to_another_question_is_not_believed(peer, monkeypatch):
+    """Such as one that somebody in between has kept."""
+    sent, kept = peer._sent, []
+
+    def between(*args):
+        kept.append(sent(*args))
+        return kept[0]
+
+    monkeypatch.setattr(peer, "_sent", between)
+    assert peer.ask({"x": 1}, timeout_s=30) == {"found": 1}
+    with pytest.raises(KeeperError, match="no member"):
+        peer.ask({"x": 1}, timeout_s=30)
+
+
+def test_who_takes_connections_and_says_nothing_is_given_up():
+    """A machine that is half gone: its kernel still answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        peer = Peer(f"127.0.0.1:{silent.getsockname()[1]}", SECRET, None)
+        for call in (
+            lambda: peer.ask({"x": 1}, timeout_s=0.2),
+            lambda: list(peer.read({"x": 1}, 5, timeout_s=0.2)),
+        ):
+            with pytest.raises(KeeperError, match="does not answer"):
+                call()
+        peer.close()
+
+
+def test_a_member_that_hangs_in_its_answer_is_given_up(desk):
+    held = threading.Event()
+    server = Server("127.0.0.1", SECRET, None, lambda _: held.wait(60) and {}, desk.read)
+    peer = Peer(server.address, SECRET, None)
+    with pytest.raises(KeeperError, match="does not answer"):
+        peer.ask({"x": 1}, timeout_s=0.2)
+    held.set()
+    peer.close()
+    server.close()
+
+
+def test_it_listens_on_the_interface_that_it_is_told(server):
+    host, _, port = server.address.rpartition(":")
+    assert host == "127.0.0.1"
+    # All of 127.0.0.0/8 is this machine; another address of it is another interface.
+    with socket.socket() as other, pytest.raises(ConnectionRefusedError):
+        other.connect(("127.0.0.2", int(port)))
+
+
+def test_where_nobody_can_listen_it_says_so(desk):
+    with pytest.raises(KeeperError, match="listen on 192.0.2.1"):
+        Server("192.0.2.1", SECRET, None, desk.answer, desk.read)
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory):
+    """A certificate of this machine, which signed itself."""
+    place = tmp_path_factory.mktemp("tls")
+    names = [str(place / name) for name in ("certificate", "key")]
+    if shutil.which("openssl") is None:
+        pytest.skip("there is no openssl here, which makes the certificate")
+    options = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+    name = ["-subj", "/CN=node", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-out", names[0], "-keyout", names[1]]
+    command = ["openssl", "req", "-x509", *options, *name, *files]
+    subprocess.run(command, check=True, capture_output=True)
+    return (*names, names[0])
+
+
+def test_with_certificates_all_is_encrypted_and_who_has_none_is_refused(desk, tls):
+    server = Server("127.0.0.1", SECRET, tls, desk.answer, desk.read)
+    member = Peer(server.address, SECRET, tls)
+    assert member.ask({"x": 1}, timeout_s=30) == {"found": 1}
+    assert b"".join(chunk for chunk, _ in member.read({}, 5000, timeout_s=30)) == CONTENT[:5000]
+    assert member._connection.sock.cipher()
+    asked = len(desk.asked)
+    plain = Peer(server.address, SECRET, None)
+    with pytest.raises(KeeperError, match="does not answer"):
+        plain.ask({"x": 1}, timeout_s=30)
+    assert len(desk.asked) == asked
+    for peer in (member, plain):
+        peer.close()
+    server.close()
+
+
+def test_certificates_that_are_not_there_are_named(desk):
+    with pytest.raises(KeeperError, match="/nowhere"):
+        Server("127.0.0.1", SECRET, ("/nowhere", "/key", "/ca"), desk.answer, desk.read)
