@@ -231,6 +231,18 @@ def test_other_trees_and_formats_are_written(tmp_path, mesh, base):
     assert [t.bytes_linked for t in timelines] == [0, 0, 0, 0, 0, base.nbytes]
 
 
+@pytest.mark.parametrize("arrays", [{}, {"few": 1.5}, {"base": np.arange(5000.0)}], ids=list)
+def test_a_step_without_arrays_is_saved_after_one_with_any(tmp_path, arrays):
+    """Where there is no array, there is no database to link to or from."""
+    states = [arrays | {"text": "a"}, {"text": "b"}, {"text": "b"}, arrays | {"text": "c"}]
+    with manager_of(tmp_path) as manager:
+        for step, state in enumerate(states):
+            save(manager, step, state)
+    for step, state in enumerate(states):
+        with ocp.CheckpointManager(tmp_path, item_handlers=ocp.PyTreeCheckpointHandler()) as stock:
+            assert_same(stock.restore(step), state)
+
+
 def test_a_flipped_bit_is_seen_in_every_step_that_shares_it(tmp_path, mesh, base):
     state = {"base": base}
     with manager_of(tmp_path, use_compression=False) as manager:
