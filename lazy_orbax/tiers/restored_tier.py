@@ -7,7 +7,7 @@ from typing import Any
 
 from lazy_orbax.restore.load import load
 from lazy_orbax.tiers.kept_tree import NotAtHandError
-from lazy_orbax.tiers.promoted_steps import listed
+from lazy_orbax.tiers.promoted_steps import listed, run_of
 
 MOST_STEPS = 16
 """Of each tier the newest steps are tried, and no more."""
@@ -19,19 +19,22 @@ def steps_in_tier(tier: str) -> list[int]:
 
 
 def from_tier(
-    tier: str, step: int, targets: Mapping[str, Any]
+    tier: str, step: int, run: str, targets: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Exception | None]:
     """Restores all items of a step in a tier, or says why not. Each byte is compared first.
 
     Args:
         tier: the tier.
         step: the step.
+        run: the run. What was brought there from another is none of its own.
         targets: Orbax's arguments, for each item. Without a target, arrays are NumPy arrays.
     """
     try:
         found = dict(listed(tier))
         if step not in found:
             raise NotAtHandError(f"this process does not find step {step} in {tier}")
+        if (other := run_of(found[step])) not in (None, run):
+            raise NotAtHandError(f"it is of the run {other!r}; give each run tiers of its own")
         values = {}
         for item, args in targets.items():
             refuse_more_than_a_target(item, args)

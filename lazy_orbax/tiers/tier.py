@@ -8,6 +8,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from etils import epath
+
 from lazy_orbax import _paths
 from lazy_orbax.errors import OptionError
 from lazy_orbax.integrity.digest import digest_of_bytes
@@ -26,7 +28,7 @@ class Tier:
 
     Attributes:
         path: an absolute path, such as one on the machine's own NVMe or on a shared disk; or a
-            `gs://` address. It is not the run's own.
+            `gs://` address. It is not the run's own, nor in it.
         every_s: after how many seconds the next snapshot is brought there, if there is a newer one.
         keep: how many of the steps that were brought there stay; `None`: all of them. Other steps
             are never removed.
@@ -66,14 +68,23 @@ def checked_tiers(tiers: Any, run: str, directory: str | None) -> tuple[Tier, ..
         raise OptionError(f"tiers={tiers!r} must be a list of lazy_orbax.Tier.")
     places = [run, *(one.path for one in tiers)]
     for i, path in enumerate(places):
-        if path in places[:i]:
-            raise OptionError(
-                f"The tier {path} is another tier too, or the run, whose manager saves there. "
-                "Give each tier a directory of its own."
-            )
+        for other in places[:i]:
+            if _is_in(path, other) or _is_in(other, path):
+                raise OptionError(
+                    f"The tier {path} is another tier too, or the run, or in one, or around it: "
+                    f"found {other}. Give each tier a directory of its own."
+                )
     if tiers:
         _refuse_several_keepers(Shelf(directory).path)
     return tuple(tiers)
+
+
+def _is_in(path: str, other: str) -> bool:
+    """Whether a directory is another one, or in it, whatever they are called."""
+    path, other = (
+        str(epath.Path(one)) if "://" in one else os.path.realpath(one) for one in (path, other)
+    )
+    return f"{path}/".startswith(f"{other.rstrip('/')}/")
 
 
 def told_of(tiers: Sequence[Tier]) -> list[dict[str, Any]]:

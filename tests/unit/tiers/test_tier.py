@@ -47,6 +47,16 @@ def test_a_tier_has_a_directory_of_its_own(tiers, said, place):
     assert not os.path.exists(place)
 
 
+@pytest.mark.parametrize("where", ["link", "run/5", "run/tier", "."])
+def test_a_tier_is_neither_in_the_run_nor_around_it(tmp_path, where, place):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    for path in (tmp_path / where, f"/{tmp_path / where}"):
+        with pytest.raises(OptionError, match="or the run"):
+            checked_tiers([tier(path)], str(tmp_path / "run"), place)
+    checked_tiers([tier(tmp_path / "run-tier")], str(tmp_path / "run"), place)
+
+
 def test_a_keeper_hears_the_fields(place):
     found = checked_tiers([tier(keep=2)], "/run", place)
     assert told_of(found) == [{"path": "/nvme/run", "every_s": 60, "keep": 2}]
