@@ -8,8 +8,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from etils import epath
-
 from lazy_orbax import _paths
 from lazy_orbax.errors import OptionError
 from lazy_orbax.integrity.digest import digest_of_bytes
@@ -69,7 +67,7 @@ def checked_tiers(tiers: Any, run: str, directory: str | None) -> tuple[Tier, ..
     places = [run, *(one.path for one in tiers)]
     for i, path in enumerate(places):
         for other in places[:i]:
-            if _is_in(path, other) or _is_in(other, path):
+            if _paths.is_in(path, other) or _paths.is_in(other, path):
                 raise OptionError(
                     f"The tier {path} is another tier too, or the run, or in one, or around it: "
                     f"found {other}. Give each tier a directory of its own."
@@ -77,14 +75,6 @@ def checked_tiers(tiers: Any, run: str, directory: str | None) -> tuple[Tier, ..
     if tiers:
         _refuse_several_keepers(Shelf(directory).path)
     return tuple(tiers)
-
-
-def _is_in(path: str, other: str) -> bool:
-    """Whether a directory is another one, or in it, whatever they are called."""
-    path, other = (
-        str(epath.Path(one)) if "://" in one else os.path.realpath(one) for one in (path, other)
-    )
-    return f"{path}/".startswith(f"{other.rstrip('/')}/")
 
 
 def told_of(tiers: Sequence[Tier]) -> list[dict[str, Any]]:

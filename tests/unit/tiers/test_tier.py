@@ -37,6 +37,7 @@ def test_what_is_out_of_range_is_refused(keywords, said):
         ([tier("/run/")], "/run is another"),
         ([tier(), tier("/nvme/../nvme/run")], "/nvme/run is another"),
         ([tier("gs://b/run"), tier("gs://b/run/")], "gs://b/run is another"),
+        ([tier("gs://b/run"), tier("gs://b//./run/x")], "found gs://b/run"),
         (["/nvme/run"], "must be a list of"),
         (tier(), "must be a list of"),
     ],
