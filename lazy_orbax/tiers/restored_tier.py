@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lazy_orbax.errors import RestoreError, summarize
+from lazy_orbax.restore.like import likeness_of
 from lazy_orbax.restore.load import load
+from lazy_orbax.restore.opened import opened
 from lazy_orbax.tiers.kept_tree import NotAtHandError
 from lazy_orbax.tiers.promoted_steps import listed, run_of
 
@@ -38,10 +41,26 @@ def from_tier(
         values = {}
         for item, args in targets.items():
             refuse_more_than_a_target(item, args)
-            values[item] = load(str(found[step] / item), getattr(args, "item", None))
+            path, like = str(found[step] / item), getattr(args, "item", None)
+            values[item] = load(path, like)
+            if like is not None and not getattr(args, "partial_restore", False):
+                _refuse_part(path, like)
         return values, None
     except Exception as error:  # noqa: BLE001 - All processes hear of it before it is raised.
         return {}, error
+
+
+def _refuse_part(path: str, like: Any) -> None:
+    """Refuses a target without arrays that the item has, as memory and storage do.
+
+    Raises:
+        RestoreError: there are such arrays.
+    """
+    formats = opened(path, False).formats
+    named = {leaf.name for leaf in likeness_of(like, formats, None, None).wanted}
+    if extra := sorted(set(formats) - named):
+        listed_ones = summarize([f"leaf {name}: found it, wanted no such leaf" for name in extra])
+        raise RestoreError(f"What is wanted does not fit {path}:{listed_ones}")
 
 
 def refuse_more_than_a_target(item: str, args: Any) -> None:

@@ -182,3 +182,16 @@ def test_what_another_run_brought_there_is_none_of_ours(run, caplog):
     found = newest(run)
     assert (found.step, found.tier) == (20, keeper.tiers[0].path)
     assert "of the run '/another'" in found.skipped[0].why
+
+
+def test_a_target_that_leaves_arrays_out_says_so(run):
+    """As where it is restored from memory or storage: a mistake would lose a part of the state."""
+    _, keeper = run
+    forget(keeper)
+    like = {"a": state(0)["a"]}
+    with pytest.raises(RestoreError, match="leaf n: found it, wanted no such leaf"):
+        newest(run, like)
+    args = ocp.args.PyTreeRestore(item=like, partial_restore=True)
+    values, error = from_tier(keeper.tiers[0].path, 30, keeper.run, {"default": args})
+    assert error is None
+    assert_same(values["default"], {"a": state(30)["a"]})
