@@ -91,6 +91,14 @@ def absolute(path: str) -> str:
     return path.rstrip("/") if "://" in path else os.path.abspath(path)
 
 
+def is_in(path: str, other: str) -> bool:
+    """Whether a directory is another one, or in it, whatever links lead there."""
+    path, other = (
+        os.path.normpath(one) if "://" in one else os.path.realpath(one) for one in (path, other)
+    )
+    return f"{path}/".startswith(f"{other.rstrip('/')}/")
+
+
 def step_of(name: str) -> int | None:
     """Returns the step that a directory's name tells, such as 12 for `12` or `step_12`."""
     match = re.fullmatch(r"(?:.*[_-])?(\d+)", name.partition(TEMPORARY)[0])

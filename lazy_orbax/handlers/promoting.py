@@ -19,7 +19,7 @@ from lazy_orbax.errors import KeeperError, LazyOrbaxError
 from lazy_orbax.handlers.completing import write
 from lazy_orbax.handlers.verified_path import verified_in
 from lazy_orbax.tiers.kept_steps import UNUSABLE, held_steps
-from lazy_orbax.tiers.promoted_steps import newest_in, remove_unfinished, retire
+from lazy_orbax.tiers.promoted_steps import newest_in, refuse_others, remove_unfinished, retire
 from lazy_orbax.tiers.shelf import Shelf, claim_of
 from lazy_orbax.tiers.snapshot_file import held
 from lazy_orbax.tiers.tier import Tier
@@ -44,20 +44,22 @@ def promote(run: str, tier: Tier, directory: str | None = None) -> int | None:
         The step; `None`: nothing was newer.
 
     Raises:
-        KeeperError: there is no whole snapshot of all processes, or another program is at it.
+        KeeperError: there is no whole snapshot of all processes, another program is at it, or
+            another run has steps there.
         SaveError: the storage refused it.
         CorruptCheckpointError: what was read back is not what was written; it is not listed.
     """
     shelf = Shelf(directory)
     with _alone(shelf, tier.path):
-        remove_unfinished(tier.path)
+        refuse_others(tier.path, run)
+        remove_unfinished(tier.path, run)
         taken = _taken(shelf, run, newest_in(tier.path))
         if taken is not None:
             step, values = taken
             path_class = verified_in(tier.path, {"run": run})
             write(tier.path, step, values, create=True, temporary_path_class=path_class)
         if tier.keep is not None:
-            retire(tier.path, tier.keep)
+            retire(tier.path, run, tier.keep)
         return None if taken is None else taken[0]
 
 

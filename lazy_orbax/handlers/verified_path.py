@@ -9,10 +9,13 @@ import asyncio
 import json
 from typing import Any
 
+from etils import epath
+
 from lazy_orbax._orbax.symbols import ocp_path
 from lazy_orbax._paths import PROMOTED
 from lazy_orbax.errors import CorruptCheckpointError
 from lazy_orbax.integrity.verify import problems_before_publication
+from lazy_orbax.recovery import leftovers
 from lazy_orbax.save.durable_path import DurablePath
 from lazy_orbax.storage.places import place_of
 
@@ -29,13 +32,17 @@ class _Verified:
     told: dict[str, Any]
 
     def _is_of_step(self: Any) -> bool:
-        return str(self.get_final()).rpartition("/")[0] == self.run
+        return self.get_final().parent == epath.Path(self.run)
 
     async def create(self: Any) -> Any:
         made = await super().create()  # type: ignore[misc]
         if self._is_of_step():
-            mark = json.dumps(self.told).encode()
-            await asyncio.to_thread(place_of(str(made)).write, PROMOTED, mark)
+            mark, place = json.dumps(self.told).encode(), place_of(str(made))
+            try:
+                await asyncio.to_thread(place.write, PROMOTED, mark)
+            except BaseException:  # Without a mark nobody would know whose it is.
+                leftovers.remove([str(made)] if place.needs_sync else [])
+                raise
         return made
 
     async def finalize(self: Any) -> None:

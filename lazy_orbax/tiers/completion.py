@@ -75,7 +75,11 @@ class Completions:
             elif run.dead_since_s is None:
                 run.dead_since_s = now_s
             elif now_s - run.dead_since_s >= run.after_s:
-                run.program = self._started(name)
+                try:
+                    run.program = self._started(name)
+                except OSError as error:  # There is no memory for one more process, perhaps.
+                    run.dead_since_s = now_s
+                    _LOG.warning("Nothing completes %s yet: %s", name, error)
         return any(name not in alive for name in self._runs)
 
     def _started(self, name: str) -> subprocess.Popen[bytes]:

@@ -118,10 +118,11 @@ class KeeperProcess:
                 _LOG.warning("A client is cut off: it sent no whole message in %s s.", _PATIENCE_S)
                 self._drop(client)
         runs = {client.whose["run"] for client in self.clients if client.whose}
-        are_busy = {programs.turn(now_s, runs) for programs in self._programs}
-        if True in are_busy or runs:
+        completions, promotions = self._programs
+        if completions.turn(now_s, runs) or runs:
             self._alone_since_s = now_s
-        elif now_s - self._alone_since_s > self._settings.linger_s:
+        is_late = now_s - self._alone_since_s > self._settings.linger_s
+        if not promotions.turn(now_s, runs, is_late=is_late) and is_late:
             _LOG.warning("Nobody came back within %s s.", self._settings.linger_s)
             self._end(discard=True)
         if not self.is_over and not self._door.is_found():

@@ -103,7 +103,7 @@ UNUSABLE = (LazyOrbaxError, SnapshotError, OSError)
 
 
 def kept_steps(shelf: Shelf, run: str) -> list[KeptStep]:
-    """Returns the steps that have all items, the one that was written last first.
+    """Returns the steps that have all items, the one that was sealed last first.
 
     Args:
         shelf: where the snapshots are.
@@ -117,4 +117,11 @@ def kept_steps(shelf: Shelf, run: str) -> list[KeptStep]:
             items.setdefault(snapshot.facts["item"], []).append(snapshot)
     wanted = {item for kept in found.values() for item in kept.items}
     whole = [kept for kept in found.values() if set(kept.items) == wanted]
-    return sorted(whole, key=lambda kept: kept.written_s, reverse=True)
+    return sorted(whole, key=_order, reverse=True)
+
+
+def _order(kept: KeptStep) -> tuple[int, float]:
+    """Returns when a step was sealed, as its first process counts: clocks may go back."""
+    item = min(kept.items)
+    first = min(kept.items[item], key=lambda one: one.facts["process"])
+    return first.serial, kept.written_s

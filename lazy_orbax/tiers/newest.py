@@ -171,7 +171,7 @@ def _before_storage(
         if tier is None:
             value, error = _tried(at_hand.get((step, where), {}), targets)
         else:
-            value, error = from_tier(tier, step, targets)
+            value, error = from_tier(tier, step, keeper.run, targets)
         failed = consensus.which_processes(error is not None)
         if not failed:
             newer = [one for one in skipped if one.step is None or one.step > step]

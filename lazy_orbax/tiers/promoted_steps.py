@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -24,31 +25,51 @@ def newest_in(tier: str) -> int:
     return max((step for step, _ in listed(tier)), default=-1)
 
 
-def remove_unfinished(tier: str) -> None:
-    """Removes what promotions left that were killed, and nothing else.
+def refuse_others(tier: str, run: str) -> None:
+    """Refuses a tier to which steps of another run were brought: a restore takes the newest there.
+
+    Args:
+        tier: the directory.
+        run: the run.
+
+    Raises:
+        KeeperError: there is such a step.
+    """
+    for _, path in listed(tier):
+        if (other := run_of(path)) not in (None, run):
+            raise KeeperError(f"{path} is of the run {other!r}; give each run tiers of its own")
+
+
+def remove_unfinished(tier: str, run: str) -> None:
+    """Removes what promotions of a run left that were killed, and nothing else.
+
+    Args:
+        tier: the directory.
+        run: the run.
 
     Raises:
         KeeperError: something could not be removed.
         OSError: the storage refused.
     """
     for path, step, _ in _directories(tier):
-        is_ours = path.name.endswith(_GOING) or _is_promoted(path)
+        is_ours = path.name.endswith(_GOING) or run_of(path) == run
         if is_ours and (step is None or not _is_listed(path)):
             _remove(str(path))
 
 
-def retire(tier: str, keep: int) -> None:
-    """Removes the oldest steps that were promoted. Each is unlisted before its first byte goes.
+def retire(tier: str, run: str, keep: int) -> None:
+    """Removes the oldest steps that a run has there. Each is unlisted before its first byte goes.
 
     Args:
         tier: the directory.
+        run: the run.
         keep: how many stay.
 
     Raises:
         KeeperError: a step could not be removed.
         OSError: the storage refused.
     """
-    promoted = [path for _, path in listed(tier) if _is_promoted(path)]
+    promoted = [path for _, path in listed(tier) if run_of(path) == run]
     for path in promoted[:-keep]:
         _remove(str(path))
 
@@ -56,7 +77,9 @@ def retire(tier: str, keep: int) -> None:
 def listed(tier: str) -> Iterator[tuple[int, Any]]:
     """Yields each step that a tier lists, whoever saved it, with its path; the oldest one first."""
     for path, step, _ in _directories(tier):
-        if step is not None and _is_listed(path):
+        # A directory beside may be called `exp-2024`.
+        is_step = path.name.isdecimal() or place_of(str(path)).peek(_paths.STEP_METADATA)
+        if step is not None and is_step and _is_listed(path):
             yield step, path
 
 
@@ -74,8 +97,13 @@ def _is_listed(path: Any) -> bool:
     return place.needs_sync or place.peek(_paths.COMMITTED) is not None
 
 
-def _is_promoted(path: Any) -> bool:
-    return place_of(str(path)).peek(_paths.PROMOTED) is not None
+def run_of(path: Any) -> str | None:
+    """Returns the run of which a step was brought to its tier; `None`: nobody brought it there."""
+    mark = place_of(str(path)).peek(_paths.PROMOTED)
+    try:
+        return None if mark is None else str(json.loads(mark)["run"])
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def _remove(directory: str) -> None:

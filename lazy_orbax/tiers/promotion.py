@@ -31,6 +31,7 @@ class _Way:
         due_s: when the next snapshot is to go there.
         program: what brings one there, while it runs.
         status: how the last one ended.
+        is_owed: whether the run's last trainer has died since a program began.
         taken: what was in memory when that began.
         done: what was in memory when the last one that succeeded began.
     """
@@ -39,6 +40,7 @@ class _Way:
     due_s: float
     program: subprocess.Popen[bytes] | None = None
     status: int | None = None
+    is_owed: bool = False
     taken: _Seals | None = None
     done: _Seals | None = None
 
@@ -79,7 +81,7 @@ class Promotions:
         for way in self._ways.pop(run, ()):
             _stop(way)
 
-    def turn(self, now_s: float, alive: set[str]) -> bool:
+    def turn(self, now_s: float, alive: set[str], *, is_late: bool = False) -> bool:
         """Begins what is due. Returns whether anything is under way.
 
         What nobody is left of is due at once: it may not be there for long.
@@ -87,15 +89,17 @@ class Promotions:
         Args:
             now_s: the moment.
             alive: runs of which somebody is there.
+            is_late: whether what failed is not tried again, because the keeper is about to end.
         """
         for run, ways in self._ways.items():
             has_died = run not in alive and run not in self._dead
             for way in ways:
-                way.due_s = now_s if has_died else way.due_s
+                way.due_s, way.is_owed = (now_s, True) if has_died else (way.due_s, way.is_owed)
                 if way.program is not None and (status := way.program.poll()) is not None:
                     self._ended(run, way, status)
-                if way.program is None and now_s >= way.due_s:
-                    way.due_s = now_s + way.tier["every_s"]
+                may_begin = way.is_owed or not is_late
+                if way.program is None and now_s >= way.due_s and may_begin:
+                    way.due_s, way.is_owed = now_s + way.tier["every_s"], False
                     self._begin(run, way)
         self._dead = {run for run in self._ways if run not in alive}
         return any(way.program is not None for ways in self._ways.values() for way in ways)
@@ -107,7 +111,11 @@ class Promotions:
             if isinstance(snapshot, Snapshot) and snapshot.facts["run"] == run
         ]
         if seals and seals != way.done:
-            way.taken, way.program = seals, self._started(run, way.tier)
+            try:
+                way.taken, way.program = seals, self._started(run, way.tier)
+            except OSError as error:  # There is no memory for one more process, perhaps.
+                way.status = 1
+                _LOG.warning("Nothing brings %s to %s: %s", run, way.tier["path"], error)
 
     def _started(self, run: str, tier: dict[str, Any]) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "JAX_PLATFORMS": "cpu"}

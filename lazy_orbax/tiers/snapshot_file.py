@@ -114,6 +114,8 @@ class SnapshotFile:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._map[_SEAL.size : _SEAL.size + _WORD.size] = _WORD.pack(0)
+            # A child that was forked meanwhile has the descriptor too, for as long as it lives.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         except BlockingIOError as error:
             raise HeldError(f"{self.path} is being brought to a tier") from error
         finally:

@@ -26,7 +26,7 @@ class Tier:
 
     Attributes:
         path: an absolute path, such as one on the machine's own NVMe or on a shared disk; or a
-            `gs://` address. It is not the run's own.
+            `gs://` address. It is not the run's own, nor in it.
         every_s: after how many seconds the next snapshot is brought there, if there is a newer one.
         keep: how many of the steps that were brought there stay; `None`: all of them. Other steps
             are never removed.
@@ -66,11 +66,12 @@ def checked_tiers(tiers: Any, run: str, directory: str | None) -> tuple[Tier, ..
         raise OptionError(f"tiers={tiers!r} must be a list of lazy_orbax.Tier.")
     places = [run, *(one.path for one in tiers)]
     for i, path in enumerate(places):
-        if path in places[:i]:
-            raise OptionError(
-                f"The tier {path} is another tier too, or the run, whose manager saves there. "
-                "Give each tier a directory of its own."
-            )
+        for other in places[:i]:
+            if _paths.is_in(path, other) or _paths.is_in(other, path):
+                raise OptionError(
+                    f"The tier {path} is another tier too, or the run, or in one, or around it: "
+                    f"found {other}. Give each tier a directory of its own."
+                )
     if tiers:
         _refuse_several_keepers(Shelf(directory).path)
     return tuple(tiers)

@@ -124,6 +124,8 @@ class NodeLink:
         assert self._program.stdout is not None
         with contextlib.suppress(OSError):
             self._program.stdin.close()
+        # A child that this process forked may hold the pipe open.
+        self._program.terminate()
         try:
             self._program.wait(_END_S)
         except subprocess.TimeoutExpired:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
+import io
 import secrets
+import socket
 import ssl
 import time
 from collections.abc import Iterator
@@ -13,6 +16,35 @@ from lazy_orbax.errors import KeeperError
 from lazy_orbax.integrity.digest import digest_of_bytes
 from lazy_orbax.tiers.parity import proof
 from lazy_orbax.tiers.parity.transport import ASK, CHUNK_BYTES, HEAD, READ, Tls, Told, context_of
+
+
+class _InTime(io.RawIOBase):
+    """Reads a connection until a moment, however many bytes come from time to time."""
+
+    def __init__(self, connection: socket.socket, end_s: float):
+        self._connection, self._end_s = connection, end_s
+
+    def makefile(self, _: str) -> io.BufferedReader:
+        """Returns what a response is read from."""
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._connection.settimeout(_left_s(self._end_s))
+        return self._connection.recv_into(buffer)
+
+
+def _response(end_s: float, connection: socket.socket, **how: Any) -> http.client.HTTPResponse:
+    return http.client.HTTPResponse(_InTime(connection, end_s), **how)  # type: ignore[arg-type]
+
+
+def _left_s(end_s: float) -> float:
+    left_s = end_s - time.monotonic()
+    if left_s <= 0:
+        raise TimeoutError("it took too long")
+    return left_s
 
 
 class Peer:
@@ -82,37 +114,31 @@ class Peer:
         return answer, chunk
 
     def _sent(self, path: str, request: bytes, most: int, end_s: float) -> tuple[bytes, memoryview]:
-        self._wait_until(end_s)
-        self._connection.request("POST", path, request)
-        self._wait_until(end_s)
-        response = self._connection.getresponse()
+        connection = self._connection
+        connection.timeout = _left_s(end_s)
+        if connection.sock is not None:
+            connection.sock.settimeout(connection.timeout)
+        connection.response_class = functools.partial(_response, end_s)  # type: ignore[assignment]
+        connection.request("POST", path, request)
+        response = connection.getresponse()
         if response.status != 200:
             raise ConnectionError(f"it refused ({response.status})")
-        head_bytes, chunk_bytes = HEAD.unpack(self._filled(response, HEAD.size, end_s))
+        head_bytes, chunk_bytes = HEAD.unpack(_filled(response, HEAD.size))
         if chunk_bytes > most:
             raise ConnectionError(f"it sends {chunk_bytes} bytes, wanted {most} at most")
-        head = bytes(self._filled(response, head_bytes, end_s))
-        chunk = self._filled(response, chunk_bytes, end_s)
+        head, chunk = bytes(_filled(response, head_bytes)), _filled(response, chunk_bytes)
         response.read(0)
         return head, chunk
-
-    def _filled(self, response: Any, n_bytes: int, end_s: float) -> memoryview:
-        content, n = memoryview(bytearray(n_bytes)), 0
-        while n < n_bytes:
-            self._wait_until(end_s)
-            n += (more := response.readinto(content[n:]))
-            if not more:
-                raise ConnectionError("it hung up")
-        return content
-
-    def _wait_until(self, end_s: float) -> None:
-        left_s = end_s - time.monotonic()
-        if left_s <= 0:
-            raise TimeoutError("it took too long")
-        self._connection.timeout = left_s
-        if self._connection.sock is not None:
-            self._connection.sock.settimeout(left_s)
 
     def close(self) -> None:
         """Hangs up."""
         self._connection.close()
+
+
+def _filled(response: http.client.HTTPResponse, n_bytes: int) -> memoryview:
+    content, n = memoryview(bytearray(n_bytes)), 0
+    while n < n_bytes:
+        n += (more := response.readinto(content[n:]))
+        if not more:
+            raise ConnectionError("it hung up")
+    return content

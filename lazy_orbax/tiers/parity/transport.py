@@ -27,7 +27,7 @@ from lazy_orbax.tiers.parity import proof
 
 CHUNK_BYTES = 2**22
 """Of bytes that are sent, at once."""
-_LONGEST_BYTES = 2**16
+_LONGEST_BYTES, _LONGEST_HEAD_BYTES = 2**16, 2**13
 ASK, READ = "/ask", "/read"
 """The paths of a question, and of one for bytes."""
 _MOST_CONNECTIONS = 256
@@ -121,6 +121,23 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
             _hang_up(peer)
 
 
+class _FewLines:
+    """The lines before a question: Python's server would take a hundred of 64 KiB each."""
+
+    def __init__(self, file: Any):
+        self._file, self.left_bytes = file, 0
+
+    def readline(self, most: int) -> bytes:
+        line = self._file.readline(min(most, self.left_bytes + 1))
+        self.left_bytes -= len(line)
+        if self.left_bytes < 0:
+            raise ConnectionError(f"more than {_LONGEST_HEAD_BYTES} bytes come before a question")
+        return line
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
     server: Server  # type: ignore[override]
@@ -134,6 +151,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             super().handle()
         finally:
             self._watch.cancel()
+
+    def handle_one_request(self) -> None:
+        if not isinstance(self.rfile, _FewLines):
+            self.rfile: Any = _FewLines(self.rfile)
+        self.rfile.left_bytes = _LONGEST_HEAD_BYTES
+        super().handle_one_request()
 
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")

@@ -1,5 +1,6 @@
 """A step is read back before it is listed: what is not what was written is never seen."""
 
+import errno
 import json
 import os
 
@@ -12,6 +13,7 @@ from lazy_orbax._paths import PROMOTED
 from lazy_orbax.errors import CorruptCheckpointError
 from lazy_orbax.handlers import verified_path
 from lazy_orbax.handlers.verified_path import verified_in
+from lazy_orbax.storage.places import LocalPlace
 
 STATE = {"a": np.arange(2000.0), "b": np.ones(3, np.int8)}
 
@@ -55,3 +57,28 @@ def test_what_has_no_digests_is_not_listed(tmp_path):
     with pytest.raises(CorruptCheckpointError, match="not compared"):
         save(tmp_path, ocp.PyTreeCheckpointHandler())
     assert not (tmp_path / "1").exists()
+
+
+def test_a_run_may_be_written_with_two_slashes(tmp_path):
+    """As `gs://bucket//run`: Orbax knows it with one."""
+    options = ocp.CheckpointManagerOptions(
+        temporary_path_class=verified_in(f"{tmp_path.parent}//{tmp_path.name}", {"run": "x"})
+    )
+    with (
+        ocp.CheckpointManager(tmp_path, options=options) as manager,
+        pytest.raises(CorruptCheckpointError, match="not compared"),
+    ):
+        manager.save(1, args=ocp.args.PyTreeSave(STATE))
+        manager.wait_until_finished()
+
+
+def test_what_cannot_be_marked_is_not_left(tmp_path, monkeypatch):
+    """Such as on a full disk: nobody would know whose it is."""
+
+    def write(place, name, content):
+        raise OSError(errno.ENOSPC, "no space is left")
+
+    monkeypatch.setattr(LocalPlace, "write", write)
+    with pytest.raises(OSError, match="no space"):
+        save(tmp_path, lazy_orbax.pytree_handler())
+    assert os.listdir(tmp_path) == []

@@ -80,3 +80,19 @@ def test_nothing_goes_on_when_the_keeper_ends(completions):
     ((_, program),) = completions.started
     completions.close()
     assert program.is_killed
+
+
+def test_where_no_program_can_be_started_it_is_tried_again(completions, monkeypatch, caplog):
+    def fail(name):
+        raise OSError("no memory for a process")
+
+    completions.came("run", 10.0)
+    completions.turn(0.0, set())
+    with monkeypatch.context() as patch:
+        patch.setattr(completions, "_started", fail)
+        assert completions.turn(10.0, set())
+    assert "no memory" in caplog.text
+    assert completions.turn(19.0, set())
+    assert completions.started == []
+    completions.turn(20.0, set())
+    assert len(completions.started) == 1

@@ -9,6 +9,7 @@ import pytest
 from lazy_orbax.tiers import messages
 from lazy_orbax.tiers.keeper_process import KeeperProcess, KeeperSettings, main
 from lazy_orbax.tiers.shelf import Shelf, file_of
+from lazy_orbax.tiers.snapshot_file import Snapshot
 
 FILE = file_of("run", "default", 0, 0)
 HELLO = {"do": "hello", "run": "run", "process": 0, "pid": 1}
@@ -194,3 +195,26 @@ def test_a_second_keeper_of_a_directory_does_not_begin(served):
     assert main([json.dumps(told)]) == 3
     os.close(lock)
     served.turn()
+
+
+def test_a_dead_run_whose_tier_is_full_goes_with_the_keeper(served, monkeypatch):
+    class Memory:
+        path = served.shelf.path
+
+        def snapshots(self):
+            yield FILE, Snapshot(FILE, 1, {"run": "run"}, {}, 0)
+
+    class Failing:
+        def poll(self):
+            return 1
+
+    promotions = served.keeper._programs[1]
+    monkeypatch.setattr(promotions, "_shelf", Memory())
+    monkeypatch.setattr(promotions, "_started", lambda run, tier: Failing())
+    promotions.came("run", [{"path": "/nvme", "every_s": 10.0, "keep": 1}], 0.0)
+    for served.now_s in range(0, int(LINGER_S), 5):
+        served.turn(1)
+        assert not served.keeper.is_over
+    for served.now_s in range(int(LINGER_S), int(2 * LINGER_S), 5):
+        served.turn(1)
+    assert served.keeper.is_over

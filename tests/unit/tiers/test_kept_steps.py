@@ -1,6 +1,7 @@
 """A step counts if every process's part is there, and nobody has begun to write over it."""
 
 import dataclasses
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +31,12 @@ def test_the_one_that_was_written_last_comes_first(keeper):
     assert [kept.step for kept in found] == [2, 1]
     assert np.array_equal(found[0].values()["default"]["a"], [2, 2, 2])
     assert kept_steps(keeper.slots.shelf, "/another") == []
+
+
+def test_a_clock_that_goes_back_makes_nothing_older(keeper, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1000.0)
+    save(keeper, 3)
+    assert [kept.step for kept in kept_steps(keeper.slots.shelf, keeper.run)] == [3, 2]
 
 
 def test_a_step_without_all_items_does_not_count(keeper):

@@ -126,3 +126,25 @@ def test_at_the_end_nothing_goes_on(promotions, ends):
     assert promotions.started[0][2].is_killed
     assert not promotions.turn(100.0, set())
     assert len(promotions.started) == 1
+
+
+def test_what_fails_for_ever_ends_with_the_keeper(promotions):
+    """Else a dead run would stay in memory for as long as its tier is full."""
+    promotions.came("run", [NVME], 0.0)
+    assert promotions.turn(1.0, set(), is_late=True)  # What it died with is owed.
+    promotions.started[0][2].status = 1
+    assert not promotions.turn(12.0, set(), is_late=True)
+    assert promotions.turn(13.0, set())
+
+
+def test_where_no_program_can_be_started_the_keeper_goes_on(promotions, monkeypatch, caplog):
+    def fail(run, tier):
+        raise OSError("no memory for a process")
+
+    promotions.came("run", [NVME], 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(promotions, "_started", fail)
+        assert not promotions.turn(10.0, {"run"})
+    assert promotions.told()[0]["status"] == 1
+    assert "no memory" in caplog.text
+    assert promotions.turn(20.0, {"run"})

@@ -10,6 +10,7 @@ import pytest
 from equipment.trees import assert_same
 
 import lazy_orbax
+from lazy_orbax._paths import PROMOTED
 from lazy_orbax.errors import CorruptCheckpointError, OptionError, RestoreError
 from lazy_orbax.handlers.promoting import promote
 from lazy_orbax.tiers.restored_tier import MOST_STEPS, from_tier, steps_in_tier
@@ -108,10 +109,10 @@ def test_what_more_is_wanted_than_a_target_goes_to_storage(run, caplog):
     _, keeper = run
     forget(keeper)
     args = ocp.args.PyTreeRestore(state(0), restore_args={"a": ocp.RestoreArgs()})
-    values, error = from_tier(keeper.tiers[0].path, 30, {"default": args})
+    values, error = from_tier(keeper.tiers[0].path, 30, keeper.run, {"default": args})
     assert values == {}
     assert "restore_args" in str(error)
-    assert "does not find step 7" in str(from_tier(keeper.tiers[0].path, 7, {})[1])
+    assert "does not find step 7" in str(from_tier(keeper.tiers[0].path, 7, keeper.run, {})[1])
 
 
 def test_without_a_target_arrays_are_numpys(run):
@@ -170,3 +171,27 @@ def test_what_is_whole_elsewhere_is_better_than_an_older_step_in_storage(run, is
         assert len(caught.value.__notes__) >= 2
     else:
         assert (newest(run).step, newest(run).tier) == (10, "storage")
+
+
+def test_what_another_run_brought_there_is_none_of_ours(run, caplog):
+    _, keeper = run
+    forget(keeper)
+    mark = os.path.join(keeper.tiers[0].path, "30", PROMOTED)
+    with open(mark, "w") as file:
+        file.write('{"run": "/another"}')
+    found = newest(run)
+    assert (found.step, found.tier) == (20, keeper.tiers[0].path)
+    assert "of the run '/another'" in found.skipped[0].why
+
+
+def test_a_target_that_leaves_arrays_out_says_so(run):
+    """As where it is restored from memory or storage: a mistake would lose a part of the state."""
+    _, keeper = run
+    forget(keeper)
+    like = {"a": state(0)["a"]}
+    with pytest.raises(RestoreError, match="leaf n: found it, wanted no such leaf"):
+        newest(run, like)
+    args = ocp.args.PyTreeRestore(item=like, partial_restore=True)
+    values, error = from_tier(keeper.tiers[0].path, 30, keeper.run, {"default": args})
+    assert error is None
+    assert_same(values["default"], {"a": state(30)["a"]})

@@ -1,5 +1,6 @@
 """A file of a snapshot is whole, or is seen not to be, whatever of it was written."""
 
+import fcntl
 import json
 import os
 
@@ -139,3 +140,21 @@ def test_memory_that_is_looked_at_may_be_let_go_of(path):
     file.close()
     assert view.size == 10
     assert np.array_equal(read_memory(path)[:10], view)
+
+
+def test_a_child_that_is_forked_meanwhile_stops_no_later_snapshot(path, monkeypatch):
+    """It has a copy of the descriptor that is locked, for as long as it lives."""
+    flock, copies = fcntl.flock, []
+
+    def fork(descriptor, how):
+        flock(descriptor, how)
+        if how != fcntl.LOCK_UN:
+            copies.append(os.dup(descriptor))
+
+    file = sealed(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", fork)
+        file.break_seal()
+    file.break_seal()
+    file.close()
+    os.close(*copies)

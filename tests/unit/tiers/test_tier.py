@@ -37,6 +37,7 @@ def test_what_is_out_of_range_is_refused(keywords, said):
         ([tier("/run/")], "/run is another"),
         ([tier(), tier("/nvme/../nvme/run")], "/nvme/run is another"),
         ([tier("gs://b/run"), tier("gs://b/run/")], "gs://b/run is another"),
+        ([tier("gs://b/run"), tier("gs://b//./run/x")], "found gs://b/run"),
         (["/nvme/run"], "must be a list of"),
         (tier(), "must be a list of"),
     ],
@@ -45,6 +46,16 @@ def test_a_tier_has_a_directory_of_its_own(tiers, said, place):
     with pytest.raises(OptionError, match=said):
         lazy_orbax.Keeper("/run", directory=place, tiers=tiers)
     assert not os.path.exists(place)
+
+
+@pytest.mark.parametrize("where", ["link", "run/5", "run/tier", "."])
+def test_a_tier_is_neither_in_the_run_nor_around_it(tmp_path, where, place):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    for path in (tmp_path / where, f"/{tmp_path / where}"):
+        with pytest.raises(OptionError, match="or the run"):
+            checked_tiers([tier(path)], str(tmp_path / "run"), place)
+    checked_tiers([tier(tmp_path / "run-tier")], str(tmp_path / "run"), place)
 
 
 def test_a_keeper_hears_the_fields(place):

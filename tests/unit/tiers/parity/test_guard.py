@@ -15,7 +15,8 @@ import lazy_orbax
 from lazy_orbax._orbax import multihost
 from lazy_orbax.pods import consensus
 from lazy_orbax.tiers.parity import files, guard, restoring
-from lazy_orbax.tiers.parity.settings import Parity
+from lazy_orbax.tiers.parity.node_link import NodeLink
+from lazy_orbax.tiers.parity.settings import NodeSettings, Parity
 
 N = 3
 
@@ -196,3 +197,12 @@ def test_one_process_has_nobody_to_keep_parity_for_it(tmp_path, served, caplog):
         assert keeper.report.newest_step == 1
         assert "one process" in keeper.protection.error
     assert "have no parity" in caplog.text
+
+
+def test_a_child_that_holds_the_pipe_does_not_keep_a_node(place):
+    """Such as a worker that loads data: it was forked when the pipe was open."""
+    link = NodeLink(NodeSettings(place, RUN, 0, "0123456789abcdef"))
+    held = os.dup(link._program.stdin.fileno())
+    link.close()
+    assert link._program.returncode == -signal.SIGTERM
+    os.close(held)

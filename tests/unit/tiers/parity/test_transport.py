@@ -1,6 +1,8 @@
 """Who does not know the secret gets nothing, and a call always ends."""
 
+import contextlib
 import http.client
+import itertools
 import shutil
 import socket
 import subprocess
@@ -115,6 +117,20 @@ def test_a_stranger_makes_nobody_take_memory(server, desk, path, length):
     assert desk.asked == []
 
 
+def test_a_stranger_sends_no_long_head(server, desk):
+    """Python's server would take a hundred lines of 64 KiB, from each of 256 connections."""
+    connection = http.client.HTTPConnection(server.address, timeout=30)
+    connection.putrequest("POST", "/ask")
+    for name in ("a", "b"):
+        connection.putheader(name, "x" * (transport._LONGEST_HEAD_BYTES // 2))
+    connection.putheader("Content-Length", "1000000")  # For which it would be told 413.
+    with pytest.raises(ConnectionError):
+        connection.endheaders()
+        connection.getresponse()
+    connection.close()
+    assert desk.asked == []
+
+
 @pytest.mark.parametrize("sent", [b"", b"POST /ask HTTP/1.1\r\n", b"\0" * 1000])
 def test_a_stranger_who_says_little_is_hung_up_on(desk, monkeypatch, sent):
     monkeypatch.setattr(transport, "_STRANGER_S", 0.1)
@@ -170,6 +186,50 @@ def test_who_takes_connections_and_says_nothing_is_given_up():
         ):
             with pytest.raises(KeeperError, match="does not answer"):
                 call()
+        peer.close()
+
+
+def _drip():
+    while True:
+        yield b"x"
+
+
+@pytest.mark.parametrize(
+    ("first", "rest"),
+    [
+        (b"HTTP/1.1 200 OK\r\n", _drip()),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5000000\r\n\r\n\xff\xff\0\0\0\0", _drip()),
+        (b"", itertools.repeat(b"HTTP/1.1 100 Continue\r\n\r\n")),
+    ],
+)
+def test_who_goes_on_sending_for_ever_is_given_up(first, rest):
+    """A byte in time keeps no wait from its end."""
+    is_over = threading.Event()
+
+    def send(listener):
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(first)
+            while not is_over.wait(0.01):
+                connection.sendall(next(rest))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sender = threading.Thread(target=send, args=(listener,), daemon=True)
+        sender.start()
+        peer = Peer(f"127.0.0.1:{listener.getsockname()[1]}", SECRET, None)
+        failure = []
+
+        def ask():
+            with pytest.raises(KeeperError, match="does not answer") as told:
+                peer.ask({"x": 1}, timeout_s=0.2)
+            failure.append(told)
+
+        asker = threading.Thread(target=ask, daemon=True)
+        asker.start()
+        asker.join(60)
+        is_over.set()
+        assert failure
+        sender.join()
         peer.close()
 
 
