@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lazy_orbax._members import members_of
 from lazy_orbax.integrity import fingerprint, proof_on_host
 from lazy_orbax.integrity.proof_programs import Run, compiled, enqueue, results
 from lazy_orbax.integrity.proof_subjects import (
@@ -177,7 +178,7 @@ _PREPARING: weakref.WeakSet[Prover] = weakref.WeakSet()
 
 def stop_preparing() -> None:
     """Ends the threads that compile, and waits for that."""
-    for prover in list(_PREPARING):
+    for prover in members_of(_PREPARING):
         prover.stop()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import weakref
 from typing import Protocol
 
+from lazy_orbax._members import members_of
+
 
 class Staging(Protocol):
     """A save, as far as others wait for it."""
@@ -31,7 +33,7 @@ def discard(save: Staging) -> None:
 
 def saves() -> list[Staging]:
     """Returns the saves that are not staged yet, or have failed and nobody was told."""
-    return list(_IN_FLIGHT)
+    return members_of(_IN_FLIGHT)
 
 
 def wait_until_staged(timeout_s: float | None = None) -> None:

@@ -13,6 +13,7 @@ import weakref
 
 import jax
 
+from lazy_orbax._members import members_of
 from lazy_orbax._orbax import process_end
 from lazy_orbax._orbax.functions import FUNCTIONS
 from lazy_orbax.save.begin import Saver
@@ -35,7 +36,7 @@ def finish_at_the_end(saver: Saver) -> None:
 
 
 def _finish() -> None:
-    savers = [saver for saver in _SAVERS if saver.has_unfinished]
+    savers = [saver for saver in members_of(_SAVERS) if saver.has_unfinished]
     parts = [commit.part for saver in savers for commit in saver.commits]
     unknown = [part for part in parts if part.failure is None]
     running = process_end.running_saves() if savers else []

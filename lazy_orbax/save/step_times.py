@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import jax
 
+from lazy_orbax._members import members_of
 from lazy_orbax._orbax.metrics import record_stall
 from lazy_orbax.timeline import Recorder
 
@@ -124,5 +125,5 @@ _ALL: weakref.WeakSet[StepTimes] = weakref.WeakSet()
 
 def note_begun(recorder: Recorder) -> None:
     """Tells everybody who times steps that a save has begun."""
-    for times in list(_ALL):
+    for times in members_of(_ALL):
         times.begun(recorder)

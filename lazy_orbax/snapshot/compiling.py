@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable
 
 from lazy_orbax._jax_context import neutral
+from lazy_orbax._members import members_of
 from lazy_orbax.plan.slabs import Plan, Slab
 from lazy_orbax.snapshot.device_to_host import is_in_host_memory
 from lazy_orbax.snapshot.pack import compile_ahead, is_compiled
@@ -99,5 +100,5 @@ def compiling_of(plan: Plan) -> Compiling:
 
 def stop_compiling() -> None:
     """Ends the threads that compile, and waits for that."""
-    for compiling in list(_RUNNING):
+    for compiling in members_of(_RUNNING):
         compiling.stop()

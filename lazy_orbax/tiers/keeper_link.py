@@ -14,6 +14,7 @@ import weakref
 from typing import Any
 
 import lazy_orbax
+from lazy_orbax._members import members_of
 from lazy_orbax.errors import KeeperError
 from lazy_orbax.tiers import messages
 from lazy_orbax.tiers.keeper_process import KeeperSettings
@@ -157,7 +158,7 @@ def _has_hung_up(peer: socket.socket) -> bool:
 
 def _hang_up_in_child() -> None:
     """Lets go of what a forked child has no use for. Else the keeper takes it for its parent."""
-    for link in list(_LINKS):
+    for link in members_of(_LINKS):
         link._lock = threading.Lock()  # Perhaps a thread had it that is not here.
         link._hang_up()
 
