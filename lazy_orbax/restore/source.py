@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import functools
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,8 @@ from lazy_orbax.storage.place import Place
 _MEBIBYTE = 2**20
 # What a bucket answers is held once more than where it goes.
 _MOST_AWAITED_BYTES = 256 * _MEBIBYTE
+# Of a database's files: they are read often. Where each chunk is one, a process may not open all.
+_MOST_KEPT = 16
 
 
 class Source(abc.ABC):
@@ -79,27 +80,34 @@ class Directory(Source):
         super().__init__()
         self._directory = directory
         self._lock = threading.Lock()
-        self._open = functools.cache(self._opened)
-        self._files: list[int] = []
+        self._kept: dict[str, int] = {}
 
     def _read(self, file: str, start: int, buffers: Sequence[memoryview], wanted: int) -> None:
-        with self._lock:
-            descriptor = self._open(file)
-        for first in range(0, len(buffers), self.most_buffers):
-            some = buffers[first : first + self.most_buffers]
-            start = _filled(descriptor, file, start, some)
+        with self._open(file) as descriptor:
+            for first in range(0, len(buffers), self.most_buffers):
+                some = buffers[first : first + self.most_buffers]
+                start = _filled(descriptor, file, start, some)
 
-    def _opened(self, file: str) -> int:
-        path = os.path.join(self._directory, file)
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        self._files.append(descriptor)
-        return descriptor
+    @contextlib.contextmanager
+    def _open(self, file: str) -> Iterator[int]:
+        with self._lock:
+            descriptor = self._kept.get(file)
+            is_kept = descriptor is not None or len(self._kept) < _MOST_KEPT
+            if descriptor is None:
+                path = os.path.join(self._directory, file)
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                if is_kept:
+                    self._kept[file] = descriptor
+        try:
+            yield descriptor
+        finally:
+            if not is_kept:
+                os.close(descriptor)
 
     def close(self) -> None:
         with self._lock:
-            while self._files:
-                os.close(self._files.pop())
-            self._open.cache_clear()
+            while self._kept:
+                os.close(self._kept.popitem()[1])
 
 
 class Bucket(Source):

@@ -130,3 +130,31 @@ def test_a_bucket_is_asked_for_no_more_than_fits_in_memory(tmp_path, monkeypatch
     # What has more alone goes alone.
     source.read("file", 0, buffers_of(1000))
     assert answers.asked.get_nowait() == 1000
+
+
+def test_few_files_are_open_at_once(tmp_path, monkeypatch):
+    """A system lets a process open some, such as 1024, and each chunk may be one."""
+    opened, open_file, close_file = set(), os.open, os.close
+
+    def noted(path, *how):
+        descriptor = open_file(path, *how)
+        opened.add(descriptor)
+        return descriptor
+
+    def forgotten(descriptor):
+        opened.discard(descriptor)
+        close_file(descriptor)
+
+    for n in range(100):
+        (tmp_path / f"{n}").write_bytes(bytes([n]))
+    found = Directory(str(tmp_path))
+    monkeypatch.setattr(source_module.os, "open", noted)
+    monkeypatch.setattr(source_module.os, "close", forgotten)
+    for _ in range(2):
+        for n in range(100):
+            (buffer,) = buffers_of(1)
+            found.read(f"{n}", 0, [buffer])
+            assert bytes(buffer) == bytes([n])
+            assert len(opened) <= 20
+    found.close()
+    assert not opened
