@@ -134,10 +134,11 @@ def main(directory: pathlib.Path) -> None:
             steps = stock.all_steps()
             target = ocp.args.StandardRestore(jax.tree.map(np.zeros_like, new_state()))
             restored[name] = stock.restore(steps[-1], args=target)
-        modes = {timeline.mode for timeline in timelines}
+        modes = {mode for timeline in timelines for mode in timeline.mode.split("+")}
         print(f"{name}: steps {steps} saved, mode {modes}: {timelines[-1].reason}")
         assert steps == [0, 3, 6]
-        assert modes == {{"fused": "stage", "split": "direct"}.get(name, name)}
+        # As long as a thread compiles what stages, `save()` copies.
+        assert modes - {"copy"} <= {{"fused": "stage", "split": "direct"}.get(name, name)}
     losses = all_losses["fused"]
     for name in ("split", "in_step"):
         np.testing.assert_allclose(all_losses[name], losses, rtol=1e-5)

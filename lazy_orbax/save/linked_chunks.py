@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ from lazy_orbax.save.disk_format import Format
 from lazy_orbax.save.linked_files import LinkedFiles, OpenEarlier
 from lazy_orbax.save.linked_values import LinkedValues
 from lazy_orbax.storage.places import place_of
+
+_LOG = logging.getLogger("lazy_orbax")
 
 
 def refuse_unlinkable(directory: str) -> None:
@@ -140,11 +143,21 @@ def _keys(stored: _Stored, box: Box) -> list[str] | None:
 def links_to_earlier(directory: str, plan: Plan, format_: Format) -> Links | None:
     """Returns what links to the newest committed step before an item's own; `None`: there is none.
 
+    Nor is there one that cannot be read, whatever is wrong with it: then all is written.
+
     Args:
         directory: the item's directory, not published yet.
         plan: what is saved.
         format_: how it is stored.
     """
+    try:
+        return _links_to_earlier(directory, plan, format_)
+    except (OSError, DigestError, MalformedCheckpointError) as error:
+        _LOG.info("%s: nothing of the step before can be linked: %s", directory, error)
+        return None
+
+
+def _links_to_earlier(directory: str, plan: Plan, format_: Format) -> Links | None:
     mine = _paths.step_directory(directory)
     number = _paths.step_of(mine.rpartition("/")[2])
     if number is None:
@@ -156,19 +169,14 @@ def links_to_earlier(directory: str, plan: Plan, format_: Format) -> Links | Non
         return None
     item = f"{earlier[-1].path}{inside}"
     content = place_of(item).read_if_there(_file_of(format_))
-    try:
-        saved = digest_file.parse(content) if content is not None else None
-    except DigestError:
-        return None
+    saved = digest_file.parse(content) if content is not None else None
     in_database = format_.digests.use_ocdbt
     if saved is None or (saved.use_ocdbt, saved.step) != (in_database, earlier[-1].step):
         return None
-    if saved.driver != format_.digests.driver or (in_database and len(format_.kvstores) > 1):
+    # A process that writes no arrays has no database, and one that mixes formats several.
+    if saved.driver != format_.digests.driver or (in_database and len(format_.kvstores) != 1):
         return None
     known = {leaf.name: leaf for leaf in saved.leaves}
-    try:
-        files = LinkedFiles(item, directory, _file_of(format_))
-        stored = LinkedValues(files, format_.own_directories[0]) if in_database else files
-    except (OSError, MalformedCheckpointError):
-        return None
+    files = LinkedFiles(item, directory, _file_of(format_))
+    stored = LinkedValues(files, format_.own_directories[0]) if in_database else files
     return Links(stored, known, plan, format_)

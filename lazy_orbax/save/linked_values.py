@@ -44,12 +44,15 @@ class LinkedValues:
         with open(f"{files.earlier}/{process}/{_paths.MANIFEST}", "rb") as file:
             self._manifest = file.read()  # The step may be deleted meanwhile.
         self._values = database.values
-        live = collections.Counter[str]()
+        live, end_of = collections.Counter[str](), collections.Counter[str]()
         for value in self._values.values():
             if isinstance(value, Extent):
                 live[value.file] += value.length
+                end_of[value.file] = max(end_of[value.file], value.offset + value.length)
         size_of = {file: os.stat(f"{files.earlier}/{process}/{file}").st_size for file in live}
-        self._worth = {file for file, n in live.items() if n >= _LEAST_LIVE * size_of[file]}
+        # One that was cut off is left too: a power cut does that to copies that nobody synced.
+        whole = (file for file, end in end_of.items() if end <= size_of[file])
+        self._worth = {file for file in whole if live[file] >= _LEAST_LIVE * size_of[file]}
         self._linked: set[str] = set()
         self._keys: list[str] = []
         try:

@@ -157,10 +157,9 @@ class Writer:
         self._item.deadline.run(link, "lazy_orbax-link")
         return left
 
-    def _finish_links(self, requests: Sequence[Request]) -> None:
+    def _finish_links(self) -> None:
         if (links := self._links) is None:
             return
-        self.wait(requests)
         finish = functools.partial(links.finish, self._item.open_earlier)
         try:
             self._item.deadline.run(finish, "lazy_orbax-link")
@@ -208,7 +207,9 @@ class Writer:
             for leaf in range(len(self._plan.leaves)):
                 if leaf not in self._stores:
                     self._stores[leaf] = self._open_leaf(leaf, requests)
-        self._finish_links(requests)  # Nothing that is linked later is younger than the digests.
+        self.wait(requests)  # Nothing that is linked later is younger than the digests.
+        self._finish_links()
+        requests = self._new_requests()
         files = self._item.format.metadata_files(custom_metadata)
         fingerprints = self.evidence.found if self.evidence else None
         ours, digests, fingerprint = self._item.format.digests.fill(

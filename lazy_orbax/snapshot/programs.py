@@ -46,12 +46,12 @@ class Program:
         """Returns what XLA made. Under `neutral`, and under the mesh that `jitted` needs."""
         if self._compiled is None:
             with self._lock:  # Who comes second waits for it: that is sooner than to begin anew.
-                self._compiled = self._compiled or self.lowered().compile()
+                self._compiled = self._compiled or self.traced().lower().compile()
         return self._compiled
 
-    def lowered(self) -> Any:
-        """Returns what is compiled."""
-        return self._jitted.lower(*self._stand_ins)
+    def traced(self) -> Any:
+        """Returns what is compiled, before it is lowered."""
+        return self._jitted.trace(*self._stand_ins)
 
 
 def _is_of_bytes(dtype: np.dtype) -> bool:

@@ -162,11 +162,7 @@ def test_the_key_of_a_chunk_beyond_32_bits(driver):
 
 
 def traced(plan, slab, *, into):
-    program, table = pack.program(plan, slab, into=into)
-    described = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in plan.leaves]
-    buffer = pack.buffer_of(plan, slab)
-    given = [jax.ShapeDtypeStruct((buffer.size,), buffer.dtype)] * into
-    return program.trace(table, *given, *(described[i] for i in slab.leaves)).jaxpr
+    return pack.program(plan, slab, into=into)[0].traced().jaxpr
 
 
 def on_each_device(jaxpr):

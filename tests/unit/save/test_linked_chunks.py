@@ -174,6 +174,18 @@ def forget_digests(step):
     shutil.rmtree(step / "default" / "lazy_orbax_digests")
 
 
+def blow_up_digests(step):
+    (file,) = (step / "default" / "lazy_orbax_digests").glob("process_*")
+    os.truncate(file, 2**40)
+
+
+def lock_digests(step):
+    """Nobody can open what is its own link, whoever runs the tests."""
+    (file,) = (step / "default" / "lazy_orbax_digests").glob("process_*")
+    file.unlink()
+    file.symlink_to(file)
+
+
 def lose_chunks(step):
     for path in (step / "default" / "base").iterdir():
         if not path.name.startswith("."):
@@ -187,7 +199,17 @@ def lead_elsewhere(step):
             path.symlink_to(path.with_name(f"moved_{path.name}"))
 
 
-@pytest.mark.parametrize("harm", [damage_digests, forget_digests, lose_chunks, lead_elsewhere])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        damage_digests,
+        forget_digests,
+        blow_up_digests,
+        lock_digests,
+        lose_chunks,
+        lead_elsewhere,
+    ],
+)
 def test_what_is_wrong_with_the_older_step_is_no_harm(tmp_path, mesh, harm):
     timelines, state = [], {"base": frozen_base(mesh)}
     with manager_of(tmp_path, timelines) as manager:

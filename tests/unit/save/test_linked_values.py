@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 import lazy_orbax
 from lazy_orbax import LazyOptions
 from lazy_orbax.errors import CorruptCheckpointError, SaveError
+from lazy_orbax.integrity.digest_file import DigestTemplate
 from lazy_orbax.save import item_stores, writer
 
 RNG = np.random.default_rng(12)
@@ -138,6 +139,14 @@ def change_values(process):
         os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + 10**10))
 
 
+def cut_off_values(process):
+    for path in (process / "d").iterdir():
+        found = path.stat()
+        if found.st_size > 2**14:
+            os.truncate(path, found.st_size // 2)
+            os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+
 def lead_elsewhere(process):
     for path in list((process / "d").iterdir()):
         path.rename(process / path.name)
@@ -145,7 +154,8 @@ def lead_elsewhere(process):
 
 
 @pytest.mark.parametrize(
-    "harm", [lose_manifest, spoil_manifest, lose_values, change_values, lead_elsewhere]
+    "harm",
+    [lose_manifest, spoil_manifest, lose_values, change_values, cut_off_values, lead_elsewhere],
 )
 def test_what_is_wrong_with_the_older_step_is_no_harm(tmp_path, mesh, base, harm):
     timelines, state = [], {"base": base}
@@ -201,6 +211,31 @@ def test_the_older_step_may_be_deleted_while_the_next_one_is_written(
     assert lazy_orbax.verify(tmp_path).ok
 
 
+def test_the_digests_are_younger_than_all_that_may_be_linked(tmp_path, base, monkeypatch):
+    """Also what the first process of a pod writes at the end, for leaves that others have."""
+    told, fill, finish, wait = [], DigestTemplate.fill, writer.Writer.finish, writer.Writer.wait
+
+    def filled(*given):
+        told.append("digests")
+        return fill(*given)
+
+    def finished(self, *given):
+        told.clear()
+        self._stores.clear()
+        return finish(self, *given)
+
+    def waited(self, requests, *given):
+        told.extend(request.key for request in requests)
+        return wait(self, requests, *given)
+
+    monkeypatch.setattr(DigestTemplate, "fill", filled)
+    monkeypatch.setattr(writer.Writer, "finish", finished)
+    monkeypatch.setattr(writer.Writer, "wait", waited)
+    with manager_of(tmp_path) as manager:
+        save(manager, 1, {"base": base})
+    assert told.index("base/.zarray") < told.index("digests")
+
+
 def test_references_that_are_not_there_fail_the_save(tmp_path, mesh, base, monkeypatch):
     empty = ts.KvStore.open({"driver": "ocdbt", "base": "memory://"}).result()
     real = item_stores.ItemStores.open_earlier
@@ -229,6 +264,18 @@ def test_other_trees_and_formats_are_written(tmp_path, mesh, base):
             save(manager, step, state)
         stock_restores(tmp_path, step, state)
     assert [t.bytes_linked for t in timelines] == [0, 0, 0, 0, 0, base.nbytes]
+
+
+@pytest.mark.parametrize("arrays", [{}, {"few": 1.5}, {"base": np.arange(5000.0)}], ids=list)
+def test_a_step_without_arrays_is_saved_after_one_with_any(tmp_path, arrays):
+    """Where there is no array, there is no database to link to or from."""
+    states = [arrays | {"text": "a"}, {"text": "b"}, {"text": "b"}, arrays | {"text": "c"}]
+    with manager_of(tmp_path) as manager:
+        for step, state in enumerate(states):
+            save(manager, step, state)
+    for step, state in enumerate(states):
+        with ocp.CheckpointManager(tmp_path, item_handlers=ocp.PyTreeCheckpointHandler()) as stock:
+            assert_same(stock.restore(step), state)
 
 
 def test_a_flipped_bit_is_seen_in_every_step_that_shares_it(tmp_path, mesh, base):

@@ -22,9 +22,9 @@ class Jitted:
         self.n_compiled = 0
         self._jitted = jax.jit(function, in_shardings=ONE, out_shardings=ONE)
 
-    def lower(self, *stand_ins):
+    def trace(self, *stand_ins):
         self.n_compiled += 1
-        return self._jitted.lower(*stand_ins)
+        return self._jitted.trace(*stand_ins)
 
     def __call__(self, *arguments):
         return self._jitted(*arguments)
@@ -74,14 +74,14 @@ def test_numbers_of_whole_bytes_are_compiled_ahead(dtype):
 def test_who_comes_second_waits_for_the_first():
     jitted, program = doubling()
     began, goes_on = threading.Event(), threading.Event()
-    original = jitted.lower
+    original = jitted.trace
 
-    def lower(*stand_ins):
+    def trace(*stand_ins):
         began.set()
         assert goes_on.wait(HANG_S)
         return original(*stand_ins)
 
-    jitted.lower = lower
+    jitted.trace = trace
     found = []
     threads = [threading.Thread(target=lambda: found.append(program.compiled())) for _ in range(2)]
     threads[0].start()
@@ -96,11 +96,11 @@ def test_who_comes_second_waits_for_the_first():
 
 def test_a_failure_is_raised_and_tried_again():
     jitted, program = doubling()
-    original, jitted.lower = jitted.lower, None
+    original, jitted.trace = jitted.trace, None
     with pytest.raises(TypeError):
         program.compiled()
     assert not program.is_compiled
-    jitted.lower = original
+    jitted.trace = original
     assert program.compiled() is program.compiled()
 
 
