@@ -525,7 +525,7 @@ def keepers_apart(root: str, memory: str) -> str:
     """Tiers of two processes with a keeper each, as on two machines."""
     tier = lazy_orbax.Tier(f"{root}/tier", every_s=0.1)
     try:
-        lazy_orbax.Keeper(root, directory=f"{memory}{jax.process_index()}", tiers=[tier])
+        lazy_orbax.Keeper(f"{root}/run", directory=f"{memory}{jax.process_index()}", tiers=[tier])
     except OptionError as error:
         return str(error)
     return ""
