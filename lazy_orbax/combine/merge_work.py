@@ -67,7 +67,7 @@ class Work:
         are_plain = all(form.is_plain for leaf in leaves for form in leaf.forms if leaf.total)
         self._limit_bytes = limit_bytes if are_plain else limit_bytes // 2
         self._jobs = [Job(one.contents, one.stored.leaves if one.stored else {}) for one in sources]
-        self._boxes: dict[Box, tuple[Box, ...]] = {}
+        self._boxes: dict[tuple[Box, ...], tuple[Box, ...]] = {}
         self.wrong: list[list[Piece]] = [[] for _ in sources]
         self._differing: dict[str, int] = {}
 
@@ -202,11 +202,11 @@ class Work:
 
     def _start(self, i: int, places: list[Place], regions: list[int]) -> list[Any]:
         with self._explained(i):
-            requests = [
-                self._request(i, place, place.regions[region])
-                for place, region in zip(places, regions, strict=True)
-            ]
-            return self._jobs[i].start(requests)
+            wanted: dict[int, list[tuple[Box, Target]]] = {}
+            for place, region in zip(places, regions, strict=True):
+                target = self._target(i, place, place.regions[region])
+                wanted.setdefault(place.part.leaf, []).append((place.part.box, target))
+            return self._jobs[i].start([self._request(i, *one) for one in wanted.items()])
 
     def _finish(self, i: int, futures: list[Any]) -> None:
         with self._explained(i):
@@ -217,14 +217,17 @@ class Work:
         source = self._sources[i]
         return missing_is_corrupt(RestoreRecorder(source.contents.directory), source)
 
-    def _request(self, i: int, place: Place, region: np.ndarray) -> Request:
-        leaf, box = self._leaves[place.part.leaf], place.part.box
-        form = leaf.forms[i]
+    def _target(self, i: int, place: Place, region: np.ndarray) -> Target:
+        form = self._leaves[place.part.leaf].forms[i]
         memory = region[: _size(place) * form.dtype.itemsize]
-        array = memory.view(form.dtype).reshape(box.shape)
-        # The same object for the same box: a job plans alike what is alike, by identity.
-        boxes = self._boxes.setdefault(box, (box,))
-        return Request(leaf.name, form, boxes, (Target(array, memory.data),))
+        return Target(memory.view(form.dtype).reshape(place.part.box.shape), memory.data)
+
+    def _request(self, i: int, position: int, wanted: list[tuple[Box, Target]]) -> Request:
+        """Asks for all parts of a leaf: a chunk that several want is read once."""
+        leaf, boxes = self._leaves[position], tuple(box for box, _ in wanted)
+        # The same object for the same boxes: a job plans alike what is alike, by identity.
+        boxes = self._boxes.setdefault(boxes, boxes)
+        return Request(leaf.name, leaf.forms[i], boxes, tuple(target for _, target in wanted))
 
     def _write(self, part: Part, data: np.ndarray) -> Any:
         n = int(np.prod(part.box.shape))

@@ -305,6 +305,20 @@ def test_a_small_budget_makes_no_difference(tmp_path):
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_chunk_that_several_parts_of_a_unit_want_is_read_once(tmp_path, form):
+    arrays = [normal(i, (1, 2**17), np.float16) for i in range(3)]
+    paths = []
+    for i, array in enumerate(arrays):
+        cut = {"w": ocp.SaveArgs(chunk_byte_size=60_000 if i == 0 else None)}
+        args = ocp.args.PyTreeSave({"w": array}, save_args=cut)
+        with ocp.Checkpointer(lazy_orbax.pytree_handler(**FORMATS[form])) as checkpointer:
+            checkpointer.save(tmp_path / f"{i}", args=args)
+        paths.append(tmp_path / f"{i}")
+    lazy_orbax.merge(paths, FACTORS, tmp_path / "merged", host_bytes=2**20)
+    assert_same(lazy_orbax.load(tmp_path / "merged")["w"], reference(arrays))
+
+
 @pytest.mark.parametrize(
     ("keywords", "said"),
     [
