@@ -17,8 +17,9 @@ class Program:
     """A program that is compiled when it is first called, or before, in whatever thread.
 
     It is compiled for shapes and dtypes alone: arrays of weak types, and those that are not
-    committed to their devices, need no other one. Where numbers have less than a byte each, JAX
-    describes their layout in two ways, and would refuse them: there it compiles what it is given.
+    committed to their devices, need no other one. Those whose layout is not the usual one do: JAX
+    compiles it when it is called. Where numbers have less than a byte each, it describes the usual
+    layout in two ways, and would refuse them: there it compiles what it is given.
     """
 
     def __init__(self, jitted: Any, stand_ins: Sequence[jax.ShapeDtypeStruct]):
@@ -35,7 +36,10 @@ class Program:
 
     def __call__(self, *arguments: jax.Array) -> jax.Array:
         """Enqueues the program, under the mesh that `jitted` needs."""
-        return self.compiled()(*arguments)
+        try:
+            return self.compiled()(*arguments)
+        except ValueError:  # It was not begun: JAX looked at the layouts first.
+            return self._jitted(*arguments)
 
     @property
     def is_compiled(self) -> bool:

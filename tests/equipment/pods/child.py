@@ -455,11 +455,11 @@ def merged(root: str, use_ocdbt: bool) -> Report:
     merge = functools.partial(
         lazy_orbax.merge, [f"{root}/{n}" for n in (1, 2)], [0.25, 0.75], others=0, host_bytes=2**20
     )
-    add = merge_work.add
+    combine = merge_work.combine
     if jax.process_index() == jax.process_count() - 1:
-        merge_work.add = None  # type: ignore[assignment]
+        merge_work.combine = None  # type: ignore[assignment]
     failed = _outcome(lambda: merge(f"{root}/3"))
-    merge_work.add = add
+    merge_work.combine = combine
     return {"failed": failed, "bytes": merge(f"{root}/3").bytes_written}
 
 
