@@ -26,9 +26,9 @@ class LazyOptions:
         mode: `"stage"` copies the state on the device before `save()` returns and drains that
             copy in the background; `"direct"` sends it straight to pinned host memory and needs
             no device memory; `"auto"` stages what fits in the device memory that the next step
-            leaves free and sends the rest directly. On CPU devices it copies in `save()` as long as
-            a thread compiles what stages. A leaf of which one device has 2**31 or more elements is
-            sent directly in every mode.
+            leaves free and sends the rest directly. On CPU devices it copies up to 512 MiB in
+            `save()` as long as a thread compiles what stages. A leaf of which one device has 2**31
+            or more elements is sent directly in every mode.
         host_bytes: most bytes of snapshot held in host memory by all saves of this process at
             once. `None` is half of this machine's (or container's) memory. A state larger than
             this streams through: `save()` then blocks until the rest fits.

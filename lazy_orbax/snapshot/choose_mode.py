@@ -15,6 +15,8 @@ _ONLY_WAY = {
     "given": ("in_step", "the step had copied it to pinned host memory"),
     "shards": ("direct", "its size, layout or memory is not one that is packed"),
 }
+# To copy more than this takes longer than to compile what copies it beside the next step.
+_MOST_COPIED_BYTES = 2**29
 
 
 class Room:
@@ -27,7 +29,8 @@ class Room:
             mode: `auto`, `stage` or `direct`.
             plan: the slabs' plan, if nobody is to wait for its programs where a copy is cheaper.
         """
-        self._mode, self._plan = mode, plan
+        n_bytes = sum(slab.n_bytes for slab in plan.slabs) if plan is not None else 0
+        self._mode, self._plan = mode, plan if n_bytes <= _MOST_COPIED_BYTES else None
         self._free_bytes: dict[Device, float] = {}
         self._reasons: dict[str, str] = {}
 

@@ -1,5 +1,6 @@
 """Which mode a slab gets, on backends with and without memory statistics."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -35,6 +36,18 @@ def accelerator(monkeypatch):
     monkeypatch.setattr(choose_mode, "is_in_host_memory", lambda slab: False)
     monkeypatch.setattr(choose_mode, "free_device_bytes", free_bytes)
     return SimpleNamespace(free=free, asked=asked)
+
+
+@pytest.mark.parametrize(("n_bytes", "mode"), [(2**29, "copy"), (2**29 + 4, "stage")])
+def test_what_is_not_compiled_is_copied_unless_that_takes_longer(
+    monkeypatch, copying_first, n_bytes, mode
+):
+    slabs = slabs_of(4)[:2]
+    halves = [dataclasses.replace(slab, n_bytes=n_bytes // 2) for slab in slabs]
+    monkeypatch.setattr(choose_mode, "is_compiled", lambda plan, slab: False)
+    chosen = Room("auto", SimpleNamespace(slabs=halves))
+    assert [chosen.mode_for(slab) for slab in halves] == [mode] * 2
+    assert Room("auto").mode_for(halves[0]) == "stage"
 
 
 @pytest.mark.parametrize(
