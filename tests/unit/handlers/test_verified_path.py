@@ -1,5 +1,6 @@
 """A step is read back before it is listed: what is not what was written is never seen."""
 
+import asyncio
 import errno
 import json
 import os
@@ -7,6 +8,7 @@ import os
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 import lazy_orbax
 from lazy_orbax._paths import PROMOTED
@@ -79,6 +81,7 @@ def test_what_cannot_be_marked_is_not_left(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "no space is left")
 
     monkeypatch.setattr(LocalPlace, "write", write)
+    kind = verified_in(str(tmp_path), {"run": "x"})
     with pytest.raises(OSError, match="no space"):
-        save(tmp_path, lazy_orbax.pytree_handler())
+        asyncio.run(kind.from_final(epath.Path(tmp_path / "1")).create())
     assert os.listdir(tmp_path) == []
