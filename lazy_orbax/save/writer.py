@@ -207,9 +207,10 @@ class Writer:
             for leaf in range(len(self._plan.leaves)):
                 if leaf not in self._stores:
                     self._stores[leaf] = self._open_leaf(leaf, requests)
-        self.wait(requests)  # Nothing that is linked later is younger than the digests.
+        if self._item.place.has_special_files:
+            self.wait(requests)  # What a later step may link is older than its digests.
+            requests = self._new_requests()
         self._finish_links()
-        requests = self._new_requests()
         files = self._item.format.metadata_files(custom_metadata)
         fingerprints = self.evidence.found if self.evidence else None
         ours, digests, fingerprint = self._item.format.digests.fill(

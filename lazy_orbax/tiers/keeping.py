@@ -116,16 +116,16 @@ class Keeper:
         self._saving: list[concurrent.futures.Future[None]] = []
         self._along: dict[str, int] = {}
         self._claim = Claim(shelf, self.run, jax.process_index())
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._claim.release)
             self._link.ask({"do": "status"})
             guard = None if parity is None else Guard(parity, shelf, self.run)
-        except BaseException:
-            self._claim.release()
-            raise
-        self.slots = Slots(shelf, self._link, self.run, guard)
-        self.slots.begin_life()
-        if guard is not None:
-            guard.join()
+            self.slots = Slots(shelf, self._link, self.run, guard)
+            undo.callback(self.slots.close)  # It ends the node, too.
+            self.slots.begin_life()
+            if guard is not None:
+                guard.join()
+            undo.pop_all()
 
     @property
     def report(self) -> KeeperReport:

@@ -67,8 +67,8 @@ def restore_newest(manager: ocp.CheckpointManager, keeper: Keeper, *, args: Any 
     put there, and this machine has what each of its processes wants: with the shardings that were
     saved it always has; with others, where its own processes hold the bytes. Else the next older
     snapshot or step in one of the keeper's tiers is tried, and then storage, by
-    `restore_latest_good`. Each step that is passed over
-    makes a warning in the log. Every process must call this; they agree on the step.
+    `restore_latest_good`. Each step that is passed over makes a warning in the log. Every process
+    must call this; they agree on the step.
 
     Args:
         manager: the manager of the run.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import threading
-import time
 
 from lazy_orbax.errors import KeeperError
 from lazy_orbax.tiers.parity.files import Key
@@ -59,11 +58,9 @@ class Announced:
 
     def wait_until_served(self, key: Key, n: int, timeout_s: float) -> bool:
         """Waits until so many members have their stripe of a snapshot. Returns whether they do."""
-        deadline_s = time.monotonic() + timeout_s
         with self._changed:
             return self._changed.wait_for(
-                lambda: self._is_over or len(self._served.get(key, ())) >= n,
-                max(0.0, deadline_s - time.monotonic()),
+                lambda: self._is_over or len(self._served.get(key, ())) >= n, timeout_s
             )
 
     def close(self) -> None:

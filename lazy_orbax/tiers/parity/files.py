@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -77,10 +78,7 @@ def snapshot_of(shelf: Shelf, run: str, process: int, key: Key) -> Snapshot:
     Raises:
         KeeperError: there is none.
     """
-    for _, found in shelf.snapshots():
-        if isinstance(found, Snapshot) and key.fits(found) and _is_of(found, run, process):
-            return found
-    raise KeeperError(f"there is no snapshot of process {process} at step {key.step} here")
+    return _first(shelf.snapshots(), "snapshot", run, process, key)
 
 
 def parity_of(shelf: Shelf, run: str, process: int, key: Key) -> Snapshot:
@@ -89,14 +87,16 @@ def parity_of(shelf: Shelf, run: str, process: int, key: Key) -> Snapshot:
     Raises:
         KeeperError: there is none.
     """
-    for _, found in shelf.parities():
-        if isinstance(found, Snapshot) and key.fits(found) and _is_of(found, run, process):
+    return _first(shelf.parities(), "parity", run, process, key)
+
+
+def _first(
+    held: Iterable[tuple[str, Any]], what: str, run: str, process: int, key: Key
+) -> Snapshot:
+    for _, found in held:
+        if key.fits(found) and (found.facts["run"], found.facts["process"]) == (run, process):
             return found
-    raise KeeperError(f"there is no parity of process {process} at step {key.step} here")
-
-
-def _is_of(found: Snapshot, run: str, process: int) -> bool:
-    return found.facts["run"] == run and found.facts["process"] == process
+    raise KeeperError(f"there is no {what} of process {process} at step {key.step} here")
 
 
 def listing_of(shelf: Shelf, run: str) -> dict[str, list[dict[str, Any]]]:

@@ -20,6 +20,8 @@ _LOG = logging.getLogger("lazy_orbax")
 _KEY = "lazy_orbax/parity-survey"
 _TELL_S, _ANSWER_S = 120.0, 60.0
 _MOST_PLANS = 4
+# What a machine has that cannot tell.
+_NOTHING = '{"snapshots": [], "parities": [], "address": ""}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,15 +92,14 @@ def _agreed(
     try:
         told = json.dumps(guard.listing())
     except (KeeperError, OSError) as error:
-        told = json.dumps({"snapshots": [], "parities": [], "address": ""})
+        told = _NOTHING
         _LOG.warning("What this machine has cannot be told: %s", error)
     store.key_value_set(f"{_KEY}/has/{process}", told, allow_overwrite=True)
     # Nobody reads before all have told; and nobody of an earlier restore reads any more.
     consensus.any_process([False])
     if process == 0:
         has = [consensus.value_in_time(store, f"{_KEY}/has/{i}", _TELL_S) for i in range(n)]
-        empty = '{"snapshots": [], "parities": [], "address": ""}'
-        found, missing = plans([json.loads(one or empty) for one in has], items, newer_than)
+        found, missing = plans([json.loads(one or _NOTHING) for one in has], items, newer_than)
         answer = {
             "plans": [
                 [plan.step, plan.life, [lost.as_message() for lost in plan.lost]]

@@ -11,6 +11,9 @@ from typing import Any
 
 from lazy_orbax.tiers.parity.files import Key, Member
 
+# In place of the address of a machine: this one.
+_HERE = ""
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -133,9 +136,6 @@ def plans(
             found.append((serial, Plan(step, life, tuple(lost))))
     found.sort(key=lambda one: one[0], reverse=True)
     return [plan for _, plan in found], missing
-
-
-_HERE = ""
 
 
 def _are_of_as_many(held: _Held, step: int, life: int, n: int) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
+from equipment.linked import save, stock_restores
 from equipment.trees import assert_same, on_mesh, random_array
 from jax.sharding import Mesh
 
@@ -37,17 +38,6 @@ def manager_of(directory, timelines=None, *, keep=None, **keywords):
     handler = lazy_orbax.pytree_handler(options=options, **keywords)
     kept = ocp.CheckpointManagerOptions(max_to_keep=keep)
     return ocp.CheckpointManager(directory, item_handlers=handler, options=kept)
-
-
-def save(manager, step, state):
-    manager.save(step, args=ocp.args.PyTreeSave(state))
-    manager.wait_until_finished()
-
-
-def stock_restores(directory, step, wanted):
-    with ocp.CheckpointManager(directory, item_handlers=ocp.PyTreeCheckpointHandler()) as stock:
-        args = ocp.args.PyTreeRestore(wanted, ocp.checkpoint_utils.construct_restore_args(wanted))
-        assert_same(stock.restore(step, args=args), wanted)
 
 
 def state_of(mesh, step, base):
