@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import numpy as np
 
 from lazy_orbax._orbax import restored_kinds
 from lazy_orbax.errors import TreeError, summarize
+from lazy_orbax.plan.boxes import Shape
 from lazy_orbax.plan.shards import ReplicaPolicy, is_key
 from lazy_orbax.plan.slabs import Piece, Plan, make_plan
 from lazy_orbax.tiers.snapshot_file import PAGE_BYTES
@@ -97,20 +99,45 @@ def _made(plan: Plan, item: Any) -> KeptLayout:
         elif position in mine:
             leaf = plan.leaves[mine[position]]
             kind, key = _kind_of(value)
-            leaves[mine[position]] = [leaf.name, path, leaf.shape, leaf.dtype.name, kind, key]
+            chunk = plan.layouts[mine[position]].write_shape
+            about = [leaf.name, path, leaf.shape, leaf.dtype.name, kind, key, chunk]
+            leaves[mine[position]] = about
         elif isinstance(value, str):
             texts.append([name, path])
         elif value is not ...:
             others.append(f"{name}: {type(value).__name__}; its type handler alone can save it")
     spots, pieces, end = {}, [], PAGE_BYTES
+    process, elsewhere = jax.process_index(), []
     for piece in (piece for slab in plan.slabs for piece in slab.pieces):
         n_bytes = math.prod(piece.shape) * plan.leaves[piece.leaf].dtype.itemsize
         spots[id(piece)] = Spot(len(pieces), end, n_bytes)
+        if _writer_of(piece, plan) != process:
+            elsewhere.append(len(pieces))
         pieces.append([piece.leaf, end, piece.start, piece.shape])
         end += -(-n_bytes // _ALIGNMENT) * _ALIGNMENT
     told = {"leaves": leaves, "pieces": pieces, "empty": empty, "texts": texts}
+    told["elsewhere"] = elsewhere
     text = json.dumps(told, separators=(",", ":")).encode()
     return KeptLayout(spots, text, end, tuple(others))
+
+
+def _writer_of(piece: Piece, plan: Plan) -> int:
+    """Returns the process that brings a piece to a tier, of those that have it: they take turns."""
+    leaf = plan.leaves[piece.leaf]
+    if leaf.sharding is None:
+        return 0
+    holders = _holders(leaf.sharding, leaf.shape)[piece.start]
+    return holders[piece.leaf % len(holders)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _holders(sharding: jax.sharding.Sharding, shape: Shape) -> dict[Shape, tuple[int, ...]]:
+    """Returns the processes that have a shard, by where it starts."""
+    found: dict[Shape, set[int]] = {}
+    for device, index in sharding.devices_indices_map(shape).items():
+        start = tuple(part.start or 0 for part in index)
+        found.setdefault(start, set()).add(device.process_index)
+    return {start: tuple(sorted(processes)) for start, processes in found.items()}
 
 
 def _flat(item: Any) -> Iterator[tuple[int | None, tuple[tuple[int, str], ...], Any]]:

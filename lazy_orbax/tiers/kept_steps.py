@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from lazy_orbax.errors import KeeperError, LazyOrbaxError
@@ -43,20 +43,30 @@ class KeptStep(NamedTuple):
             for item, snapshots in self.items.items()
         }
 
-    def refuse_parts(self) -> None:
+    @property
+    def life(self) -> int:
+        """In which life of the job it was taken."""
+        return next(one.facts["life"] for each in self.items.values() for one in each)
+
+    def refuse_parts(self, here: Sequence[int] | None = None) -> None:
         """Refuses a step of which the snapshot of a process is not here.
+
+        Args:
+            here: the processes that are to be; `None`: all.
 
         Raises:
             KeeperError: there is such a process.
         """
         for item, snapshots in self.items.items():
-            wanted = max(one.facts["processes"] for one in snapshots)
-            missing = set(range(wanted)) - {one.facts["process"] for one in snapshots}
+            wanted = range(max(one.facts["processes"] for one in snapshots))
+            missing = set(wanted if here is None else here)
+            missing -= {one.facts["process"] for one in snapshots}
             if missing:
+                whose = f"all {len(wanted)} processes" if here is None else f"{list(here)}"
                 raise KeeperError(
                     f"step {self.step} of the item {item}: found no snapshot of process "
                     f"{min(missing)} in {snapshots[0].path.rpartition('/')[0]}, wanted those of "
-                    f"all {wanted} processes"
+                    f"{whose}"
                 )
 
     def refuse_other(self) -> None:
@@ -88,14 +98,21 @@ def held_steps(shelf: Shelf, run: str) -> Iterator[list[KeptStep]]:
         run: the name of the run.
     """
     with contextlib.ExitStack() as first:
-        with contextlib.ExitStack() as everything:  # For the moment that it takes to look.
-            for file in shelf.files():
-                with contextlib.suppress(SnapshotError, OSError):
-                    everything.enter_context(held([shelf.path_of(file)]))
+        with held_all(shelf):  # For the moment that it takes to look.
             found = kept_steps(shelf, run)
             for kept in found[:1]:
                 first.enter_context(held(kept.paths))
         yield found
+
+
+@contextlib.contextmanager
+def held_all(shelf: Shelf) -> Iterator[None]:
+    """Keeps all that is in memory from being written over. Trainers pass over steps meanwhile."""
+    with contextlib.ExitStack() as everything:
+        for file in shelf.files():
+            with contextlib.suppress(SnapshotError, OSError):
+                everything.enter_context(held([shelf.path_of(file)]))
+        yield
 
 
 UNUSABLE = (LazyOrbaxError, SnapshotError, OSError)

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lazy_orbax._orbax.restored_kinds import SCALAR
 from lazy_orbax.errors import CorruptCheckpointError, Problem, RestoreError, summarize
 from lazy_orbax.integrity.array_format import ArrayFormat
 from lazy_orbax.integrity.digest import cast, digest_of_bytes
 from lazy_orbax.integrity.stored_item import Piece
-from lazy_orbax.plan.boxes import Box
+from lazy_orbax.plan.boxes import Box, Shape
 from lazy_orbax.restore.chunk import Target
 from lazy_orbax.restore.groups import Group, Member, grouped
 from lazy_orbax.restore.like import Likeness, likeness_of, likeness_of_stored
@@ -57,6 +58,7 @@ class KeptTree:
         directory: names it in messages.
         formats: shape and dtype of each leaf, by name.
         pieces: of each leaf, by name; those that several processes have, once.
+        own: those that the processes at hand bring to a tier; others bring the others.
     """
 
     def __init__(self, snapshots: Sequence[Snapshot]):
@@ -71,6 +73,7 @@ class KeptTree:
         self.directory = snapshots[0].path
         self.formats: dict[str, ArrayFormat] = {}
         self.pieces: dict[str, dict[Box, Kept]] = {}
+        self.own: dict[str, list[Box]] = {}
         self._leaves: dict[str, Sequence[Any]] = {}
         self._texts: dict[str, str] = {}
         self._told = snapshots[0].layout
@@ -95,13 +98,17 @@ class KeptTree:
             self._leaves[name] = leaf
             self.pieces.setdefault(name, {})
         names = [leaf[0] for leaf in layout["leaves"]]
-        for (i, offset, start, shape), digest in zip(layout["pieces"], digests, strict=True):
+        elsewhere = set(layout.get("elsewhere", ()))
+        told = enumerate(zip(layout["pieces"], digests, strict=True))
+        for number, ((i, offset, start, shape), digest) in told:
             box, form = Box(tuple(start), tuple(shape)), self.formats[names[i]]
             n_bytes = math.prod(box.shape) * form.dtype.itemsize
             part = memory[offset : offset + n_bytes]
             if part.size != n_bytes or not box.is_within(Box((0,) * len(form.shape), form.shape)):
                 raise ValueError(f"a piece {box} of leaf {names[i]}")
             self.pieces[names[i]].setdefault(box, Kept(box, part, digest))
+            if number not in elsewhere:
+                self.own.setdefault(names[i], []).append(box)
 
     def restored(
         self,
@@ -138,13 +145,49 @@ class KeptTree:
 
             found = read_groups(groups, start, limit_bytes=_LIMIT_BYTES, recorder=recorder)
         if found.wrong:
-            problems = [
-                Problem("the bytes are not those that were kept", leaf=leaf, index=str(box))
-                for leaf, box, _ in found.wrong
-            ]
-            raise CorruptCheckpointError(self.directory, problems)
+            wrong = [_unlike(leaf, box) for leaf, box, _ in found.wrong]
+            raise CorruptCheckpointError(self.directory, wrong)
         recorder.mark("on_device", "verified")
         return self._rebuilt(wanted, found.values, like is None, on_devices)
+
+    def stand_in(self) -> Any:
+        """Returns the tree as `restored` does without devices, but zeros that take no memory."""
+        wanted, values = self._wanted(None, False), dict[int, Any]()
+        for leaf in wanted.wanted:
+            zero = np.zeros((), leaf.dtype)
+            is_number = leaf.kind == SCALAR
+            values[leaf.position] = zero.item() if is_number else np.broadcast_to(zero, leaf.shape)
+        return self._rebuilt(wanted, values, True, False)
+
+    def chunks(self) -> dict[str, Shape]:
+        """Returns in what parts processes have each leaf.
+
+        Raises:
+            SnapshotError: an older lazy_orbax took the snapshot, and did not say so.
+        """
+        if any(len(leaf) < 7 for leaf in self._leaves.values()):
+            raise SnapshotError(f"{self.directory} is of an older version of lazy_orbax")
+        return {name: tuple(leaf[6]) for name, leaf in self._leaves.items()}
+
+    def own_copies(self) -> dict[str, dict[Box, np.ndarray]]:
+        """Returns the pieces of `own` in memory of their own, as arrays. Each is compared.
+
+        Raises:
+            CorruptCheckpointError: a piece is not what was put there.
+        """
+        copies: dict[str, dict[Box, np.ndarray]] = {}
+        wrong = []
+        for name, boxes in self.own.items():
+            for box in boxes:
+                kept = self.pieces[name][box]
+                copy = kept.memory.copy()
+                if digest_of_bytes(copy) != kept.digest:
+                    wrong.append(_unlike(name, box))
+                array = copy.view(self.formats[name].dtype).reshape(box.shape)
+                copies.setdefault(name, {})[box] = array
+        if wrong:
+            raise CorruptCheckpointError(self.directory, wrong)
+        return copies
 
     def _wanted(self, like: Any, is_part: bool) -> Likeness:
         if like is None:
@@ -166,7 +209,7 @@ class KeptTree:
             paths[keys] = name = ".".join(text for _, text in keys)
             leaves[name] = kind
 
-        for _, path, _, _, kind, _ in self._leaves.values():
+        for _, path, _, _, kind, *_ in self._leaves.values():
             add(path, kind if kind in ("array", "key", "numpy") else "scalar")
         for _, path in self._told["texts"]:
             add(path, "string")
@@ -232,6 +275,10 @@ class KeptTree:
                 raise RestoreError(f"leaf {name}: found no such string in {self.directory}")
             leaves[position] = self._texts[name]
         return wanted.rebuild(leaves)
+
+
+def _unlike(leaf: str, box: Box) -> Problem:
+    return Problem("the bytes are not those that were kept", leaf=leaf, index=str(box))
 
 
 def _are_apart(boxes: Sequence[Box]) -> bool:

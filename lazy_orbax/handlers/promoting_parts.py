@@ -1,0 +1,324 @@
+"""One step of a job on several machines goes to a tier that all of them share, each its part.
+
+The program on the machine of process 0 leads. It calls the others, holds what is in its memory,
+says which step is meant, and lets go when each has taken its part into memory of its own. Each
+writes its part. The leader joins them when all are there, and lists the step. Whoever is late,
+or killed, or of another file system, leaves nothing that is listed: all waiting has an end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from lazy_orbax import _paths
+from lazy_orbax._orbax import handed_in
+from lazy_orbax._orbax.symbols import ocp
+from lazy_orbax.errors import KeeperError, LazyOrbaxError
+from lazy_orbax.handlers.completing import write
+from lazy_orbax.handlers.stock_shaped import lazy_part_of, pytree_handler
+from lazy_orbax.handlers.verified_path import verified_in
+from lazy_orbax.recovery import leftovers
+from lazy_orbax.save.part import Attempt, join_parts, prepare_part, write_part
+from lazy_orbax.storage.places import place_of
+from lazy_orbax.tiers.kept_steps import UNUSABLE, KeptStep, held_all, kept_steps
+from lazy_orbax.tiers.kept_tree import KeptTree
+from lazy_orbax.tiers.meeting import Meeting, awaited
+from lazy_orbax.tiers.promoted_steps import listed, newest_in
+from lazy_orbax.tiers.shelf import Shelf
+from lazy_orbax.tiers.snapshot_file import Snapshot, held
+from lazy_orbax.tiers.tier import Machine
+
+_LOG = logging.getLogger("lazy_orbax")
+# How long programs wait for each other: to come; to take their parts into memory; to write them.
+# A network file system may take a minute to show one machine what another has written.
+MEET_S, TAKE_S, WRITE_S = 180.0, 180.0, 3600.0
+# A step that one machine has whole may be on its way on another.
+_SEALED_S = 20.0
+
+
+class _Share:
+    """What this machine writes of an item, in memory of its own."""
+
+    def __init__(self, snapshots: Sequence[Snapshot]):
+        tree = KeptTree(snapshots)
+        self._like, self._chunks, self._copies = tree.stand_in(), tree.chunks(), tree.own_copies()
+
+    def write(self, directory: str, attempt: Attempt, part: int) -> int:
+        """Writes it. Returns the digest of its file of digests."""
+        lazy = lazy_part_of(pytree_handler())
+        if lazy is None:
+            raise KeeperError("this version of Orbax is not known; nothing is brought to a tier")
+        prepared = prepare_part(lazy.settings, self._like, self._chunks, self._copies, directory)
+        leaves = jax.tree.leaves(self._like)
+        texts = prepared.texts(leaves)
+        return write_part(prepared, self._copies, directory, attempt, part, texts)
+
+    async def write_strings(self, directory: Any) -> None:
+        """Writes what Orbax's own type handlers write, once."""
+        lazy = lazy_part_of(pytree_handler())
+        assert lazy is not None
+        prepared = prepare_part(
+            lazy.settings, self._like, self._chunks, self._copies, str(directory)
+        )
+        leaves = jax.tree.leaves(self._like)
+        others = await handed_in.serialize_others(lazy.settings, prepared.others, leaves, directory)
+        for other in others:
+            other.result()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """One call, in which one step is brought to a tier.
+
+    Attributes:
+        meeting: where it is.
+        token: which one.
+        parts: of all machines.
+    """
+
+    meeting: Meeting
+    token: str
+    parts: tuple[int, ...]
+
+    @property
+    def attempt(self) -> Attempt:
+        """The attempt at the step."""
+        return Attempt(self.token, self.parts)
+
+    def from_others(self, name: str, patience_s: float) -> dict[int, dict[str, Any]]:
+        """Waits until all other machines have told something. Returns it by their numbers.
+
+        Raises:
+            KeeperError: one has given up, or tells nothing.
+        """
+        others = set(self.parts) - {0}
+
+        def look() -> dict[int, dict[str, Any]] | None:
+            for part, told in self.meeting.told_by_all(self.token, "lost").items():
+                raise KeeperError(f"the machine of process {part} gave up: {told.get('why')}")
+            found = self.meeting.told_by_all(self.token, name)
+            return found if others <= set(found) else None
+
+        return awaited(look, patience_s, f"a machine did not tell of `{name}`")
+
+
+def lead(run: str, tier: str, shelf: Shelf, machine: Machine) -> int | None:
+    """Brings the newest step to a tier, together with the other machines. Process 0 is here.
+
+    Args:
+        run: the run.
+        tier: its directory, of which nothing unfinished is left.
+        shelf: where the snapshots are.
+        machine: this one.
+
+    Returns:
+        The step; `None`: nothing is newer.
+
+    Raises:
+        KeeperError: a machine did not come, or has not the step.
+        SaveError: the storage refused something.
+        CorruptCheckpointError: what was read back is not what was written.
+    """
+    newest = newest_in(tier)
+    if all(kept.step <= newest for kept in kept_steps(shelf, run)):
+        return None
+    meeting = Meeting(tier)
+    with meeting.called() as token:
+        call = _Call(meeting, token, _gathered(meeting, token, machine))
+        # Of what is held here no other machine gives up its part: not all have a newer one.
+        with held_all(shelf):
+            kept, shares = _taken(kept_steps(shelf, run), machine, newest)
+            items = sorted(shares)
+            told = {"step": kept.step, "life": kept.life, "items": items, "parts": call.parts}
+            meeting.tell(token, "step", told)
+            call.from_others("taken", TAKE_S)
+        handlers = {item: _joining(call, i, shares[item]) for i, item in enumerate(items)}
+        write(
+            tier,
+            kept.step,
+            {item: {} for item in items},
+            handlers=handlers,
+            create=True,
+            enable_async_checkpointing=False,
+            temporary_path_class=verified_in(
+                tier, {"run": run}, lambda: refuse_ended(meeting, token)
+            ),
+        )
+        return kept.step
+
+
+def _gathered(meeting: Meeting, token: str, machine: Machine) -> tuple[int, ...]:
+    """Waits until each process is on a machine that has come. Returns the numbers of these."""
+
+    def look() -> tuple[int, ...] | None:
+        here = {machine.part: list(machine.processes)}
+        told = meeting.told_by_all(token, "here").items()
+        here |= {part: one["processes"] for part, one in told}
+        processes = sorted(process for each in here.values() for process in each)
+        return tuple(sorted(here)) if processes == list(range(machine.of)) else None
+
+    what = (
+        f"the keepers of all {machine.of} processes did not come to {meeting.tier}: do all "
+        "machines see one file system there, and one clock?"
+    )
+    return awaited(look, MEET_S, what)
+
+
+def _taken(
+    steps: Sequence[KeptStep], machine: Machine, newest: int
+) -> tuple[KeptStep, dict[str, _Share]]:
+    """Returns the first step that can be used, and what this machine writes of each item."""
+    reasons: list[str] = []
+    for kept in steps:
+        if kept.step <= newest:
+            continue
+        try:
+            kept.refuse_parts(machine.processes)
+            return kept, {item: _Share(snapshots) for item, snapshots in kept.items.items()}
+        except UNUSABLE as error:
+            reasons.append(f"step {kept.step}: {error}")
+    raise KeeperError(f"no snapshot here is whole: {'; '.join(reasons) or 'none is newer'}")
+
+
+def _joining(call: _Call, number: int, share: _Share) -> ocp.PyTreeCheckpointHandler:
+    """Returns a stock handler that saves an item in parts, whatever it is given."""
+    handler = ocp.PyTreeCheckpointHandler()
+
+    async def save(directory: epath.Path, *_: Any, **__: Any) -> None:
+        place = str(directory)
+        call.meeting.tell(call.token, f"item{number}", {"directory": place})
+        await share.write_strings(directory)
+        told = {0: share.write(place, call.attempt, 0)}
+        others = call.from_others(f"done{number}", WRITE_S)
+        told |= {part: one["digest"] for part, one in others.items()}
+        join_parts(place, call.attempt, told)
+
+    handler.async_save = save
+    handler.finalize = lambda directory: None  # The parts are joined.
+    return handler
+
+
+def follow(run: str, tier: str, shelf: Shelf, machine: Machine) -> int | None:
+    """Writes the part of this machine when the leader calls. Process 0 is elsewhere.
+
+    The arguments, and what it returns, are those of `lead`.
+
+    Raises:
+        KeeperError: nobody called, the step is not here, or the leader did not list it.
+        SaveError: the storage refused something.
+    """
+    newest = newest_in(tier)
+    if all(kept.step <= newest for kept in kept_steps(shelf, run)):
+        return None
+    meeting = Meeting(tier)
+    token, told = _heard(meeting, machine)
+    with _giving_up(meeting, token, machine):
+        if meeting.told(token, f"taken-{machine.part}") is not None:
+            raise KeeperError("the program that had taken this machine's part was killed")
+        shares = _shares_of(shelf, run, told, machine)
+        meeting.tell(token, f"taken-{machine.part}", {"step": told["step"]})
+        attempt = Attempt(token, tuple(told["parts"]))
+        for number, item in enumerate(told["items"]):
+            directory = _directory_of(meeting, token, number)
+            try:
+                digest = shares[item].write(directory, attempt, machine.part)
+                refuse_ended(meeting, token)
+            except BaseException:
+                remove_late(directory, attempt, machine.part)
+                raise
+            meeting.tell(token, f"done{number}-{machine.part}", {"digest": digest})
+    awaited(lambda: meeting.token() != token or None, WRITE_S, "the leader did not end its call")
+    if told["step"] not in dict(listed(tier)):
+        raise KeeperError(f"the machine of process 0 did not list step {told['step']}; see its log")
+    return told["step"]
+
+
+def _heard(meeting: Meeting, machine: Machine) -> tuple[str, dict[str, Any]]:
+    """Answers calls until one says which step is meant. One may be of a leader that was killed."""
+    answered: list[str] = []
+
+    def look() -> tuple[str, dict[str, Any]] | None:
+        token = meeting.token()
+        if token is None:
+            if answered:
+                raise KeeperError("the machine of process 0 has given up, see its log")
+            return None
+        if token not in answered:
+            answered.append(token)
+            meeting.tell(token, f"here-{machine.part}", {"processes": machine.processes})
+        told = meeting.told(token, "step")
+        return None if told is None else (token, told)
+
+    what = (
+        f"the keeper of process 0 did not say in {meeting.tier} which step is meant: do all "
+        "machines see one file system there, and one clock?"
+    )
+    return awaited(look, MEET_S + TAKE_S, what)
+
+
+@contextlib.contextmanager
+def _giving_up(meeting: Meeting, token: str, machine: Machine) -> Iterator[None]:
+    """Tells the leader when something fails, so that it waits no longer."""
+    try:
+        yield
+    except (LazyOrbaxError, OSError) as error:
+        if meeting.token() == token:
+            meeting.tell(token, f"lost-{machine.part}", {"why": str(error)})
+        raise
+
+
+def _shares_of(shelf: Shelf, run: str, told: dict[str, Any], machine: Machine) -> dict[str, _Share]:
+    def look() -> dict[str, _Share] | None:
+        for kept in kept_steps(shelf, run):
+            if (kept.step, kept.life) != (told["step"], told["life"]):
+                continue
+            with contextlib.suppress(*UNUSABLE), held(kept.paths):
+                kept.refuse_other()
+                kept.refuse_parts(machine.processes)
+                return {item: _Share(kept.items[item]) for item in told["items"]}
+        return None
+
+    what = f"step {told['step']} did not get whole in {shelf.path} for {list(machine.processes)}"
+    return awaited(look, _SEALED_S, what)
+
+
+def _directory_of(meeting: Meeting, token: str, number: int) -> str:
+    def look() -> dict[str, Any] | None:
+        refuse_ended(meeting, token)
+        return meeting.told(token, f"item{number}")
+
+    return awaited(look, WRITE_S, "the leader did not begin")["directory"]
+
+
+def refuse_ended(meeting: Meeting, token: str) -> None:
+    """Refuses to go on in a call that has ended.
+
+    Raises:
+        KeeperError: it has.
+    """
+    if meeting.token() != token:
+        raise KeeperError("the machine of process 0 has given this step up")
+
+
+def remove_late(directory: str, attempt: Attempt, part: int) -> None:
+    """Removes what was written of a part, perhaps after everything else was removed there.
+
+    Args:
+        directory: the item's.
+        attempt: that was given up.
+        part: of this machine.
+    """
+    place = place_of(directory)
+    leftovers.remove_folder(place, attempt.database(part))
+    leftovers.remove_folder(place, attempt.folder)
+    # The directories that TensorStore makes again, and no others: there may be a newer attempt.
+    for path in (directory, _paths.temporary_root(directory)) if place.needs_sync else ():
+        if path and not leftovers.remove_if_empty(path):
+            return

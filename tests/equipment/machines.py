@@ -1,0 +1,60 @@
+"""Snapshots of one process become those of several, each in the memory of its own machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+
+import numpy as np
+
+from lazy_orbax.tiers.shelf import Shelf, file_of
+from lazy_orbax.tiers.snapshot_file import Snapshot, SnapshotFile
+
+
+def machines(above: pathlib.Path, kept: str, of: int) -> list[str]:
+    """Returns the directories of keepers, of which each has the part of one process.
+
+    Shards go round; what is not divided is on all machines.
+
+    Args:
+        above: where they are made.
+        kept: the directory of a keeper of a run of one process.
+        of: how many machines there are.
+    """
+    places = [str(above / f"machine{process}") for process in range(of)]
+    for process, place in enumerate(places):
+        shelf = Shelf(place)
+        for _, snapshot in Shelf(kept).snapshots():
+            assert isinstance(snapshot, Snapshot)
+            facts = snapshot.facts
+            whose = facts["run"], facts["item"], process, snapshot.serial % 2
+            path = f"{shelf.path}/{file_of(*whose)}"
+            _write(snapshot, path, process, of)
+            assert os.stat(path).st_mode & 0o777 == 0o600
+    return places
+
+
+def _write(snapshot: Snapshot, path: str, process: int, of: int) -> None:
+    content = pathlib.Path(snapshot.path).read_bytes()
+    layout, facts = dict(snapshot.layout), dict(snapshot.facts)
+    digests = np.frombuffer(bytes.fromhex(facts["digests"]), "<u8")
+    pieces, mine, elsewhere = layout["pieces"], [], []
+    seen: dict[int, int] = {}
+    for i, (leaf, _, _, shape) in enumerate(pieces):
+        turn = seen[leaf] = seen.get(leaf, -1) + 1
+        is_divided = shape != layout["leaves"][leaf][2]
+        if is_divided and turn % of != process:
+            continue
+        if not is_divided and leaf % of != process:
+            elsewhere.append(len(mine))
+        mine.append(i)
+    layout |= {"pieces": [pieces[i] for i in mine], "elsewhere": elsewhere}
+    facts |= {"process": process, "processes": of, "digests": digests[mine].tobytes().hex()}
+    os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+    file = SnapshotFile(path, len(content) + 2**16)
+    file.memory[: len(content)] = np.frombuffer(content, np.uint8)
+    file.seal(
+        snapshot.serial, json.dumps(layout).encode(), json.dumps(facts).encode(), end=len(content)
+    )
+    file.close()
