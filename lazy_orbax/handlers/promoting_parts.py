@@ -14,25 +14,17 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
-from etils import epath
-
-from lazy_orbax import _paths
-from lazy_orbax._orbax import handed_in
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.errors import KeeperError, LazyOrbaxError
 from lazy_orbax.handlers.completing import write
-from lazy_orbax.handlers.stock_shaped import lazy_part_of, pytree_handler
+from lazy_orbax.handlers.promoting_share import Share, remove_late
 from lazy_orbax.handlers.verified_path import verified_in
-from lazy_orbax.recovery import leftovers
-from lazy_orbax.save.part import Attempt, join_parts, prepare_part, write_part
-from lazy_orbax.storage.places import place_of
+from lazy_orbax.save.part import Attempt, join_parts
 from lazy_orbax.tiers.kept_steps import UNUSABLE, KeptStep, held_all, kept_steps
-from lazy_orbax.tiers.kept_tree import KeptTree
 from lazy_orbax.tiers.meeting import Meeting, awaited
 from lazy_orbax.tiers.promoted_steps import listed, newest_in
 from lazy_orbax.tiers.shelf import Shelf
-from lazy_orbax.tiers.snapshot_file import Snapshot, held
+from lazy_orbax.tiers.snapshot_file import held
 from lazy_orbax.tiers.tier import Machine
 
 _LOG = logging.getLogger("lazy_orbax")
@@ -41,36 +33,6 @@ _LOG = logging.getLogger("lazy_orbax")
 MEET_S, TAKE_S, WRITE_S = 180.0, 180.0, 3600.0
 # A step that one machine has whole may be on its way on another.
 _SEALED_S = 20.0
-
-
-class _Share:
-    """What this machine writes of an item, in memory of its own."""
-
-    def __init__(self, snapshots: Sequence[Snapshot]):
-        tree = KeptTree(snapshots)
-        self._like, self._chunks, self._copies = tree.stand_in(), tree.chunks(), tree.own_copies()
-
-    def write(self, directory: str, attempt: Attempt, part: int) -> int:
-        """Writes it. Returns the digest of its file of digests."""
-        lazy = lazy_part_of(pytree_handler())
-        if lazy is None:
-            raise KeeperError("this version of Orbax is not known; nothing is brought to a tier")
-        prepared = prepare_part(lazy.settings, self._like, self._chunks, self._copies, directory)
-        leaves = jax.tree.leaves(self._like)
-        texts = prepared.texts(leaves)
-        return write_part(prepared, self._copies, directory, attempt, part, texts)
-
-    async def write_strings(self, directory: Any) -> None:
-        """Writes what Orbax's own type handlers write, once."""
-        lazy = lazy_part_of(pytree_handler())
-        assert lazy is not None
-        prepared = prepare_part(
-            lazy.settings, self._like, self._chunks, self._copies, str(directory)
-        )
-        leaves = jax.tree.leaves(self._like)
-        others = await handed_in.serialize_others(lazy.settings, prepared.others, leaves, directory)
-        for other in others:
-            other.result()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +135,7 @@ def _gathered(meeting: Meeting, token: str, machine: Machine) -> tuple[int, ...]
 
 def _taken(
     steps: Sequence[KeptStep], machine: Machine, newest: int
-) -> tuple[KeptStep, dict[str, _Share]]:
+) -> tuple[KeptStep, dict[str, Share]]:
     """Returns the first step that can be used, and what this machine writes of each item."""
     reasons: list[str] = []
     for kept in steps:
@@ -181,17 +143,17 @@ def _taken(
             continue
         try:
             kept.refuse_parts(machine.processes)
-            return kept, {item: _Share(snapshots) for item, snapshots in kept.items.items()}
+            return kept, {item: Share(snapshots) for item, snapshots in kept.items.items()}
         except UNUSABLE as error:
             reasons.append(f"step {kept.step}: {error}")
     raise KeeperError(f"no snapshot here is whole: {'; '.join(reasons) or 'none is newer'}")
 
 
-def _joining(call: _Call, number: int, share: _Share) -> ocp.PyTreeCheckpointHandler:
+def _joining(call: _Call, number: int, share: Share) -> ocp.PyTreeCheckpointHandler:
     """Returns a stock handler that saves an item in parts, whatever it is given."""
     handler = ocp.PyTreeCheckpointHandler()
 
-    async def save(directory: epath.Path, *_: Any, **__: Any) -> None:
+    async def save(directory: Any, *_: Any, **__: Any) -> None:
         place = str(directory)
         call.meeting.tell(call.token, f"item{number}", {"directory": place})
         await share.write_strings(directory)
@@ -274,15 +236,15 @@ def _giving_up(meeting: Meeting, token: str, machine: Machine) -> Iterator[None]
         raise
 
 
-def _shares_of(shelf: Shelf, run: str, told: dict[str, Any], machine: Machine) -> dict[str, _Share]:
-    def look() -> dict[str, _Share] | None:
+def _shares_of(shelf: Shelf, run: str, told: dict[str, Any], machine: Machine) -> dict[str, Share]:
+    def look() -> dict[str, Share] | None:
         for kept in kept_steps(shelf, run):
             if (kept.step, kept.life) != (told["step"], told["life"]):
                 continue
             with contextlib.suppress(*UNUSABLE), held(kept.paths):
                 kept.refuse_other()
                 kept.refuse_parts(machine.processes)
-                return {item: _Share(kept.items[item]) for item in told["items"]}
+                return {item: Share(kept.items[item]) for item in told["items"]}
         return None
 
     what = f"step {told['step']} did not get whole in {shelf.path} for {list(machine.processes)}"
@@ -305,20 +267,3 @@ def refuse_ended(meeting: Meeting, token: str) -> None:
     """
     if meeting.token() != token:
         raise KeeperError("the machine of process 0 has given this step up")
-
-
-def remove_late(directory: str, attempt: Attempt, part: int) -> None:
-    """Removes what was written of a part, perhaps after everything else was removed there.
-
-    Args:
-        directory: the item's.
-        attempt: that was given up.
-        part: of this machine.
-    """
-    place = place_of(directory)
-    leftovers.remove_folder(place, attempt.database(part))
-    leftovers.remove_folder(place, attempt.folder)
-    # The directories that TensorStore makes again, and no others: there may be a newer attempt.
-    for path in (directory, _paths.temporary_root(directory)) if place.needs_sync else ():
-        if path and not leftovers.remove_if_empty(path):
-            return

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterable
 
 from lazy_orbax import _paths
-from lazy_orbax.storage.place import Place
 
 # Orbax writes the metadata of a step from a thread of its own.
 _STEP_METADATA_S = 0.5
@@ -48,25 +47,6 @@ def remove(paths: Iterable[str]) -> bool:
     """Removes as many directories as can be. Returns whether all are gone."""
     gone = [_remove_tree(path) for path in paths]
     return all(gone)
-
-
-def remove_folder(place: Place, name: str) -> None:
-    """Removes a folder, wherever it is, if it is there. What cannot be removed locally stays.
-
-    Args:
-        place: a directory.
-        name: of the folder in it.
-
-    Raises:
-        ValueError: an object store refused.
-    """
-    if not place.needs_sync:
-        import tensorstore as ts  # It takes a moment to import.
-
-        keys = ts.KvStore.KeyRange(f"{name}/", f"{name}0")  # Nothing else comes after a slash.
-        place.kvstore.delete_range(keys).result()
-    elif os.path.lexists(path := os.path.join(place.directory, name)):
-        _remove_tree(path)
 
 
 def _remove_tree(path: str) -> bool:

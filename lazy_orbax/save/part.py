@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from lazy_orbax.save.merge import merge_databases
 from lazy_orbax.save.plan_cache import Prepared, make_prepared
 from lazy_orbax.save.writer import Writer
 from lazy_orbax.storage.deadline import Deadline
+from lazy_orbax.storage.place import Place
 from lazy_orbax.storage.places import STORAGE_TIMEOUT_S, place_of
 from lazy_orbax.storage.save_error import save_error
 
@@ -179,11 +181,28 @@ def join_parts(directory: str, attempt: Attempt, told: Mapping[int, int]) -> Non
         merge_databases(base, parts, context, wait)
         names = {part: f"{_paths.DIGESTS}/process_{part}" for part in attempt.parts}
         wait([base.write(names[part], content) for part, content in contents.items()])
-        leftovers.remove_folder(place, attempt.folder)
+        remove_folder(place, attempt.folder)
     except (ValueError, OSError) as error:
         raise save_error(directory, error) from error
     finally:
         deadline.end([])
+
+
+def remove_folder(place: Place, name: str) -> None:
+    """Removes a folder, wherever it is, if it is there. What cannot be removed locally stays.
+
+    Args:
+        place: a directory.
+        name: of the folder in it.
+
+    Raises:
+        ValueError: an object store refused.
+    """
+    if not place.needs_sync:
+        keys = ts.KvStore.KeyRange(f"{name}/", f"{name}0")  # Nothing else comes after a slash.
+        place.kvstore.delete_range(keys).result()
+    elif place.has(name):
+        leftovers.remove([os.path.join(place.directory, name)])
 
 
 def _database(base: ts.KvStore, context: ts.Context) -> ts.KvStore:

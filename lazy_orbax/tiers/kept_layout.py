@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 from lazy_orbax._orbax import restored_kinds
 from lazy_orbax.errors import TreeError, summarize
 from lazy_orbax.plan.boxes import Shape
-from lazy_orbax.plan.shards import ReplicaPolicy, is_key
+from lazy_orbax.plan.shards import Leaf, ReplicaPolicy, is_key
 from lazy_orbax.plan.slabs import Piece, Plan, make_plan
 from lazy_orbax.tiers.snapshot_file import PAGE_BYTES
 
@@ -99,35 +99,38 @@ def _made(plan: Plan, item: Any) -> KeptLayout:
         elif position in mine:
             leaf = plan.leaves[mine[position]]
             kind, key = _kind_of(value)
-            chunk = plan.layouts[mine[position]].write_shape
-            about = [leaf.name, path, leaf.shape, leaf.dtype.name, kind, key, chunk]
+            shard = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+            about = [leaf.name, path, leaf.shape, leaf.dtype.name, kind, key, shard]
             leaves[mine[position]] = about
         elif isinstance(value, str):
             texts.append([name, path])
         elif value is not ...:
             others.append(f"{name}: {type(value).__name__}; its type handler alone can save it")
     spots, pieces, end = {}, [], PAGE_BYTES
-    process, elsewhere = jax.process_index(), []
     for piece in (piece for slab in plan.slabs for piece in slab.pieces):
         n_bytes = math.prod(piece.shape) * plan.leaves[piece.leaf].dtype.itemsize
         spots[id(piece)] = Spot(len(pieces), end, n_bytes)
-        if _writer_of(piece, plan) != process:
-            elsewhere.append(len(pieces))
         pieces.append([piece.leaf, end, piece.start, piece.shape])
         end += -(-n_bytes // _ALIGNMENT) * _ALIGNMENT
     told = {"leaves": leaves, "pieces": pieces, "empty": empty, "texts": texts}
-    told["elsewhere"] = elsewhere
+    told["own"] = list(_own(plan.leaves, jax.process_index()))
     text = json.dumps(told, separators=(",", ":")).encode()
     return KeptLayout(spots, text, end, tuple(others))
 
 
-def _writer_of(piece: Piece, plan: Plan) -> int:
-    """Returns the process that brings a piece to a tier, of those that have it: they take turns."""
-    leaf = plan.leaves[piece.leaf]
-    if leaf.sharding is None:
-        return 0
-    holders = _holders(leaf.sharding, leaf.shape)[piece.start]
-    return holders[piece.leaf % len(holders)]
+def _own(leaves: Sequence[Leaf], process: int) -> Iterator[tuple[int, Shape]]:
+    """Yields the shards that a process brings to a tier, of those that have them: they take turns.
+
+    Each is a leaf, and where it starts.
+    """
+    for i, leaf in enumerate(leaves):
+        if leaf.sharding is None:
+            if process == 0:
+                yield i, (0,) * len(leaf.shape)
+            continue
+        for start, holders in _holders(leaf.sharding, leaf.shape).items():
+            if holders[i % len(holders)] == process:
+                yield i, start
 
 
 @functools.lru_cache(maxsize=1024)

@@ -19,7 +19,7 @@ from lazy_orbax.integrity.digest import cast, digest_of_bytes
 from lazy_orbax.integrity.stored_item import Piece
 from lazy_orbax.plan.boxes import Box, Shape
 from lazy_orbax.restore.chunk import Target
-from lazy_orbax.restore.groups import Group, Member, grouped
+from lazy_orbax.restore.groups import Group, grouped
 from lazy_orbax.restore.like import Likeness, likeness_of, likeness_of_stored
 from lazy_orbax.restore.planned import read_groups
 from lazy_orbax.restore.wanted import Wanted
@@ -58,7 +58,7 @@ class KeptTree:
         directory: names it in messages.
         formats: shape and dtype of each leaf, by name.
         pieces: of each leaf, by name; those that several processes have, once.
-        own: those that the processes at hand bring to a tier; others bring the others.
+        own: the shards that the processes at hand bring to a tier; others bring the others.
     """
 
     def __init__(self, snapshots: Sequence[Snapshot]):
@@ -98,17 +98,16 @@ class KeptTree:
             self._leaves[name] = leaf
             self.pieces.setdefault(name, {})
         names = [leaf[0] for leaf in layout["leaves"]]
-        elsewhere = set(layout.get("elsewhere", ()))
-        told = enumerate(zip(layout["pieces"], digests, strict=True))
-        for number, ((i, offset, start, shape), digest) in told:
+        for i, start in layout.get("own", ()):
+            shard = Box(tuple(start), tuple(layout["leaves"][i][6]))
+            self.own.setdefault(names[i], []).append(shard)
+        for (i, offset, start, shape), digest in zip(layout["pieces"], digests, strict=True):
             box, form = Box(tuple(start), tuple(shape)), self.formats[names[i]]
             n_bytes = math.prod(box.shape) * form.dtype.itemsize
             part = memory[offset : offset + n_bytes]
             if part.size != n_bytes or not box.is_within(Box((0,) * len(form.shape), form.shape)):
                 raise ValueError(f"a piece {box} of leaf {names[i]}")
             self.pieces[names[i]].setdefault(box, Kept(box, part, digest))
-            if number not in elsewhere:
-                self.own.setdefault(names[i], []).append(box)
 
     def restored(
         self,
@@ -159,34 +158,36 @@ class KeptTree:
             values[leaf.position] = zero.item() if is_number else np.broadcast_to(zero, leaf.shape)
         return self._rebuilt(wanted, values, True, False)
 
-    def chunks(self) -> dict[str, Shape]:
-        """Returns in what parts processes have each leaf.
+    def shard_shapes(self) -> dict[str, Shape]:
+        """Returns the shape of the shards of each leaf.
 
         Raises:
             SnapshotError: an older lazy_orbax took the snapshot, and did not say so.
         """
-        if any(len(leaf) < 7 for leaf in self._leaves.values()):
-            raise SnapshotError(f"{self.directory} is of an older version of lazy_orbax")
-        return {name: tuple(leaf[6]) for name, leaf in self._leaves.items()}
+        try:
+            return {name: tuple(leaf[6]) for name, leaf in self._leaves.items()}
+        except IndexError as error:
+            raise SnapshotError(f"{self.directory} is of an older lazy_orbax") from error
 
     def own_copies(self) -> dict[str, dict[Box, np.ndarray]]:
-        """Returns the pieces of `own` in memory of their own, as arrays. Each is compared.
+        """Returns the shards of `own`, in memory of their own. Each piece is compared first.
 
         Raises:
+            NotAtHandError: a part of one is not here.
             CorruptCheckpointError: a piece is not what was put there.
         """
         copies: dict[str, dict[Box, np.ndarray]] = {}
-        wrong = []
-        for name, boxes in self.own.items():
-            for box in boxes:
-                kept = self.pieces[name][box]
-                copy = kept.memory.copy()
-                if digest_of_bytes(copy) != kept.digest:
-                    wrong.append(_unlike(name, box))
-                array = copy.view(self.formats[name].dtype).reshape(box.shape)
-                copies.setdefault(name, {})[box] = array
-        if wrong:
-            raise CorruptCheckpointError(self.directory, wrong)
+        for name, box in ((name, box) for name, boxes in self.own.items() for box in boxes):
+            if not self._has(name, box):
+                raise NotAtHandError(f"{self.directory} does not have leaf {name}{box}")
+            array = np.empty(box.shape, self.formats[name].dtype)
+            copies.setdefault(name, {})[box] = array
+            for kept in self._in(name, (box,)):
+                if digest_of_bytes(kept.memory) != kept.digest:
+                    raise CorruptCheckpointError(self.directory, [_unlike(name, kept.box)])
+                common = box.overlap(kept.box) or box
+                source = kept.memory.view(array.dtype).reshape(kept.box.shape)
+                array[common.relative_to(box)] = source[common.relative_to(kept.box)]
         return copies
 
     def _wanted(self, like: Any, is_part: bool) -> Likeness:
@@ -241,22 +242,20 @@ class KeptTree:
         """Compares pieces and copies them. Returns those that are not what was kept."""
         wrong: list[Piece] = []
         for member, mine in zip(group.members, targets, strict=True):
-            for kept in self._needed(member):
+            for kept in self._in(member.wanted.name, member.boxes):
                 if digest_of_bytes(kept.memory) != kept.digest:
                     wrong.append(Piece(member.wanted.name, kept.box, kept.digest))
                     continue
                 _copied(kept, member.wanted, member.boxes, mine)
         return wrong
 
-    def _needed(self, member: Member) -> list[Kept]:
-        pieces = self.pieces[member.wanted.name]
-        if all(box in pieces for box in member.boxes):
-            return [pieces[box] for box in member.boxes]
-        return [
-            kept
-            for kept in pieces.values()
-            if any(kept.box.overlap(box) is not None for box in member.boxes)
-        ]
+    def _in(self, name: str, boxes: Sequence[Box]) -> list[Kept]:
+        """Returns the pieces that have something of boxes of a leaf."""
+        pieces = self.pieces[name]
+        if all(box in pieces for box in boxes):
+            return [pieces[box] for box in boxes]
+        overlaps = lambda kept: any(kept.box.overlap(box) is not None for box in boxes)  # noqa: E731
+        return [kept for kept in pieces.values() if overlaps(kept)]
 
     def _rebuilt(
         self, wanted: Likeness, values: dict[int, Any], is_all: bool, on_devices: bool

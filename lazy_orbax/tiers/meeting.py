@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from lazy_orbax.errors import KeeperError
-from lazy_orbax.recovery import leftovers
+from lazy_orbax.save.part import remove_folder
 from lazy_orbax.storage.places import place_of
 
 FOLDER = "lazy_orbax_meeting"
@@ -41,13 +41,13 @@ class Meeting:
     def called(self) -> Iterator[str]:
         """Calls the others. Yields the token of the call, which ends with the block."""
         token = secrets.token_hex(8)
-        leftovers.remove_folder(place_of(self.tier), FOLDER)  # What one left that was killed.
+        remove_folder(place_of(self.tier), FOLDER)  # What one left that was killed.
         self._write(_CALL, {"token": token})
         try:
             yield token
         finally:
             if self.token() == token:
-                leftovers.remove_folder(place_of(self.tier), FOLDER)
+                remove_folder(place_of(self.tier), FOLDER)
 
     def token(self) -> str | None:
         """Returns the token of the call that is going on."""

@@ -108,8 +108,8 @@ def checked_tiers(
 
 def told_of(tiers: Sequence[Tier], machine: Machine | None = None) -> list[dict[str, Any]]:
     """Returns the fields of tiers, as a keeper hears of them, and of this machine."""
-    here = None if machine is None else dataclasses.asdict(machine)
-    return [{**dataclasses.asdict(tier), "machine": here} for tier in tiers]
+    here = {} if machine is None else {"machine": dataclasses.asdict(machine)}
+    return [{**dataclasses.asdict(tier), **here} for tier in tiers]
 
 
 def heard_of(told: dict[str, Any]) -> tuple[Tier, Machine | None]:

@@ -39,17 +39,17 @@ def _write(snapshot: Snapshot, path: str, process: int, of: int) -> None:
     content = pathlib.Path(snapshot.path).read_bytes()
     layout, facts = dict(snapshot.layout), dict(snapshot.facts)
     digests = np.frombuffer(bytes.fromhex(facts["digests"]), "<u8")
-    pieces, mine, elsewhere = layout["pieces"], [], []
+    pieces, mine, own = layout["pieces"], [], []
     seen: dict[int, int] = {}
-    for i, (leaf, _, _, shape) in enumerate(pieces):
+    for i, (leaf, _, start, shape) in enumerate(pieces):
         turn = seen[leaf] = seen.get(leaf, -1) + 1
         is_divided = shape != layout["leaves"][leaf][2]
         if is_divided and turn % of != process:
             continue
-        if not is_divided and leaf % of != process:
-            elsewhere.append(len(mine))
+        if is_divided or leaf % of == process:
+            own.append([leaf, start])
         mine.append(i)
-    layout |= {"pieces": [pieces[i] for i in mine], "elsewhere": elsewhere}
+    layout |= {"pieces": [pieces[i] for i in mine], "own": own}
     facts |= {"process": process, "processes": of, "digests": digests[mine].tobytes().hex()}
     os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
     file = SnapshotFile(path, len(content) + 2**16)

@@ -17,9 +17,8 @@ from equipment.trees import assert_same, on_mesh
 import lazy_orbax
 from lazy_orbax import _paths
 from lazy_orbax.errors import KeeperError, SaveError
-from lazy_orbax.handlers import promoting_parts
+from lazy_orbax.handlers import promoting_parts, promoting_share
 from lazy_orbax.handlers.promoting import promote
-from lazy_orbax.save.part import Attempt
 from lazy_orbax.tiers import meeting
 from lazy_orbax.tiers.meeting import FOLDER, Meeting
 from lazy_orbax.tiers.shelf import Shelf
@@ -168,14 +167,14 @@ def test_a_step_that_another_machine_has_not_is_not_listed(memory, first, tier, 
 
 
 def test_a_part_that_changed_is_not_joined(memory, first, tier, monkeypatch):
-    write = promoting_parts.write_part
+    write = promoting_share.write_part
 
     def changed(*how):
         return write(*how) ^ (how[-2] == 1)
 
     places = kept(memory, first, 2, 3)
     with monkeypatch.context() as patch:
-        patch.setattr(promoting_parts, "write_part", changed)
+        patch.setattr(promoting_share, "write_part", changed)
         leader, follower = promoted(places, [tier] * 2)
     assert "part 1 is not what was written there" in str(leader)
     assert "did not list step 3" in str(follower)
@@ -185,7 +184,7 @@ def test_a_part_that_changed_is_not_joined(memory, first, tier, monkeypatch):
 
 def test_who_writes_after_the_leader_gave_up_leaves_nothing(memory, first, tier, monkeypatch):
     places, begun, ended = kept(memory, first, 2, 3), threading.Event(), threading.Event()
-    write, lead = promoting_parts.write_part, promoting_parts.lead
+    write, lead = promoting_share.write_part, promoting_parts.lead
 
     def late(*how):
         if how[-2] == 0:
@@ -202,7 +201,7 @@ def test_who_writes_after_the_leader_gave_up_leaves_nothing(memory, first, tier,
         finally:
             ended.set()
 
-    monkeypatch.setattr(promoting_parts, "write_part", late)
+    monkeypatch.setattr(promoting_share, "write_part", late)
     monkeypatch.setattr("lazy_orbax.handlers.promoting.lead", led)
     leader, follower = promoted(places, [tier] * 2)
     assert "it gives up" in str(leader)
@@ -220,15 +219,3 @@ def test_a_program_that_was_killed_is_given_up_by_the_next_one(memory, first, ti
             promote(RUN, tier, places[1], machine)
         assert "was killed" in met.told(token, "lost-1")["why"]
     assert not os.path.exists(f"{tier.path}/{FOLDER}")
-
-
-def test_what_is_removed_of_a_part_is_of_its_own_attempt(tmp_path):
-    item = tmp_path / "3.orbax-checkpoint-tmp" / "default"
-    old, new = Attempt("aa", (0, 1)), Attempt("bb", (0, 1))
-    for attempt in (old, new):
-        (item / attempt.database(1)).mkdir(parents=True)
-        (item / attempt.folder).mkdir()
-    promoting_parts.remove_late(str(item), old, 1)
-    assert sorted(os.listdir(item)) == sorted([new.database(1), new.folder])
-    promoting_parts.remove_late(str(item), new, 1)
-    assert os.listdir(tmp_path) == []
