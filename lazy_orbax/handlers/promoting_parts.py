@@ -88,10 +88,10 @@ def lead(run: str, tier: str, shelf: Shelf, machine: Machine) -> int | None:
         SaveError: the storage refused something.
         CorruptCheckpointError: what was read back is not what was written.
     """
-    newest = newest_in(tier)
+    newest, meeting = newest_in(tier), Meeting(tier)
     if all(kept.step <= newest for kept in kept_steps(shelf, run)):
+        meeting.clear()  # Perhaps one was killed that had listed it.
         return None
-    meeting = Meeting(tier)
     with meeting.called() as token:
         call = _Call(meeting, token, _gathered(meeting, token, machine))
         # Of what is held here no other machine gives up its part: not all have a newer one.
@@ -110,7 +110,7 @@ def lead(run: str, tier: str, shelf: Shelf, machine: Machine) -> int | None:
             create=True,
             enable_async_checkpointing=False,
             temporary_path_class=verified_in(
-                tier, {"run": run}, lambda: refuse_ended(meeting, token)
+                tier, {"run": run}, lambda: _refuse_ended(meeting, token)
             ),
         )
         return kept.step
@@ -179,41 +179,66 @@ def follow(run: str, tier: str, shelf: Shelf, machine: Machine) -> int | None:
     newest = newest_in(tier)
     if all(kept.step <= newest for kept in kept_steps(shelf, run)):
         return None
-    meeting = Meeting(tier)
-    token, told = _heard(meeting, machine)
-    with _giving_up(meeting, token, machine):
-        if meeting.told(token, f"taken-{machine.part}") is not None:
-            raise KeeperError("the program that had taken this machine's part was killed")
-        shares = _shares_of(shelf, run, told, machine)
-        meeting.tell(token, f"taken-{machine.part}", {"step": told["step"]})
-        attempt = Attempt(token, tuple(told["parts"]))
-        for number, item in enumerate(told["items"]):
-            directory = _directory_of(meeting, token, number)
-            try:
-                digest = shares[item].write(directory, attempt, machine.part)
-                refuse_ended(meeting, token)
-            except BaseException:
-                remove_late(directory, attempt, machine.part)
+    meeting, over = Meeting(tier), list[str]()
+    while True:
+        token, told = _heard(meeting, machine, over)
+        over.append(token)
+        try:
+            with _giving_up(meeting, token, machine):
+                _write_part(run, shelf, machine, _Call(meeting, token, tuple(told["parts"])), told)
+        except _EndedError:
+            if meeting.token() is None:
                 raise
-            meeting.tell(token, f"done{number}-{machine.part}", {"digest": digest})
+            continue  # It was of a leader that was killed, and there is another one.
+        if told["step"] in dict(listed(tier)):
+            return told["step"]
+        if meeting.token() is None:
+            what = f"the machine of process 0 did not list step {told['step']}; see its log"
+            raise KeeperError(what)
+
+
+def _write_part(
+    run: str, shelf: Shelf, machine: Machine, call: _Call, told: dict[str, Any]
+) -> None:
+    """Writes the part of this machine, and waits for the end of the call."""
+    meeting, token, part = call.meeting, call.token, machine.part
+    shares = _shares_of(shelf, run, told, machine)
+    meeting.tell(token, f"taken-{part}", {"step": told["step"]})
+    for number, item in enumerate(told["items"]):
+        directory = _directory_of(meeting, token, number)
+        try:
+            digest = shares[item].write(directory, call.attempt, part)
+            _refuse_ended(meeting, token)
+        except BaseException:
+            remove_late(directory, call.attempt, part)
+            raise
+        meeting.tell(token, f"done{number}-{part}", {"digest": digest})
     awaited(lambda: meeting.token() != token or None, WRITE_S, "the leader did not end its call")
-    if told["step"] not in dict(listed(tier)):
-        raise KeeperError(f"the machine of process 0 did not list step {told['step']}; see its log")
-    return told["step"]
 
 
-def _heard(meeting: Meeting, machine: Machine) -> tuple[str, dict[str, Any]]:
-    """Answers calls until one says which step is meant. One may be of a leader that was killed."""
+def _heard(meeting: Meeting, machine: Machine, over: list[str]) -> tuple[str, dict[str, Any]]:
+    """Answers calls until one says which step is meant. One may be of a leader that was killed.
+
+    Args:
+        meeting: where they are.
+        machine: this one.
+        over: calls that are not heard any more. It gets those in which a program of this machine
+            was killed.
+    """
     answered: list[str] = []
 
     def look() -> tuple[str, dict[str, Any]] | None:
         token = meeting.token()
-        if token is None:
-            if answered:
-                raise KeeperError("the machine of process 0 has given up, see its log")
+        if token is None and answered:
+            raise KeeperError("the machine of process 0 has given up, see its log")
+        if token is None or token in over:
             return None
         if token not in answered:
             answered.append(token)
+            if meeting.told(token, f"taken-{machine.part}") is not None:
+                over.append(token)
+                meeting.tell(token, f"lost-{machine.part}", {"why": "its program was killed"})
+                return None
             meeting.tell(token, f"here-{machine.part}", {"processes": machine.processes})
         told = meeting.told(token, "step")
         return None if told is None else (token, told)
@@ -223,6 +248,10 @@ def _heard(meeting: Meeting, machine: Machine) -> tuple[str, dict[str, Any]]:
         "machines see one file system there, and one clock?"
     )
     return awaited(look, MEET_S + TAKE_S, what)
+
+
+class _EndedError(KeeperError):
+    """The leader has given up what is at hand."""
 
 
 @contextlib.contextmanager
@@ -253,17 +282,17 @@ def _shares_of(shelf: Shelf, run: str, told: dict[str, Any], machine: Machine) -
 
 def _directory_of(meeting: Meeting, token: str, number: int) -> str:
     def look() -> dict[str, Any] | None:
-        refuse_ended(meeting, token)
+        _refuse_ended(meeting, token)
         return meeting.told(token, f"item{number}")
 
     return awaited(look, WRITE_S, "the leader did not begin")["directory"]
 
 
-def refuse_ended(meeting: Meeting, token: str) -> None:
+def _refuse_ended(meeting: Meeting, token: str) -> None:
     """Refuses to go on in a call that has ended.
 
     Raises:
-        KeeperError: it has.
+        _EndedError: it has.
     """
     if meeting.token() != token:
-        raise KeeperError("the machine of process 0 has given this step up")
+        raise _EndedError("the machine of process 0 has given this step up")

@@ -40,14 +40,19 @@ class Meeting:
     @contextlib.contextmanager
     def called(self) -> Iterator[str]:
         """Calls the others. Yields the token of the call, which ends with the block."""
-        token = secrets.token_hex(8)
-        remove_folder(place_of(self.tier), FOLDER)  # What one left that was killed.
+        token, before = secrets.token_hex(8), self.token()
         self._write(_CALL, {"token": token})
+        if before is not None:  # Of one that was killed.
+            remove_folder(self._place, before)
         try:
             yield token
         finally:
             if self.token() == token:
-                remove_folder(place_of(self.tier), FOLDER)
+                self.clear()
+
+    def clear(self) -> None:
+        """Removes all that was told, and ends the call that is going on, if there is one."""
+        remove_folder(place_of(self.tier), FOLDER)
 
     def token(self) -> str | None:
         """Returns the token of the call that is going on."""

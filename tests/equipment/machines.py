@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import threading
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+import lazy_orbax
+from lazy_orbax.handlers.promoting import promote
 from lazy_orbax.tiers.shelf import Shelf, file_of
 from lazy_orbax.tiers.snapshot_file import Snapshot, SnapshotFile
+from lazy_orbax.tiers.tier import Machine
 
 
 def machines(above: pathlib.Path, kept: str, of: int) -> list[str]:
@@ -33,6 +39,26 @@ def machines(above: pathlib.Path, kept: str, of: int) -> list[str]:
             _write(snapshot, path, process, of)
             assert os.stat(path).st_mode & 0o777 == 0o600
     return places
+
+
+def promoted(run: str, tiers: Sequence[lazy_orbax.Tier], places: Sequence[str]) -> list[Any]:
+    """Promotes on all machines at once. Returns the step, or the error, of each."""
+    found: list[Any] = [None] * len(places)
+
+    def on(i: int) -> None:
+        machine = Machine((i,), len(places))
+        try:
+            found[i] = promote(run, tiers[i], places[i], machine)
+        except lazy_orbax.errors.LazyOrbaxError as error:
+            found[i] = error
+
+    threads = [threading.Thread(target=on, args=(i,)) for i in range(1, len(places))]
+    for thread in threads:
+        thread.start()
+    on(0)
+    for thread in threads:
+        thread.join()
+    return found
 
 
 def _write(snapshot: Snapshot, path: str, process: int, of: int) -> None:

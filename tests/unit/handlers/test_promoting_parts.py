@@ -11,16 +11,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from equipment.machines import machines
+from equipment.machines import machines, promoted
 from equipment.trees import assert_same, on_mesh
 
 import lazy_orbax
 from lazy_orbax import _paths
-from lazy_orbax.errors import KeeperError, SaveError
+from lazy_orbax.errors import KeeperError
 from lazy_orbax.handlers import promoting_parts, promoting_share
 from lazy_orbax.handlers.promoting import promote
 from lazy_orbax.tiers import meeting
-from lazy_orbax.tiers.meeting import FOLDER, Meeting
+from lazy_orbax.tiers.meeting import Meeting
 from lazy_orbax.tiers.shelf import Shelf
 from lazy_orbax.tiers.tier import Machine
 
@@ -82,26 +82,6 @@ def without(place, *steps):
             shelf.remove(file)
 
 
-def promoted(places, tiers):
-    """Promotes on all machines at once. Returns the step, or the error, of each."""
-    found = [None] * len(places)
-
-    def on(i):
-        machine = Machine((i,), len(places))
-        try:
-            found[i] = promote(RUN, tiers[i], places[i], machine)
-        except (KeeperError, SaveError) as error:
-            found[i] = error
-
-    threads = [threading.Thread(target=on, args=(i,)) for i in range(1, len(places))]
-    for thread in threads:
-        thread.start()
-    on(0)
-    for thread in threads:
-        thread.join()
-    return found
-
-
 def listed(tier):
     if not os.path.isdir(tier.path):
         return []
@@ -112,8 +92,8 @@ def listed(tier):
 def test_stock_orbax_restores_what_machines_brought_together(memory, first, tier, mesh):
     of = 4
     places = kept(memory, first, of, 3)
-    assert promoted(places, [tier] * of) == [3] * of
-    assert promoted(places, [tier] * of) == [None] * of  # Nothing is newer.
+    assert promoted(RUN, [tier] * of, places) == [3] * of
+    assert promoted(RUN, [tier] * of, places) == [None] * of  # Nothing is newer.
     with ocp.CheckpointManager(tier.path, item_handlers=ocp.StandardCheckpointHandler()) as stock:
         assert stock.all_steps() == [3]
         found = stock.restore(3, args=ocp.args.StandardRestore(state(mesh, 0)))
@@ -135,7 +115,7 @@ def test_items_and_strings_are_brought_together(memory, tier):
             keeper.save(7, {"a": np.arange(3), "text": f"of {item}"}, item=item)
             keeper.wait()
         places = machines(memory, str(memory / "k"), 2)
-    assert promoted(places, [tier] * 2) == [7, 7]
+    assert promoted(RUN, [tier] * 2, places) == [7, 7]
     for item in ("x", "y"):
         found = lazy_orbax.load(f"{tier.path}/7/{item}")
         assert (found["text"], found["a"].tolist()) == (f"of {item}", [0, 1, 2])
@@ -145,7 +125,7 @@ def test_disks_that_only_have_the_same_name_get_nothing(memory, first, tier, tmp
     for name in ("MEET_S", "TAKE_S"):
         monkeypatch.setattr(promoting_parts, name, 0.5)
     other = lazy_orbax.Tier(tmp_path / "other", every_s=60)
-    found = promoted(kept(memory, first, 2, 3), [tier, other])
+    found = promoted(RUN, [tier, other], kept(memory, first, 2, 3))
     for error in found:
         assert "do all machines see one file system" in str(error)
     assert listed(tier) == listed(other) == []
@@ -155,14 +135,14 @@ def test_a_step_that_another_machine_has_not_is_not_listed(memory, first, tier, 
     monkeypatch.setattr(promoting_parts, "_SEALED_S", 0.0)
     places = kept(memory, first, 2, 3, 4)
     without(places[1], 4)
-    leader, follower = promoted(places, [tier] * 2)
+    leader, follower = promoted(RUN, [tier] * 2, places)
     assert "the machine of process 1 gave up: step 4 did not get whole" in str(leader)
     assert "step 4 did not get whole" in str(follower)
     assert listed(tier) == []
     without(places[0], 4)
-    assert promoted(places, [tier] * 2) == [3, 3]
+    assert promoted(RUN, [tier] * 2, places) == [3, 3]
     kept(memory, first, 2, 4)
-    assert promoted(places, [tier] * 2) == [4, 4]
+    assert promoted(RUN, [tier] * 2, places) == [4, 4]
     assert os.listdir(tier.path) == ["4"]
 
 
@@ -175,11 +155,11 @@ def test_a_part_that_changed_is_not_joined(memory, first, tier, monkeypatch):
     places = kept(memory, first, 2, 3)
     with monkeypatch.context() as patch:
         patch.setattr(promoting_share, "write_part", changed)
-        leader, follower = promoted(places, [tier] * 2)
+        leader, follower = promoted(RUN, [tier] * 2, places)
     assert "part 1 is not what was written there" in str(leader)
     assert "did not list step 3" in str(follower)
     assert listed(tier) == []
-    assert promoted(places, [tier] * 2) == [3, 3]
+    assert promoted(RUN, [tier] * 2, places) == [3, 3]
 
 
 def test_who_writes_after_the_leader_gave_up_leaves_nothing(memory, first, tier, monkeypatch):
@@ -203,19 +183,26 @@ def test_who_writes_after_the_leader_gave_up_leaves_nothing(memory, first, tier,
 
     monkeypatch.setattr(promoting_share, "write_part", late)
     monkeypatch.setattr("lazy_orbax.handlers.promoting.lead", led)
-    leader, follower = promoted(places, [tier] * 2)
+    leader, follower = promoted(RUN, [tier] * 2, places)
     assert "it gives up" in str(leader)
     assert "has given this step up" in str(follower)
     assert os.listdir(tier.path) == []
 
 
-def test_a_program_that_was_killed_is_given_up_by_the_next_one(memory, first, tier):
-    places = kept(memory, first, 2, 3)
-    met, machine = Meeting(tier.path), Machine((1,), 2)
-    with met.called() as token:
-        met.tell(token, "step", {"step": 3, "life": 0, "items": ["default"], "parts": [0, 1]})
-        met.tell(token, "taken-1", {"step": 3})
-        with pytest.raises(KeeperError, match="was killed"):
-            promote(RUN, tier, places[1], machine)
-        assert "was killed" in met.told(token, "lost-1")["why"]
-    assert not os.path.exists(f"{tier.path}/{FOLDER}")
+def test_a_call_in_which_one_was_killed_is_given_up_and_the_next_one_heard(memory, first, tier):
+    places, met = kept(memory, first, 2, 3), Meeting(tier.path)
+    killed = met.called()
+    token = killed.__enter__()
+    met.tell(token, "step", {"step": 3, "life": 0, "items": ["default"], "parts": [0, 1]})
+    met.tell(token, "taken-1", {"step": 3})
+    found = []
+    follower = threading.Thread(
+        target=lambda: found.append(promote(RUN, tier, places[1], Machine((1,), 2)))
+    )
+    follower.start()
+    while met.told(token, "lost-1") is None:
+        assert follower.is_alive()
+    assert promote(RUN, tier, places[0], Machine((0,), 2)) == 3
+    follower.join()
+    assert found == [3]
+    assert os.listdir(tier.path) == ["3"]

@@ -1,0 +1,127 @@
+"""One of two machines that bring a step to a tier dies before every call that changes the tier.
+
+The other one goes on, or gives up. What is listed is whole, a step is always listed, and the next
+promotion completes what was begun.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import tempfile
+import threading
+
+import jax
+import numpy as np
+import pytest
+from equipment.machines import machines, promoted
+from faults import crashes
+from faults.crash_state import make_state
+
+import lazy_orbax
+from lazy_orbax.inspect import clean
+
+RUN = "/run"
+_ITEM = "/2.orbax-checkpoint-tmp/default.orbax-checkpoint-tmp"
+_MEETING = "/lazy_orbax_meeting/token"
+# By day the first call of each kind on one of these, at night all calls.
+SOME = (
+    {f"{_ITEM}/manifest.ocdbt", f"{_ITEM}/ocdbt.process_0-token/manifest.ocdbt", "/2"},
+    {f"{_ITEM}/ocdbt.process_1-token/manifest.ocdbt", f"{_MEETING}/done0-1"},
+)
+
+
+@pytest.fixture(scope="module")
+def other(interposer, tmp_path_factory):
+    """Forks the machine that lives on."""
+    zygote = crashes.Zygote(
+        pathlib.Path(shutil.copy(interposer, tmp_path_factory.mktemp("other") / "fscalls.so"))
+    )
+    yield zygote
+    zygote.close()
+
+
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory):
+    """Keepers' directories of two machines with step 2, and a tier to which they brought step 1."""
+    above = pathlib.Path(tempfile.mkdtemp(prefix="lo-", dir="/dev/shm"))
+    path = tmp_path_factory.mktemp("promoted") / "tier"
+    tier = lazy_orbax.Tier(path, every_s=1, keep=1)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("a",))
+    with lazy_orbax.Keeper(RUN, directory=str(above / "k")) as keeper:
+        for step in (1, 2):
+            keeper.save(step, make_state(step, mesh))
+            keeper.wait()
+            assert keeper.report.newest_step == step
+            places = machines(above, str(above / "k"), 2)
+            if step == 1:
+                assert promoted(RUN, [tier] * 2, places) == [1, 1]
+    yield places, path
+    shutil.rmtree(above)
+
+
+@pytest.mark.parametrize("everywhere", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("victim", [0, 1], ids=["leader", "follower"])
+def test_a_machine_killed_at_every_call(zygote, other, memory, tmp_path, tell, victim, everywhere):  # noqa: PLR0913
+    places, first = memory
+    tier, gone, failures, n_kills = tmp_path / "tier", tmp_path / "gone", [], 0
+
+    def on(machine):
+        return {"memory": places[machine], "machine": [machine, 2], "gone": str(gone)}
+
+    def kill(call="", nth=1):
+        shutil.rmtree(tier, ignore_errors=True)
+        shutil.copytree(first, tier)
+        gone.unlink(missing_ok=True)
+        survives = threading.Thread(target=other._do, args=(tier, 2), kwargs=on(1 - victim))
+        survives.start()
+        try:
+            calls = zygote.die(tier, 2, {"call": call, "nth": nth}, **on(victim))
+        finally:
+            gone.touch()
+            survives.join()
+        try:
+            check(tier, calls, victim, places)
+        except Exception as error:  # noqa: BLE001 - All are told at the end.
+            failures.append(f"killed before {nth}. {call or 'nothing'}: {error!r}")
+        return calls[:-1]
+
+    runs = [kill() for _ in range(3 if everywhere else 1)]
+    if not everywhere:
+        some = SOME[victim]
+        runs = [[call for call in dict.fromkeys(runs[0]) if call.split(" ", 1)[1] in some]]
+        assert {call.split(" ", 1)[1] for call in runs[0]} == some
+        runs = [[call for call in runs[0] if call.split(" ", 1)[0] in ("rename", "renameat")]]
+    points = {call: max(run.count(call) for run in runs) for run in runs for call in run}
+    for call, n_calls in points.items():
+        for nth in range(1, n_calls + 1):
+            kill(call, nth)
+            n_kills += 1
+    assert not failures, "\n".join(failures)
+    tell(
+        "Machines killed while they bring a step to a tier together",
+        ("leader", "follower")[victim],
+        "everywhere" if everywhere else "some of them",
+        f"{max(map(len, runs))} calls",
+        f"{n_kills} kills",
+    )
+
+
+def check(path, calls, victim, places):
+    """The invariants, after `calls` of the victim began of which the last was not made."""
+    listed = crashes.stock_lists(path)
+    if victim == 0:
+        assert (2 in listed) == crashes.published(calls, 2)
+    else:
+        is_done = any(call.endswith(f"{_MEETING}/done0-1") for call in calls[:-1])
+        assert is_done or 2 not in listed
+    assert listed
+    assert crashes.stock_restores(path, *listed) == {}
+    tier = lazy_orbax.Tier(str(path), every_s=1, keep=1)
+    assert promoted(RUN, [tier] * 2, places) == ([None, None] if 2 in listed else [2, 2])
+    assert crashes.stock_lists(path) == [2]
+    assert crashes.stock_restores(path, 2) == {}
+    assert lazy_orbax.verify(path).is_whole
+    assert os.listdir(path) == ["2"]
+    assert clean(path).directories == ()
