@@ -20,7 +20,7 @@ from lazy_orbax.handlers.completing import write
 from lazy_orbax.handlers.promoting_share import Share, remove_late
 from lazy_orbax.handlers.verified_path import verified_in
 from lazy_orbax.save.part import Attempt, join_parts
-from lazy_orbax.tiers.kept_steps import UNUSABLE, KeptStep, held_all, kept_steps
+from lazy_orbax.tiers.kept_steps import UNUSABLE, KeptStep, held_for, kept_steps
 from lazy_orbax.tiers.meeting import Meeting, awaited
 from lazy_orbax.tiers.promoted_steps import listed, newest_in
 from lazy_orbax.tiers.shelf import Shelf
@@ -95,7 +95,7 @@ def lead(run: str, tier: str, shelf: Shelf, machine: Machine) -> int | None:
     with meeting.called() as token:
         call = _Call(meeting, token, _gathered(meeting, token, machine))
         # Of what is held here no other machine gives up its part: not all have a newer one.
-        with held_all(shelf):
+        with held_for(shelf, TAKE_S):
             kept, shares = _taken(kept_steps(shelf, run), machine, newest)
             items = sorted(shares)
             told = {"step": kept.step, "life": kept.life, "items": items, "parts": call.parts}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from lazy_orbax.errors import KeeperError, LazyOrbaxError
+from lazy_orbax.storage import threads
 from lazy_orbax.tiers.kept_tree import KeptTree
 from lazy_orbax.tiers.shelf import Shelf
 from lazy_orbax.tiers.snapshot_file import Snapshot, SnapshotError, held, read_snapshot
@@ -113,6 +115,25 @@ def held_all(shelf: Shelf) -> Iterator[None]:
             with contextlib.suppress(SnapshotError, OSError):
                 everything.enter_context(held([shelf.path_of(file)]))
         yield
+
+
+@contextlib.contextmanager
+def held_for(shelf: Shelf, most_s: float) -> Iterator[None]:
+    """Does what `held_all` does, for a while: whoever waits for storage meanwhile may hang.
+
+    Args:
+        shelf: where the snapshots are.
+        most_s: most seconds. Afterwards trainers write again, whatever goes on here.
+    """
+    is_over = threading.Event()
+    with contextlib.ExitStack() as holding:
+        holding.enter_context(held_all(shelf))
+        release = lambda: None if is_over.wait(most_s) else holding.close()  # noqa: E731
+        threads.run(release, "lazy_orbax-hold")
+        try:
+            yield
+        finally:
+            is_over.set()
 
 
 UNUSABLE = (LazyOrbaxError, SnapshotError, OSError)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from lazy_orbax.tiers.completion import end
 from lazy_orbax.tiers.shelf import Shelf
 from lazy_orbax.tiers.snapshot_file import Snapshot
 
@@ -153,6 +154,5 @@ def _pause_s(tier: dict[str, Any]) -> float:
 
 def _stop(way: _Way) -> None:
     if way.program is not None:
-        way.program.kill()
-        way.program.wait()
+        end(way.program)
         way.program = None

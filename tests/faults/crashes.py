@@ -188,6 +188,13 @@ class Disk:
         """Mounts it, which replays its journal."""
         _run("mount", "-t", self._kind, "-o", self._options, str(self._image), str(self.mounted))
 
+    def _is_shut_down(self) -> bool:
+        for line in pathlib.Path("/proc/self/mounts").read_text().splitlines():
+            _, where, _, options, *_ = line.split(" ")
+            if where == str(self.mounted):
+                return "shutdown" in options.split(",")
+        return False
+
     def unmount(self) -> None:
         """Unmounts it, and frees its loop device."""
         _run("umount", str(self.mounted))
@@ -213,6 +220,13 @@ class Disk:
         """Mounts it again, and copies what is left of `root`: so nobody keeps the disk busy."""
         self.unmount()
         self.mount()
+        if self._is_shut_down():
+            # A mount namespace that somebody made meanwhile keeps it as it was: mount its twin.
+            self.unmount()
+            twin = self._image.with_name(f"{self._image.name}+")
+            _run("cp", "--sparse=always", str(self._image), str(twin))
+            self._image = twin
+            self.mount()
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(root, copy)
 

@@ -21,6 +21,7 @@ from faults.crash_state import make_state
 
 import lazy_orbax
 from lazy_orbax.inspect import clean
+from lazy_orbax.tiers import meeting
 
 RUN = "/run"
 _ITEM = "/2.orbax-checkpoint-tmp/default.orbax-checkpoint-tmp"
@@ -30,16 +31,6 @@ SOME = (
     {f"{_ITEM}/manifest.ocdbt", f"{_ITEM}/ocdbt.process_0-token/manifest.ocdbt", "/2"},
     {f"{_ITEM}/ocdbt.process_1-token/manifest.ocdbt", f"{_MEETING}/done0-1"},
 )
-
-
-@pytest.fixture(scope="module")
-def other(interposer, tmp_path_factory):
-    """Forks the machine that lives on."""
-    zygote = crashes.Zygote(
-        pathlib.Path(shutil.copy(interposer, tmp_path_factory.mktemp("other") / "fscalls.so"))
-    )
-    yield zygote
-    zygote.close()
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +54,10 @@ def memory(tmp_path_factory):
 
 @pytest.mark.parametrize("everywhere", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("victim", [0, 1], ids=["leader", "follower"])
-def test_a_machine_killed_at_every_call(zygote, other, memory, tmp_path, tell, victim, everywhere):  # noqa: PLR0913
+def test_a_machine_killed_at_every_call(  # noqa: PLR0913
+    zygote, other, memory, tmp_path, tell, victim, everywhere, monkeypatch
+):
+    monkeypatch.setattr(meeting, "_LOOK_S", 0.01)
     places, first = memory
     tier, gone, failures, n_kills = tmp_path / "tier", tmp_path / "gone", [], 0
 

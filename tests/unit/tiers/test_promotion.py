@@ -18,7 +18,7 @@ class Program:
     def kill(self):
         self.is_killed = True
 
-    def wait(self):
+    def wait(self, timeout=None):
         assert self.is_killed
 
 
