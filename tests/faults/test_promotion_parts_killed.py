@@ -26,10 +26,10 @@ from lazy_orbax.tiers import meeting
 RUN = "/run"
 _ITEM = "/2.orbax-checkpoint-tmp/default.orbax-checkpoint-tmp"
 _MEETING = "/lazy_orbax_meeting/token"
-# By day the first call of each kind on one of these, at night all calls.
+# By day the rename to one of these, at night all calls.
 SOME = (
-    {f"{_ITEM}/manifest.ocdbt", f"{_ITEM}/ocdbt.process_0-token/manifest.ocdbt", "/2"},
-    {f"{_ITEM}/ocdbt.process_1-token/manifest.ocdbt", f"{_MEETING}/done0-1"},
+    {f"{_ITEM}/manifest.ocdbt", "/2"},
+    {f"{_MEETING}/done0-1"},
 )
 
 
