@@ -189,10 +189,12 @@ class Disk:
         _run("mount", "-t", self._kind, "-o", self._options, str(self._image), str(self.mounted))
 
     def _is_shut_down(self) -> bool:
-        for line in pathlib.Path("/proc/self/mounts").read_text().splitlines():
-            _, where, _, options, *_ = line.split(" ")
-            if where == str(self.mounted):
-                return "shutdown" in options.split(",")
+        probe = self.mounted / "probe"
+        try:
+            probe.touch()
+            probe.unlink()
+        except OSError:
+            return True
         return False
 
     def unmount(self) -> None:

@@ -26,7 +26,9 @@ from lazy_orbax.tiers import meeting
 RUN = "/run"
 _ITEM = "/2.orbax-checkpoint-tmp/default.orbax-checkpoint-tmp"
 _MEETING = "/lazy_orbax_meeting/token"
-# By day the rename to one of these, at night all calls.
+# By day the rename to one of these, at night all calls, in shares that take a minute each.
+_SHARES = 6
+AT_NIGHT = [pytest.param(share, marks=pytest.mark.slow) for share in range(_SHARES)]
 SOME = (
     {f"{_ITEM}/manifest.ocdbt", "/2"},
     {f"{_MEETING}/done0-1"},
@@ -52,10 +54,10 @@ def memory(tmp_path_factory):
     shutil.rmtree(above)
 
 
-@pytest.mark.parametrize("everywhere", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [None, *AT_NIGHT])
 @pytest.mark.parametrize("victim", [0, 1], ids=["leader", "follower"])
 def test_a_machine_killed_at_every_call(  # noqa: PLR0913
-    zygote, other, memory, tmp_path, tell, victim, everywhere, monkeypatch
+    zygote, other, memory, tmp_path, tell, victim, share, monkeypatch
 ):
     monkeypatch.setattr(meeting, "_LOOK_S", 0.01)
     places, first = memory
@@ -81,23 +83,20 @@ def test_a_machine_killed_at_every_call(  # noqa: PLR0913
             failures.append(f"killed before {nth}. {call or 'nothing'}: {error!r}")
         return calls[:-1]
 
-    runs = [kill() for _ in range(3 if everywhere else 1)]
-    if not everywhere:
-        some = SOME[victim]
-        runs = [[call for call in dict.fromkeys(runs[0]) if call.split(" ", 1)[1] in some]]
-        assert {call.split(" ", 1)[1] for call in runs[0]} == some
-        runs = [[call for call in runs[0] if call.split(" ", 1)[0] in ("rename", "renameat")]]
-    points = {call: max(run.count(call) for run in runs) for run in runs for call in run}
-    for call, n_calls in points.items():
-        for nth in range(1, n_calls + 1):
-            kill(call, nth)
-            n_kills += 1
+    run = kill()
+    points = [(call, run[: i + 1].count(call)) for i, call in enumerate(run)]
+    if share is None:
+        points = [(f"rename {path}", 1) for path in SOME[victim]]
+        assert {call for call, _ in points} <= set(run)
+    for call, nth in points if share is None else sorted(points)[share::_SHARES]:
+        kill(call, nth)
+        n_kills += 1
     assert not failures, "\n".join(failures)
     tell(
         "Machines killed while they bring a step to a tier together",
         ("leader", "follower")[victim],
-        "everywhere" if everywhere else "some of them",
-        f"{max(map(len, runs))} calls",
+        "a few calls" if share is None else f"one in {_SHARES} from {share}",
+        f"{len(run)} calls",
         f"{n_kills} kills",
     )
 
