@@ -161,7 +161,8 @@ class Disk:
 
     def __init__(self, directory: pathlib.Path, kind: str, *options: str):
         self.mounted, self._image, self._kind = directory / "disk", directory / "image", kind
-        self._options = ",".join(["loop", *options])
+        twins = ["nouuid"] if kind == "xfs" else []  # Two of one name: see `after_the_cut`.
+        self._options = ",".join(["loop", *twins, *options])
         self.mounted.mkdir()
         with self._image.open("wb") as image:
             image.truncate(320 * 2**20)  # The least that xfs takes.
