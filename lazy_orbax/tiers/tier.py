@@ -15,6 +15,7 @@ from lazy_orbax import _paths
 from lazy_orbax.errors import OptionError
 from lazy_orbax.integrity.digest import digest_of_bytes
 from lazy_orbax.pods import consensus
+from lazy_orbax.storage.place import Place
 from lazy_orbax.storage.places import place_of
 from lazy_orbax.tiers.meeting import FOLDER
 from lazy_orbax.tiers.shelf import Shelf
@@ -147,7 +148,7 @@ def _refuse_not_shared(tier: str) -> None:
     try:
         if consensus.which_processes(bool(why)):
             raise OptionError(f"process 0 cannot write to the tier {tier}{why}")
-        blind = consensus.which_processes(place.peek(name) is None)
+        blind = consensus.which_processes(not _sees(place, name))
     finally:
         if is_first and not why:
             place.kvstore.write(name, None).result()
@@ -158,3 +159,11 @@ def _refuse_not_shared(tier: str) -> None:
             "directory that all machines see: on a shared file system, or gs://. A disk of each "
             "machine is no tier of such a job: leave it out."
         )
+
+
+def _sees(place: Place, name: str) -> bool:
+    """Whether a file is there. Whatever goes wrong, the other processes wait for the answer."""
+    try:
+        return place.peek(name) is not None
+    except Exception:  # noqa: BLE001 - Clients of buckets raise many types.
+        return False

@@ -27,7 +27,7 @@ RUN = "/run"
 _ITEM = "/2.orbax-checkpoint-tmp/default.orbax-checkpoint-tmp"
 _MEETING = "/lazy_orbax_meeting/token"
 # By day the rename to one of these, at night all calls, in shares that take a minute each.
-_SHARES = 6
+_SHARES = 12
 AT_NIGHT = [pytest.param(share, marks=pytest.mark.slow) for share in range(_SHARES)]
 SOME = (
     {f"{_ITEM}/manifest.ocdbt", "/2"},
