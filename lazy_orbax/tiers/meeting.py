@@ -65,8 +65,15 @@ class Meeting:
             token: the call.
             name: under which it is told.
             told: JSON values.
+
+        Raises:
+            KeeperError: the storage refused it. Of a call that has ended nobody hears any more.
         """
-        self._write(f"{token}/{name}", told)
+        try:
+            self._write(f"{token}/{name}", told)
+        except ValueError as error:  # Its folder may be going at this moment.
+            if self.token() == token:
+                raise KeeperError(f"nothing can be told in {self.tier}: {error}") from error
 
     def told(self, token: str, name: str) -> dict[str, Any] | None:
         """Returns what was told in a call under a name."""
@@ -85,7 +92,10 @@ class Meeting:
         self._place.kvstore.write(name, json.dumps(told).encode()).result()
 
     def _read(self, name: str) -> dict[str, Any] | None:
-        found = self._place.kvstore.read(name).result()
+        try:
+            found = self._place.kvstore.read(name).result()
+        except ValueError as error:
+            raise KeeperError(f"nothing can be heard in {self.tier}: {error}") from error
         if found.state != "value":
             return None
         with contextlib.suppress(ValueError):

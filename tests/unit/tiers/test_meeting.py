@@ -46,3 +46,16 @@ def test_waiting_has_an_end():
     with pytest.raises(KeeperError, match="nobody came within 0 s"):
         awaited(lambda: None, 0.0, "nobody came")
     assert awaited(lambda: 0, 0.0, "nobody came") == 0
+
+
+def test_what_cannot_be_told_matters_while_somebody_listens(tmp_path, monkeypatch):
+    leader, other = Meeting(str(tmp_path)), Meeting(str(tmp_path))
+
+    def fail(name, told):
+        raise ValueError("NOT_FOUND")
+
+    monkeypatch.setattr(other, "_write", fail)
+    with leader.called() as token:
+        with pytest.raises(KeeperError, match="nothing can be told in"):
+            other.tell(token, "lost-1", {})
+    other.tell(token, "lost-1", {})
