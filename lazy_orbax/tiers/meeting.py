@@ -71,9 +71,9 @@ class Meeting:
         """
         try:
             self._write(f"{token}/{name}", told)
-        except ValueError as error:  # Its folder may be going at this moment.
+        except KeeperError:  # Its folder may be going at this moment.
             if self.token() == token:
-                raise KeeperError(f"nothing can be told in {self.tier}: {error}") from error
+                raise
 
     def told(self, token: str, name: str) -> dict[str, Any] | None:
         """Returns what was told in a call under a name."""
@@ -89,7 +89,10 @@ class Meeting:
         return found
 
     def _write(self, name: str, told: dict[str, Any]) -> None:
-        self._place.kvstore.write(name, json.dumps(told).encode()).result()
+        try:
+            self._place.kvstore.write(name, json.dumps(told).encode()).result()
+        except ValueError as error:
+            raise KeeperError(f"nothing can be told in {self.tier}: {error}") from error
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:

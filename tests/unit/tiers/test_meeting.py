@@ -52,10 +52,16 @@ def test_what_cannot_be_told_matters_while_somebody_listens(tmp_path, monkeypatc
     leader, other = Meeting(str(tmp_path)), Meeting(str(tmp_path))
 
     def fail(name, told):
-        raise ValueError("NOT_FOUND")
+        raise KeeperError("nothing can be told in it")
 
     monkeypatch.setattr(other, "_write", fail)
-    with leader.called() as token:
-        with pytest.raises(KeeperError, match="nothing can be told in"):
-            other.tell(token, "lost-1", {})
+    with leader.called() as token, pytest.raises(KeeperError, match="nothing can be told in"):
+        other.tell(token, "lost-1", {})
     other.tell(token, "lost-1", {})
+
+
+def test_a_tier_that_cannot_be_written_is_told_of(tmp_path):
+    (tmp_path / FOLDER).touch()
+    meeting = Meeting(str(tmp_path))
+    with pytest.raises(KeeperError, match="can be (told|heard) in"), meeting.called():
+        pass
