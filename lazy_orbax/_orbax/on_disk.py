@@ -31,7 +31,7 @@ class ArraySpecs:
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Any, ...], tuple[dict[str, Any], Any]] = {}
+        self._known: dict[tuple[Any, ...], tuple[dict[str, Any], Any, LeafInfo]] = {}
 
     def of(
         self,
@@ -50,7 +50,7 @@ class ArraySpecs:
         is_separate = _is_separate(leaf, sharding)
         kind = _kind(leaf), shape, write_shape, dtype, is_separate, json.dumps(ext_metadata)
         if (known := self._known.get(kind)) is None:
-            self._known[kind] = known = _write_spec(
+            spec, metadata = _write_spec(
                 leaf,
                 info=leaf.info,
                 global_shape=shape,
@@ -59,14 +59,16 @@ class ArraySpecs:
                 replica_separate_folder=is_separate,
                 ext_metadata=ext_metadata,
             )
-        spec, metadata = known
+            # With the leaf, for `_kind` goes by the identity of what it says.
+            self._known[kind] = known = spec, metadata, leaf
+        spec, metadata, _ = known
         if metadata.param_name != leaf.name:
             metadata = dataclasses.replace(metadata, param_name=leaf.name)
         return spec, metadata
 
 
 def _kind(leaf: LeafInfo) -> tuple[Any, ...]:
-    """What of a leaf tells how it is stored. Valid as long as the objects live that it is of."""
+    """What of a leaf tells how it is stored. Good as long as the leaf lives."""
     told = ((name, id(value)) for name, value in vars(leaf.info).items() if name not in _OWN)
     return id(leaf.type_handler), repr(leaf.save_args), *told
 
