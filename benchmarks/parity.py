@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
+from lazy_orbax.integrity.digest import digest_of_bytes
 from lazy_orbax.tiers.parity.peer import Peer
 from lazy_orbax.tiers.parity.stripes import add
 from lazy_orbax.tiers.parity.transport import CHUNK_BYTES, Server
@@ -62,8 +63,8 @@ def over_socket(where: int, n_bytes: int) -> Iterator[memoryview]:
 def serve_http(pipe: Connection, n_bytes: int) -> None:
     content = content_of(n_bytes)
 
-    def read(told: dict, first: int, end: int) -> memoryview:
-        return memoryview(content[first:end])
+    def read(told: dict, first: int, end: int) -> tuple[int, memoryview]:
+        return digest_of_bytes(content[first:end]), memoryview(content[first:end])
 
     server = Server("127.0.0.1", SECRET, None, lambda told: {}, read)
     began_s = cpu_s()

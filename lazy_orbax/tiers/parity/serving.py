@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 from lazy_orbax.errors import KeeperError
+from lazy_orbax.integrity.digest import digest_of_bytes
 from lazy_orbax.storage.pace import Pace
 from lazy_orbax.tiers.parity import files, stripes
 from lazy_orbax.tiers.parity.announced import Announced
@@ -43,8 +44,8 @@ class Serving:
         snapshot = files.snapshot_of(self._shelf, self._settings.run, process, key)
         return dataclasses.asdict(Member(process, snapshot.n_bytes, snapshot.serial))
 
-    def read(self, told: dict[str, Any], first: int, end: int) -> memoryview:
-        """Returns bytes of a stripe, of a whole snapshot, or of parity."""
+    def read(self, told: dict[str, Any], first: int, end: int) -> tuple[int, memoryview]:
+        """Returns bytes of a stripe, of a whole snapshot, or of parity, and their digest before."""
         key, what = Key.told(told), str(told["what"])
         opened = self._opened(what, key, int(told["process"]))
         begins, ends = opened.begins, opened.ends
@@ -57,12 +58,14 @@ class Serving:
             self._pace.await_turn(end - first, self._over)
             with self._lock:
                 self.sent_bytes += end - first
+        chunk = opened.memory[begins + first : begins + end].data
+        digest = digest_of_bytes(chunk)
+        # What is overwritten from here on has another digest when it comes.
         if not opened.is_as_it_was():
             raise KeeperError(f"step {key.step} was overwritten while it was sent")
         if what == "exchange" and begins + end == ends:
             self.announced.was_served(key, int(told["holder"]))
-        # What is overwritten from here on has another digest when it comes.
-        return opened.memory[begins + first : begins + end].data
+        return digest, chunk
 
     def _opened(self, what: str, key: Key, process: int) -> files.Opened:
         """Returns a file to read. The last ones stay open, until they are overwritten."""
