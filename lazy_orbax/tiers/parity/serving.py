@@ -16,12 +16,15 @@ from lazy_orbax.tiers.parity.settings import NodeSettings
 from lazy_orbax.tiers.shelf import Shelf
 
 _MOST_OPEN = 4
+# In an exchange, what was not sent because nobody asked is made up for.
+_LATE_S = 1.0
 
 
 class Serving:
     """Answers what members ask, from many threads.
 
-    Invariant, under the lock: `_open` has the files that were read last.
+    Invariant, under the lock: `_open` has the files that were read last; `_exchanged` is the
+    snapshot that the pace is of.
 
     Attributes:
         announced: which snapshots are there.
@@ -32,7 +35,8 @@ class Serving:
         """Begins with nothing open."""
         self._settings, self._shelf = settings, Shelf(settings.directory)
         self.announced, self.sent_bytes = Announced(), 0
-        self._pace, self._over = Pace(settings.bytes_per_s), threading.Event()
+        self._pace = Pace(settings.bytes_per_s, late_s=_LATE_S, is_paid_before=True)
+        self._over, self._exchanged = threading.Event(), None
         self._lock = threading.Lock()
         self._open: dict[tuple[str, Key, int], files.Opened] = {}
 
@@ -55,9 +59,7 @@ class Serving:
         if begins + end > ends:
             raise KeeperError(f"{end} bytes are wanted of {ends - begins}")
         if what == "exchange":
-            self._pace.await_turn(end - first, self._over)
-            with self._lock:
-                self.sent_bytes += end - first
+            self._await_turn(key, end - first)
         chunk = opened.memory[begins + first : begins + end].data
         digest = digest_of_bytes(chunk)
         # What is overwritten from here on has another digest when it comes.
@@ -66,6 +68,14 @@ class Serving:
         if what == "exchange" and begins + end == ends:
             self.announced.was_served(key, int(told["holder"]))
         return digest, chunk
+
+    def _await_turn(self, key: Key, n_bytes: int) -> None:
+        with self._lock:
+            self.sent_bytes += n_bytes
+            if key != self._exchanged:
+                self._exchanged = key
+                self._pace.begin()
+        self._pace.await_turn(n_bytes, self._over)
 
     def _opened(self, what: str, key: Key, process: int) -> files.Opened:
         """Returns a file to read. The last ones stay open, until they are overwritten."""
