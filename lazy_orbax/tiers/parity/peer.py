@@ -83,7 +83,7 @@ class Peer:
         return answer
 
     def read(
-        self, told: Told, n_bytes: int, *, timeout_s: float
+        self, told: Told, n_bytes: int, *, timeout_s: float, room: memoryview | None = None
     ) -> Iterator[tuple[memoryview, int]]:
         """Yields the bytes that are asked for, in chunks, each with its digest.
 
@@ -93,12 +93,13 @@ class Peer:
             told: which bytes.
             n_bytes: how many they are.
             timeout_s: most seconds for all of them.
+            room: memory for a chunk; `None` takes new.
 
         Raises:
             KeeperError: as for `ask`; or what came is not what was sent.
         """
         end_s = time.monotonic() + timeout_s
-        room = memoryview(bytearray(min(n_bytes, CHUNK_BYTES)))
+        room = memoryview(bytearray(min(n_bytes, CHUNK_BYTES))) if room is None else room
         for first in range(0, n_bytes, SPAN_BYTES):
             end = min(first + SPAN_BYTES, n_bytes)
             sizes = [min(CHUNK_BYTES, end - at) for at in range(first, end, CHUNK_BYTES)]
