@@ -51,6 +51,8 @@ class Serving:
     def read(self, told: dict[str, Any], first: int, end: int) -> tuple[int, memoryview]:
         """Returns bytes of a stripe, of a whole snapshot, or of parity, and their digest before."""
         key, what = Key.told(told), str(told["what"])
+        if what == "exchange":
+            self._begin(key)
         opened = self._opened(what, key, int(told["process"]))
         begins, ends = opened.begins, opened.ends
         if what in ("stripe", "exchange"):
@@ -59,7 +61,9 @@ class Serving:
         if begins + end > ends:
             raise KeeperError(f"{end} bytes are wanted of {ends - begins}")
         if what == "exchange":
-            self._await_turn(key, end - first)
+            self._pace.await_turn(end - first, self._over)
+            with self._lock:
+                self.sent_bytes += end - first
         chunk = opened.memory[begins + first : begins + end].data
         digest = digest_of_bytes(chunk)
         # What is overwritten from here on has another digest when it comes.
@@ -69,13 +73,12 @@ class Serving:
             self.announced.was_served(key, int(told["holder"]))
         return digest, chunk
 
-    def _await_turn(self, key: Key, n_bytes: int) -> None:
+    def _begin(self, key: Key) -> None:
+        """Makes a new snapshot one that nothing is made up for."""
         with self._lock:
-            self.sent_bytes += n_bytes
             if key != self._exchanged:
                 self._exchanged = key
                 self._pace.begin()
-        self._pace.await_turn(n_bytes, self._over)
 
     def _opened(self, what: str, key: Key, process: int) -> files.Opened:
         """Returns a file to read. The last ones stay open, until they are overwritten."""
