@@ -132,7 +132,7 @@ def room_for(shelf: Shelf, file: str, n_bytes: int) -> SnapshotFile:
             messages.asked(peer, ask, timeout_s=_ROOM_S)
     except OSError as error:
         raise KeeperError(f"the keeper in {shelf.path} makes no room: {error}") from error
-    opened = SnapshotFile(shelf.path_of(file), n_bytes)
+    opened = SnapshotFile(shelf.path_of(file), n_bytes, is_mapped_now=True)
     opened.break_seal()
     return opened
 
@@ -196,7 +196,7 @@ def opened(found: Snapshot) -> Opened:
         SnapshotError: it is being overwritten.
         OSError: it is gone.
     """
-    memory = read_memory(found.path)
+    memory = read_memory(found.path, is_mapped_now=True)
     seal = memory[:_SEAL_BYTES].tobytes()
     if read_snapshot(found.path).serial != found.serial:
         raise SnapshotError(f"{found.path} was overwritten")
