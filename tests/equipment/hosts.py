@@ -78,7 +78,14 @@ class Network:
         # Threads of NumPy's do not survive a fork.
         few = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         self._zygote = subprocess.Popen(
-            [*_apart(), sys.executable, "-m", "equipment.hosts_zygote", f"{place}/network", *modules],
+            [
+                *_apart(),
+                sys.executable,
+                "-m",
+                "equipment.hosts_zygote",
+                f"{place}/network",
+                *modules,
+            ],
             env={**os.environ, **few, "PYTHONPATH": os.pathsep.join(filter(None, roots))},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -102,7 +109,8 @@ class Network:
     def _listen(self, connection: Connection, number: int) -> None:
         with connection, contextlib.suppress(EOFError, OSError):
             while True:
-                self.reached(number, connection.recv())
+                stage = connection.recv()
+                self.reached(number, stage)  # As it is now, not before the wait.
                 connection.send(None)
 
     def told(self, what: str, **arguments: Any) -> None:

@@ -79,5 +79,3 @@ class Member:
 
     def files(self) -> list[str]:
         return self._shelf.files()
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import http.client
 import io
@@ -133,9 +134,7 @@ class Peer:
     def _sent(self, path: str, request: bytes, most: int, end_s: float) -> tuple[bytes, memoryview]:
         connection = self._connection
         if connection.sock is None:
-            connection.timeout = min(_left_s(end_s), _CONNECT_S)
-            connection.connect()
-            _ask_whether_it_is_there(connection.sock)
+            self._connect(end_s)
         connection.sock.settimeout(_left_s(end_s))
         connection.response_class = functools.partial(_response, end_s)  # type: ignore[assignment]
         connection.request("POST", path, request)
@@ -148,6 +147,19 @@ class Peer:
         head, chunk = bytes(_filled(response, head_bytes)), _filled(response, chunk_bytes)
         response.read(0)
         return head, chunk
+
+    def _connect(self, end_s: float) -> None:
+        connection = self._connection
+        for is_second in (False, True):
+            connection.timeout = min(_left_s(end_s), _CONNECT_S)
+            try:
+                connection.connect()
+                break
+            except OSError as error:
+                # The kernel may have looked for it since before the network healed.
+                if is_second or error.errno != errno.EHOSTUNREACH:
+                    raise
+        _ask_whether_it_is_there(connection.sock)
 
     def close(self) -> None:
         """Hangs up."""
