@@ -16,36 +16,55 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, Listener
 from typing import Any
 
 import pytest
-
 from equipment import hosts_zygote
 
 _TESTS = pathlib.Path(__file__).parents[1]
 _ANSWER_S = 120
+_CHILDREN = "equipment.hosts_zygote.Children"
 
 
-class Host:
-    """A machine. Its methods may be called from any thread, and one at a time is done."""
+class Process:
+    """A process on a machine. Its methods may be called from any thread; it does one at a time."""
 
-    def __init__(self, network: Network, number: int, connection: Connection):
-        self.number, self.address = number, hosts_zygote.address_of(number)
-        self.other_address = hosts_zygote.address_of(number, 1)
-        self._network, self._connection = network, connection
+    def __init__(self, connection: Connection, machine: int, child: int | None = None):
+        self._connection, self._machine, self.child = connection, machine, child
         self._lock = threading.Lock()
 
     def does(self, where: str, method: str, *arguments: Any) -> Any:
-        """Returns what a method of an object on that machine returns; raises what it raises."""
+        """Returns what a method of an object in that process returns; raises what it raises."""
         with self._lock:
             self._connection.send((where, method, arguments))
-            assert self._connection.poll(_ANSWER_S), f"{method} hangs on machine {self.number}"
+            assert self._connection.poll(_ANSWER_S), f"{method} hangs on machine {self._machine}"
             answer, error = self._connection.recv()
         if error is not None:
             raise error
         return answer
+
+
+class Host:
+    """A machine. When it dies, its processes do, and its memory and its address go."""
+
+    def __init__(self, network: Network, number: int, first: Process):
+        self.number, self.address = number, hosts_zygote.address_of(number)
+        self.other_address = hosts_zygote.address_of(number, 1)
+        self._network, self._first = network, first
+
+    def does(self, where: str, method: str, *arguments: Any) -> Any:
+        """Returns what a method of an object in its first process returns."""
+        return self._first.does(where, method, *arguments)
+
+    def process(self) -> Process:
+        """Starts one more process on it."""
+        return self._network.started(self.number, lambda: self.does(_CHILDREN, "start"))
+
+    def kill(self, process: Process) -> None:
+        """Ends a process on it at once."""
+        self.does(_CHILDREN, "kill", process.child)
 
     def die(self) -> None:
         """Ends all of its processes at once, and takes its memory and its address away."""
@@ -68,7 +87,7 @@ class Network:
             before the node goes on.
     """
 
-    def __init__(self, place: str, modules: Sequence[str]):
+    def __init__(self, place: str, modules: Sequence[str], variables: Mapping[str, str]):
         self.reached: Callable[[int, str], None] = lambda *_: None
         self._listener = Listener(f"{place}/network", "AF_UNIX")
         self._errors = open(f"{place}/errors", "w+")  # noqa: SIM115 - It is read at the end.
@@ -100,7 +119,7 @@ class Network:
             while True:
                 connection = self._listener.accept()
                 kind, number = connection.recv()
-                if kind == "host":
+                if kind == "process":
                     self._coming.pop(number).set_result(connection)
                 else:
                     listen = functools.partial(self._listen, connection, number)
@@ -129,9 +148,13 @@ class Network:
         with self._lock:
             self._numbers += 1
             number = self._numbers
-        coming = self._coming[number] = concurrent.futures.Future()
-        self.told("start", host=number)
-        return Host(self, number, coming.result(_ANSWER_S))
+        return Host(self, number, self.started(number, lambda: self.told("start", host=number)))
+
+    def started(self, machine: int, start: Callable[[], int | None]) -> Process:
+        """Starts a process on a machine: one at a time on each."""
+        coming = self._coming[machine] = concurrent.futures.Future()
+        child = start()
+        return Process(coming.result(_ANSWER_S), machine, child)
 
     def close(self) -> None:
         assert self._zygote.stdin is not None
@@ -159,16 +182,17 @@ def why_none() -> str | None:
 
 
 @contextlib.contextmanager
-def network(*modules: str) -> Iterator[Network]:
+def network(*modules: str, **variables: str) -> Iterator[Network]:
     """Yields a network, which ends with the block; skips the test where there can be none.
 
     Args:
         *modules: what machines will import.
+        **variables: of their environment, beside the usual ones.
     """
     if (why := why_none()) is not None:
         pytest.skip(f"no machines can be made here: {why}")
     place = tempfile.mkdtemp(prefix="lo-")
-    found = Network(place, modules)
+    found = Network(place, modules, variables)
     try:
         yield found
     finally:

@@ -115,10 +115,32 @@ def _begin(network: str, host: int) -> None:
     # So that what looks for this machine by its name finds it.
     socket.sethostname(address_of(host))
     os.environ |= {NETWORK: network, HOST: str(host)}
-    connection = Client(network)
-    connection.send(("host", host))
+    _serve_the_test()
+
+
+def _serve_the_test() -> None:
+    connection = Client(os.environ[NETWORK])
+    connection.send(("process", int(os.environ[HOST])))
     serve(connection)
     os._exit(0)
+
+
+class Children:
+    """More processes of a machine, which serve the test as the first one does."""
+
+    def start(self) -> int:
+        """Forks one. Returns its number."""
+        if (child := os.fork()) == 0:
+            try:
+                _serve_the_test()
+            finally:
+                os._exit(1)
+        return child
+
+    def kill(self, child: int) -> None:
+        """Ends one at once."""
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def serve(connection: Connection) -> None:

@@ -9,6 +9,7 @@ import pathlib
 from typing import Any
 
 from equipment.nodes import LIMIT_BYTES, RUN, SECRET, key_of, written
+
 from lazy_orbax.tiers.keeper_link import KeeperLink
 from lazy_orbax.tiers.keeper_process import KeeperSettings
 from lazy_orbax.tiers.parity import files, node_link

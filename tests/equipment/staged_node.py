@@ -9,6 +9,7 @@ import threading
 from multiprocessing.connection import Client
 
 from equipment.hosts_zygote import HOST, NETWORK
+
 from lazy_orbax.tiers.parity import node, node_process, peer
 
 

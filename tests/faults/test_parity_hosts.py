@@ -143,9 +143,12 @@ def test_whoever_is_lost_with_its_memory_comes_back_bit_for_bit(net, n, n_kills,
     group = Group(net, n)
     stages = [STAGES[i % len(STAGES)] for i in range(n_kills)]
     newest = [lose_one(group, rng, 2 * i, stage) for i, stage in enumerate(stages)]
-    at_rest = stages.count("rest")
-    tell(f"machines lost in a group of {n}", f"{n_kills}, {at_rest} of them at rest",
-         f"{sum(newest)} times the newest", f"{n_kills - sum(newest)} times the one before")  # fmt: skip
+    tell(
+        f"machines lost in a group of {n}",
+        f"{n_kills}, {stages.count('rest')} of them at rest",
+        f"{sum(newest)} times the newest",
+        f"{n_kills - sum(newest)} times the one before",
+    )
 
 
 @pytest.mark.parametrize(("stage", "is_seen"), [("asked", True), ("stripe", False)])

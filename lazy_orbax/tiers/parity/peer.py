@@ -18,7 +18,6 @@ from lazy_orbax.integrity.digest import digest_of_bytes
 from lazy_orbax.tiers.parity import proof
 from lazy_orbax.tiers.parity.transport import ASK, CHUNK_BYTES, HEAD, READ, Tls, Told, context_of
 
-
 # A machine that is gone refuses nothing: for so long it may be silent, as its kernel is asked.
 _SILENT_S, _CONNECT_S = 20, 20.0
 

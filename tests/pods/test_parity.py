@@ -1,0 +1,114 @@
+"""Jobs on machines that are lost, cut off and replaced. Each has its own memory and addresses."""
+
+import concurrent.futures
+import threading
+
+import pytest
+from equipment.hosts import network
+from equipment.trainer import VARIABLES
+
+TRAINER = "equipment.trainer.Trainer"
+PORT = 4000
+
+
+class Job:
+    """Processes that train together, one on each machine."""
+
+    def __init__(self, hosts, run):
+        self.hosts, n = hosts, len(hosts)
+        self._pool = concurrent.futures.ThreadPoolExecutor(n)
+        self._trainers = self._each(lambda host: host.process(), hosts)
+        address = f"{hosts[0].address}:{PORT}"
+        told = [(address, n, i, str(run), host.other_address) for i, host in enumerate(hosts)]
+        self.groups = self._each(lambda trainer, one: trainer.does(TRAINER, "join", *one),
+                                 self._trainers, told)  # fmt: skip
+
+    def _each(self, work, *parts):
+        return list(self._pool.map(work, *parts))
+
+    def does(self, method, *arguments):
+        """Has all processes do something at once."""
+        return self._each(lambda one: one.does(TRAINER, method, *arguments), self._trainers)
+
+    def keep(self, step):
+        """Keeps a step, and returns what became of its parity."""
+        assert self.does("train", step) == [True] * len(self.hosts)
+        return self.does("protection")
+
+    def end(self, but=()):
+        """Ends the processes, as a scheduler does when one of them is lost."""
+        for host, trainer in zip(self.hosts, self._trainers, strict=True):
+            if host not in but:
+                host.kill(trainer)
+        self._pool.shutdown()
+
+
+@pytest.fixture(scope="module")
+def net():
+    with network("equipment.trainer", **VARIABLES) as found:
+        yield found
+
+
+def test_a_job_goes_on_on_other_machines(net, tmp_path):
+    """One is lost; what was process 0 is process 2 now, on the machine it was on."""
+    first, second, third = (net.host() for _ in range(3))
+    job = Job([first, second, third], tmp_path / "run")
+    assert job.groups == [[0, 1, 2]] * 3
+    assert [one["newest_step"] for one in job.keep(7)] == [7] * 3
+    third.die()
+    job.end(but=[third])
+    job = Job([second, net.host(), first], tmp_path / "run")
+    for found in job.does("restore"):
+        assert (found["step"], found["tier"], found["why"]) == (7, "memory", "")
+        assert found["rebuilt"] == [(0, ()), (1, ()), (2, (0, 1))]
+    assert [one["newest_step"] for one in job.does("protection")] == [7] * 3
+    assert [one["newest_step"] for one in job.keep(8)] == [8] * 3
+    job.end()
+
+
+@pytest.mark.slow
+def test_two_machines_are_too_many_and_storage_is_next(net, tmp_path):
+    hosts = [net.host() for _ in range(3)]
+    job = Job(hosts, tmp_path / "run")
+    job.does("store", 5)
+    assert [one["newest_step"] for one in job.keep(7)] == [7] * 3
+    for host in hosts[1:]:
+        host.die()
+    job.end(but=hosts[1:])
+    job = Job([hosts[0], net.host(), net.host()], tmp_path / "run")
+    for found in job.does("restore"):
+        assert (found["step"], found["tier"], found["rebuilt"]) == (5, "storage", [])
+        assert "the snapshot of process 1 is nowhere" in found["why"]
+    job.end()
+
+
+def test_training_goes_on_while_the_network_of_parity_is_cut_and_it_protects_again(net, tmp_path):
+    """A member is cut off in mid-exchange: half-open connections, and nobody says that."""
+    hosts = [net.host() for _ in range(3)]
+    job = Job(hosts, tmp_path / "run")
+    assert [one["newest_step"] for one in job.keep(7)] == [7] * 3
+    is_cut, has_trained = threading.Event(), threading.Event()
+
+    def reached(number, stage):
+        if (number, stage) == (hosts[1].number, "asked") and not is_cut.is_set():
+            hosts[0].cut(link=1)
+            is_cut.set()
+            assert has_trained.wait(60)
+
+    net.reached = reached
+    assert job.does("keep", 8) == [True] * 3
+    assert is_cut.wait(60)
+    job.does("train", 9)  # It takes no snapshot.
+    has_trained.set()
+    protection = job.does("protection")
+    assert protection[1]["newest_step"] == 7
+    assert "does not answer as a member: [Errno" in protection[1]["error"]
+    assert "Step 8 has no parity" in job.does("said")[1]
+    hosts[0].heal(link=1)
+    assert [one["newest_step"] for one in job.keep(10)] == [10] * 3
+    hosts[1].die()
+    job.end(but=[hosts[1]])
+    job = Job([hosts[0], net.host(), hosts[2]], tmp_path / "run")
+    for found in job.does("restore"):
+        assert (found["step"], found["rebuilt"]) == (10, [(1, (0, 2))])
+    job.end()
