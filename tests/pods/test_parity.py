@@ -32,7 +32,7 @@ class Job:
 
     def keep(self, step):
         """Keeps a step, and returns what became of its parity."""
-        assert self.does("train", step) == [True] * len(self.hosts)
+        assert self.does("keep", step) == [True] * len(self.hosts)
         return self.does("protection")
 
     def end(self, but=()):
