@@ -149,7 +149,7 @@ class Machines:
     def mend(self, plan: survey.Plan) -> None:
         for lost in plan.lost:
             message = json.loads(json.dumps(lost.as_message()))
-            self.all[lost.process].node.make_whole(survey.Lost.told(message))
+            self.all[lost.at].node.make_whole(survey.Lost.told(message))
 
 
 @contextlib.contextmanager

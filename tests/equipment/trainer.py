@@ -93,6 +93,11 @@ class Trainer:
         self._keeper.wait()
         return dataclasses.asdict(self._keeper.protection)
 
+    def of_others(self) -> list[str]:
+        """Returns what this machine has of other processes."""
+        mine = self._keeper.slots.files(["default"]) + self._keeper.slots.guard.files(["default"])
+        return sorted(set(self._keeper.slots.shelf.files()) - set(mine))
+
     def said(self) -> str:
         """Returns what the log has."""
         return "\n".join(self._said.lines)

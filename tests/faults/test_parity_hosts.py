@@ -73,7 +73,7 @@ class Group:
         assert found, missing
         for lost in found[0].lost:
             told = json.loads(json.dumps(lost.as_message()))
-            self.hosts[lost.process].does(MEMBER, "mend", told)
+            self.hosts[lost.at].does(MEMBER, "mend", told)
         step = found[0].step
         return step, self.does("bytes_at", [step] * self.n)
 

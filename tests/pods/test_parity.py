@@ -49,23 +49,6 @@ def net():
         yield found
 
 
-def test_a_job_goes_on_on_other_machines(net, tmp_path):
-    """One is lost; what was process 0 is process 2 now, on the machine it was on."""
-    first, second, third = (net.host() for _ in range(3))
-    job = Job([first, second, third], tmp_path / "run")
-    assert job.groups == [[0, 1, 2]] * 3
-    assert [one["newest_step"] for one in job.keep(7)] == [7] * 3
-    third.die()
-    job.end(but=[third])
-    job = Job([second, net.host(), first], tmp_path / "run")
-    for found in job.does("restore"):
-        assert (found["step"], found["tier"], found["why"]) == (7, "memory", "")
-        assert found["rebuilt"] == [(0, ()), (1, ()), (2, (0, 1))]
-    assert [one["newest_step"] for one in job.does("protection")] == [7] * 3
-    assert [one["newest_step"] for one in job.keep(8)] == [8] * 3
-    job.end()
-
-
 @pytest.mark.slow
 def test_two_machines_are_too_many_and_storage_is_next(net, tmp_path):
     hosts = [net.host() for _ in range(3)]
@@ -82,10 +65,14 @@ def test_two_machines_are_too_many_and_storage_is_next(net, tmp_path):
     job.end()
 
 
-def test_training_goes_on_while_the_network_of_parity_is_cut_and_it_protects_again(net, tmp_path):
-    """A member is cut off in mid-exchange: half-open connections, and nobody says that."""
+def test_a_job_goes_on_while_its_network_is_cut_and_after_it_on_other_machines(net, tmp_path):
+    """A member is cut off in mid-exchange: half-open connections, and nobody says that.
+
+    Then one is lost. What was process 0 is process 2 now, on the machine it was on.
+    """
     hosts = [net.host() for _ in range(3)]
     job = Job(hosts, tmp_path / "run")
+    assert job.groups == [[0, 1, 2]] * 3
     assert [one["newest_step"] for one in job.keep(7)] == [7] * 3
     is_cut, has_trained = threading.Event(), threading.Event()
 
@@ -106,9 +93,41 @@ def test_training_goes_on_while_the_network_of_parity_is_cut_and_it_protects_aga
     assert "Step 8 has no parity" in job.does("said")[1]
     hosts[0].heal(link=1)
     assert [one["newest_step"] for one in job.keep(10)] == [10] * 3
-    hosts[1].die()
-    job.end(but=[hosts[1]])
-    job = Job([hosts[0], net.host(), hosts[2]], tmp_path / "run")
+    first, second, third = hosts
+    third.die()
+    job.end(but=[third])
+    job = Job([second, net.host(), first], tmp_path / "run")
     for found in job.does("restore"):
-        assert (found["step"], found["rebuilt"]) == (10, [(1, (0, 2))])
+        assert (found["step"], found["tier"], found["why"]) == (10, "memory", "")
+        assert found["rebuilt"] == [(0, ()), (1, ()), (2, (0, 1))]
+    assert [one["newest_step"] for one in job.does("protection")] == [10] * 3
+    assert [one["newest_step"] for one in job.keep(11)] == [11] * 3
+    job.end()
+
+
+@pytest.mark.slow
+def test_a_job_goes_on_with_fewer_machines_and_then_with_more(net, tmp_path):
+    hosts = [net.host() for _ in range(3)]
+    job = Job(hosts, tmp_path / "run")
+    assert [one["newest_step"] for one in job.keep(7)] == [7] * 3
+    hosts[2].die()
+    job.end(but=[hosts[2]])
+    # Nobody took its place; and these end before they have kept anything.
+    job = Job(hosts[:2], tmp_path / "run")
+    assert [one["step"] for one in job.does("restore")] == [7] * 2
+    job.end()
+    job = Job(hosts[:2], tmp_path / "run")
+    for found in job.does("restore"):
+        assert (found["step"], found["tier"], found["why"]) == (7, "memory", "")
+    assert list(map(len, job.does("of_others"))) == [1, 1]
+    # What the first machine has of process 1, and the second of process 2, goes when all have 9.
+    for step in (8, 9, 10):
+        assert [one["newest_step"] for one in job.keep(step)] == [step] * 2
+    assert job.does("of_others") == [[], []]
+    job.end()
+    job = Job([*hosts[:2], net.host()], tmp_path / "run")
+    for found in job.does("restore"):
+        assert (found["step"], found["tier"], found["why"]) == (10, "memory", "")
+        assert found["rebuilt"] == [(0, ()), (1, ())]
+    assert [one["newest_step"] for one in job.keep(11)] == [11] * 3
     job.end()

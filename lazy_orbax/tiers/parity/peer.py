@@ -134,6 +134,7 @@ class Peer:
         connection = self._connection
         if connection.sock is None:
             self._connect(end_s)
+        assert connection.sock is not None
         connection.sock.settimeout(_left_s(end_s))
         connection.response_class = functools.partial(_response, end_s)  # type: ignore[assignment]
         connection.request("POST", path, request)
