@@ -102,10 +102,18 @@ class Trainer:
         """Returns what the log has."""
         return "\n".join(self._said.lines)
 
-    def restore(self) -> dict[str, Any]:
-        """Restores the newest step, and compares all of it that is here, bit for bit."""
+    def restore(self, is_reversed: bool = False) -> dict[str, Any]:
+        """Restores the newest step, and compares all of it that is here, bit for bit.
+
+        Args:
+            is_reversed: whether the first process wants the last rows.
+        """
+        devices = np.array(jax.devices())
+        mesh = Mesh(devices[::-1] if is_reversed else devices, ("all",))
         wanted = {
-            name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=self._shardings[name])
+            name: jax.ShapeDtypeStruct(
+                value.shape, value.dtype, sharding=NamedSharding(mesh, self._shardings[name].spec)
+            )
             for name, value in host_state(0).items()
         }
         args = ocp.args.StandardRestore(wanted)

@@ -151,7 +151,16 @@ def test_whoever_is_lost_with_its_memory_comes_back_bit_for_bit(net, n, n_kills,
     )
 
 
-@pytest.mark.parametrize(("stage", "is_seen"), [("asked", True), ("stripe", False)])
+@pytest.mark.parametrize(
+    ("stage", "is_seen"),
+    [
+        ("stripe", True),
+        *(
+            pytest.param(stage, is_seen, marks=pytest.mark.slow)
+            for stage, is_seen in (("asked", False), ("asked", True), ("stripe", False))
+        ),
+    ],
+)
 def test_a_link_that_is_cut_fails_one_exchange_in_time_and_the_next_one_protects(
     net, stage, is_seen
 ):

@@ -109,10 +109,17 @@ def test_a_job_goes_on_while_its_network_is_cut_and_after_it_on_other_machines(n
 def test_a_job_goes_on_with_fewer_machines_and_then_with_more(net, tmp_path):
     hosts = [net.host() for _ in range(3)]
     job = Job(hosts, tmp_path / "run")
+    job.does("store", 5)
     assert [one["newest_step"] for one in job.keep(7)] == [7] * 3
     hosts[2].die()
     job.end(but=[hosts[2]])
-    # Nobody took its place; and these end before they have kept anything.
+    # Nobody took its place. These want what does not lie along the row of processes.
+    job = Job(hosts[:2], tmp_path / "run")
+    for found in job.does("restore", True):
+        assert (found["step"], found["tier"]) == (5, "storage")
+        assert "The memory of this machine does not have" in found["why"]
+    job.end()
+    # And these end before they have kept anything.
     job = Job(hosts[:2], tmp_path / "run")
     assert [one["step"] for one in job.does("restore")] == [7] * 2
     job.end()

@@ -1,6 +1,7 @@
 """Who does not know the secret gets nothing, and a call always ends."""
 
 import contextlib
+import errno
 import http.client
 import itertools
 import shutil
@@ -174,6 +175,33 @@ def test_an_answer_to_another_question_is_not_believed(peer, monkeypatch):
     assert peer.ask({"x": 1}, timeout_s=30) == {"found": 1}
     with pytest.raises(KeeperError, match="no member"):
         peer.ask({"x": 1}, timeout_s=30)
+
+
+@pytest.mark.parametrize("n_failures", [1, 2])
+def test_who_was_not_found_is_looked_for_once_more(peer, monkeypatch, n_failures):
+    """The kernel remembers for a moment that it found nobody, when the network is there again."""
+    connect, left = peer._connection.connect, list(range(n_failures))
+
+    def connected():
+        if left:
+            left.pop()
+            raise OSError(errno.EHOSTUNREACH, "No route to host")
+        connect()
+
+    monkeypatch.setattr(peer._connection, "connect", connected)
+    if n_failures == 1:
+        assert peer.ask({"x": 1}, timeout_s=30) == {"found": 1}
+    else:
+        with pytest.raises(KeeperError, match="No route to host"):
+            peer.ask({"x": 1}, timeout_s=30)
+
+
+def test_the_kernel_finds_out_who_is_silent(peer):
+    peer.ask({"x": 1}, timeout_s=30)
+    option = peer._connection.sock.getsockopt
+    assert option(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    assert option(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 20_000
+    assert option(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 5
 
 
 def test_who_takes_connections_and_says_nothing_is_given_up():
