@@ -173,7 +173,10 @@ def _apart() -> list[str]:
 @functools.cache
 def why_none() -> str | None:
     """Returns why there can be no such machines here."""
-    work = "ip link add sw0 type bridge && ip link add v0 master sw0 type veth peer name v1"
+    work = (
+        "ip link add sw0 type bridge && ip link add v0 master sw0 type veth peer name v1 && "
+        "mount -t proc proc /proc && mount -t tmpfs memory /dev/shm"
+    )
     command = [*_apart(), "--mount", "--uts", "--pid", "--fork", "sh", "-c", work]
     if sys.platform != "linux" or not all(map(shutil.which, ("unshare", "ip"))):
         return "there are no namespaces here, or neither `unshare` nor `ip`"
