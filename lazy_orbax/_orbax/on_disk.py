@@ -15,47 +15,88 @@ from lazy_orbax._orbax.multihost import is_primary_host
 from lazy_orbax._orbax.records import LeafInfo, Settings, TreeInfo
 from lazy_orbax._orbax.symbols import SRC
 
+# What Orbax's `ParamInfo` says of one leaf alone, in all its versions.
+_OWN = frozenset(("name", "keypath", "path", "_path"))
+
 
 def key_metadata(key: jax.Array) -> dict[str, str]:
     """Returns what Orbax stores beside the data of a typed PRNG key."""
     return {SRC["random_key_impl"]: str(jax.random.key_impl(key))}
 
 
-def array_write_spec(
-    leaf: LeafInfo,
-    *,
-    shape: tuple[int, ...],
-    write_shape: tuple[int, ...],
-    dtype: Any,
-    sharding: jax.sharding.Sharding | None,
-    ext_metadata: dict[str, str] | None,
-) -> tuple[dict[str, Any], Any]:
-    """Returns TensorStore's spec of a leaf and Orbax's `ArrayMetadata` for it."""
-    type_handler, use_ocdbt = leaf.type_handler, leaf.info.is_ocdbt_checkpoint
-    separate = (
+class ArraySpecs:
+    """Asks Orbax how arrays are stored: once for all leaves of a tree that differ in the name only.
+
+    Orbax puts the name into a spec as the path in the key-value store, and nowhere else.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], tuple[dict[str, Any], Any, LeafInfo]] = {}
+
+    def of(
+        self,
+        leaf: LeafInfo,
+        *,
+        shape: tuple[int, ...],
+        write_shape: tuple[int, ...],
+        dtype: Any,
+        sharding: jax.sharding.Sharding | None,
+        ext_metadata: dict[str, str] | None,
+    ) -> tuple[dict[str, Any], Any]:
+        """Returns TensorStore's spec of a leaf and Orbax's `ArrayMetadata` for it.
+
+        Leaves that are alike get one spec, the same object; its path is that of the first.
+        """
+        is_separate = _is_separate(leaf, sharding)
+        kind = _kind(leaf), shape, write_shape, dtype, is_separate, json.dumps(ext_metadata)
+        if (known := self._known.get(kind)) is None:
+            spec, metadata = _write_spec(
+                leaf,
+                info=leaf.info,
+                global_shape=shape,
+                local_shape=write_shape,
+                dtype=dtype,
+                replica_separate_folder=is_separate,
+                ext_metadata=ext_metadata,
+            )
+            # With the leaf, for `_kind` goes by the identity of what it says.
+            self._known[kind] = known = spec, metadata, leaf
+        spec, metadata, _ = known
+        if metadata.param_name != leaf.name:
+            metadata = dataclasses.replace(metadata, param_name=leaf.name)
+        return spec, metadata
+
+
+def _kind(leaf: LeafInfo) -> tuple[Any, ...]:
+    """What of a leaf tells how it is stored. Good as long as the leaf lives."""
+    told = ((name, id(value)) for name, value in vars(leaf.info).items() if name not in _OWN)
+    return id(leaf.type_handler), repr(leaf.save_args), *told
+
+
+def _is_separate(leaf: LeafInfo, sharding: jax.sharding.Sharding | None) -> bool:
+    type_handler = leaf.type_handler
+    return (
         sharding is not None
-        and use_ocdbt
+        and leaf.info.is_ocdbt_checkpoint
         and type_handler._use_replica_parallel
         and type_handler._enable_replica_parallel_separate_folder
         and SRC["is_replicated_sharding"](sharding)
     )
-    process_id = SRC["process_subdir"](
-        use_ocdbt, getattr(type_handler, "_override_ocdbt_process_id", None)
-    )
+
+
+def _write_spec(leaf: LeafInfo, **keywords: Any) -> tuple[dict[str, Any], Any]:
+    type_handler, use_ocdbt = leaf.type_handler, leaf.info.is_ocdbt_checkpoint
     save_args = leaf.save_args
     if save_args.dtype is not None:  # Orbax wants a dtype where users may give its name.
         save_args = dataclasses.replace(save_args, dtype=jnp.dtype(save_args.dtype))
     spec = SRC["build_array_write_spec"](
-        info=leaf.info,
         arg=save_args,
-        global_shape=shape,
-        local_shape=write_shape,
-        dtype=dtype,
         use_ocdbt=use_ocdbt,
-        process_index=process_id,
-        replica_separate_folder=separate,
+        process_index=SRC["process_subdir"](
+            use_ocdbt, getattr(type_handler, "_override_ocdbt_process_id", None)
+        ),
         metadata_key=type_handler._metadata_key,
-        ext_metadata=ext_metadata,
+        **keywords,
     )
     return spec.json, spec.metadata
 

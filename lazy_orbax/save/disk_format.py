@@ -119,14 +119,13 @@ def make_format(
         TreeError: some leaf cannot be stored.
     """
     stored: list[StoredLeaf] = []
-    kvstores: dict[str, int] = {}
     array_metadatas, write_shapes, problems = [], {}, []
-    samples: dict[str, _Sample] = {}
+    specs, parts = on_disk.ArraySpecs(), _Stored(tree.directory)
     leaves = plan.leaves
     for leaf, layout in zip(leaves, plan.layouts, strict=True):
         info = tree.leaves[leaf.position]
         try:
-            spec, metadata = on_disk.array_write_spec(
+            spec, metadata = specs.of(
                 info,
                 shape=leaf.shape,
                 write_shape=layout.write_shape,
@@ -134,7 +133,7 @@ def make_format(
                 sharding=leaf.sharding,
                 ext_metadata=key_metadata.get(leaf.position),
             )
-            stored.append(_stored(leaf, spec, kvstores, tree.directory, samples))
+            stored.append(parts.of(leaf.name, spec))
         except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
             remedy = "; save it as another dtype" if "Unsupported data type" in str(error) else ""
             problems.append(f"{leaf.keypath}: {leaf.dtype}{list(leaf.shape)}: {error}{remedy}")
@@ -147,6 +146,7 @@ def make_format(
         raise TreeError(f"These leaves cannot be stored:{summarize(problems)}")
     primary_host = settings.primary_host
     is_primary = multihost.is_primary_host(primary_host)
+    kvstores = parts.kvstores
     return Format(
         tuple(stored),
         tuple(kvstores if _is_shared(tree) else map(_with_small_nodes, kvstores)),
@@ -168,12 +168,11 @@ def _digest_template(
         for position, leaf in enumerate(tree.leaves)
         if position not in mine and not leaf.info.skip_deserialize
     ]
-    specs = [leaf.spec.to_json() for leaf in stored]
     return digest_file.DigestTemplate(
         plan,
         tuple(str(getattr(leaf.spec.dtype, "name", "")) for leaf in stored),
         use_ocdbt=any(leaf.info.is_ocdbt_checkpoint for leaf in tree.leaves),
-        driver=specs[0]["driver"] if specs else "zarr",
+        driver=stored[0].spec.to_json()["driver"] if stored else "zarr",
         process=process,
         # Without a primary host each process has a directory of its own.
         processes=(
@@ -183,34 +182,43 @@ def _digest_template(
     )
 
 
-def _stored(
-    leaf: Leaf,
-    spec: dict[str, Any],
-    kvstores: dict[str, int],
-    directory: str,
-    samples: dict[str, _Sample],
-) -> StoredLeaf:
-    """Splits TensorStore's spec of a leaf into what is its own and what it shares."""
-    cast_from = None
-    if leaf.name and not leaf.name.strip("/"):
-        raise ValueError(f"the name {leaf.name!r} is nothing but a separator; rename it")
-    if spec["driver"] == "cast":
-        cast_from, spec = spec["dtype"], spec["base"]
-        ts.dtype(cast_from)  # Raises where it cannot be cast at all.
-    kvstore = dict(spec["kvstore"])
-    if kvstore["driver"] == "ocdbt":
-        kvstore.pop("path", None)
-    else:
-        kvstore = on_disk.directory_kvstore_spec(directory)
-        _check_path(leaf.name)
-    own = {key: value for key, value in spec.items() if key != "kvstore"}
-    place = kvstores.setdefault(json.dumps(kvstore), len(kvstores))
-    text = json.dumps(own)
-    if text not in samples:
-        samples[text] = _sample(own)
-    sample = samples[text]
-    prefix = leaf.name if leaf.name.endswith("/") or not leaf.name else f"{leaf.name}/"
-    return StoredLeaf(place, prefix, sample.spec, cast_from, *sample[1:])
+class _Stored:
+    """Splits TensorStore's specs into what is a leaf's own and what it shares."""
+
+    def __init__(self, directory: str):
+        self.kvstores: dict[str, int] = {}
+        self._directory = directory
+        self._alike: dict[int, tuple[dict[str, Any], StoredLeaf]] = {}
+        self._samples: dict[str, _Sample] = {}
+
+    def of(self, name: str, spec: dict[str, Any]) -> StoredLeaf:
+        """Returns how a leaf is stored. Those that have one spec share what is made of it."""
+        if name and not name.strip("/"):
+            raise ValueError(f"the name {name!r} is nothing but a separator; rename it")
+        if (found := self._alike.get(id(spec))) is None:
+            found = self._alike[id(spec)] = (spec, self._split(spec))
+        if spec.get("base", spec)["kvstore"]["driver"] != "ocdbt":
+            _check_path(name)
+        prefix = name if name.endswith("/") or not name else f"{name}/"
+        return dataclasses.replace(found[1], prefix=prefix)
+
+    def _split(self, spec: dict[str, Any]) -> StoredLeaf:
+        cast_from = None
+        if spec["driver"] == "cast":
+            cast_from, spec = spec["dtype"], spec["base"]
+            ts.dtype(cast_from)  # Raises where it cannot be cast at all.
+        kvstore = dict(spec["kvstore"])
+        if kvstore["driver"] == "ocdbt":
+            kvstore.pop("path", None)
+        else:
+            kvstore = on_disk.directory_kvstore_spec(self._directory)
+        own = {key: value for key, value in spec.items() if key != "kvstore"}
+        place = self.kvstores.setdefault(json.dumps(kvstore), len(self.kvstores))
+        text = json.dumps(own)
+        if text not in self._samples:
+            self._samples[text] = _sample(own)
+        sample = self._samples[text]
+        return StoredLeaf(place, "", sample.spec, cast_from, *sample[1:])
 
 
 def _is_shared(tree: TreeInfo) -> bool:

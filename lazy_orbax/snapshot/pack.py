@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lazy_orbax.plan.shards import Leaf, Shape
 from lazy_orbax.plan.slabs import Plan, Slab, bits_of, carrier_of
-from lazy_orbax.snapshot.programs import Program, shared
+from lazy_orbax.snapshot.programs import PROGRAMS, Program, shared
 
 # On each device.
 _LEAST_ALONE_BYTES = 2**19
@@ -96,6 +96,8 @@ def compile_ahead(plan: Plan, slab: Slab) -> None:
 
 def is_compiled(plan: Plan, slab: Slab) -> bool:
     """Whether `stage` would only enqueue programs, for a slab in host memory."""
+    if not PROGRAMS:
+        return False  # The first save of a process: to make them, only to ask, takes milliseconds.
     buffer_of(plan, slab)
     needed: list[Program] = [program(plan, slab, into=True)[0], plan.kept[slab][1]]
     return all(one.is_compiled for one in needed)

@@ -113,11 +113,15 @@ class ItemFiles:
     def read_ahead(self, names: Iterable[str], limit_bytes: int) -> None:
         """Starts to read those of some files that are there and not too large."""
         for name in names:
-            if name in self._reading or name in self._contents:
+            if self.is_begun(name):
                 continue
             size = self.size(name)
             if size is not None and size <= limit_bytes:
                 self._reading[name] = self.place.start_read(name, size=size, most_bytes=limit_bytes)
+
+    def is_begun(self, name: str) -> bool:
+        """Whether all of a file is being read, or was."""
+        return name in self._reading or name in self._contents
 
     def read(self, name: str, limit_bytes: int) -> bytes | None:
         """Returns the content of a file, or `None` where there is none.

@@ -21,6 +21,7 @@ from lazy_orbax.trust.contents import Contents, contents_of, describing_arrays
 from lazy_orbax.trust.declared_sizes import refuse_oversize
 from lazy_orbax.trust.files import ItemFiles, brief, survey
 from lazy_orbax.trust.ocdbt_decode import SMALL_NODE_BYTES
+from lazy_orbax.trust.ocdbt_nodes import likely_nodes
 from lazy_orbax.trust.zarr_arrays import MOST_METADATA_BYTES
 
 # Parsed JSON takes up to 25 times its text: this is a tenth of memory. `_METADATA` has about 220
@@ -125,7 +126,7 @@ def _read_ahead(files: ItemFiles, args: Any, beside: str, limit_bytes: int) -> N
     if files.size(_paths.MANIFEST) is None:
         files.read_ahead(describing_arrays(files), MOST_METADATA_BYTES)
     else:
-        files.read_ahead([_paths.MANIFEST], SMALL_NODE_BYTES)
+        files.read_ahead([_paths.MANIFEST, *likely_nodes(files)], SMALL_NODE_BYTES)
 
 
 def _check_aggregate(files: ItemFiles, name: str, limit_bytes: int) -> None:

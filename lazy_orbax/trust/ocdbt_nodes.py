@@ -19,6 +19,9 @@ from lazy_orbax.trust.ocdbt_decode import MOST_NODE_BYTES, SMALL_NODE_BYTES, dec
 from lazy_orbax.trust.zarr_arrays import MOST_METADATA_BYTES
 
 _MOST_TREE_BYTES = 2**30
+# Orbax merges a database into one node, in a file of its own.
+_NODES = "d"
+_MOST_LIKELY, _MOST_LIKELY_BYTES = 2, 2**22
 # Nodes that are read at once.
 _READ_AT_ONCE_BYTES = 2**26
 _READ_AT_ONCE = 256
@@ -66,6 +69,16 @@ def contents(files: ItemFiles, suffixes: tuple[str, ...]) -> Database | None:
     if manifest is None:
         return None
     return _Reader(files, tuple(suffix.encode() for suffix in suffixes)).read(manifest)
+
+
+def likely_nodes(files: ItemFiles) -> list[str]:
+    """Returns the files in which the nodes of a merged database are, before its manifest is read.
+
+    None, where they may be more than the nodes, or are not small.
+    """
+    names = files.names(_NODES)
+    n_bytes = sum(files.size(name) or 0 for name in names)
+    return names if len(names) <= _MOST_LIKELY and n_bytes <= _MOST_LIKELY_BYTES else []
 
 
 class _Node(NamedTuple):
@@ -182,26 +195,34 @@ def _length_of(described: tuple[bytes, Extent]) -> int:
 
 
 class _Range:
-    """Bytes of a file that are being read."""
+    """Bytes of a file that are being read: by themselves, or with all of it."""
 
     def __init__(self, files: ItemFiles, place: Extent):
-        self._where, self._place = files.path(place.file), place
-        part = slice(place.offset, place.offset + place.length)
-        self._reading = files.place.kvstore.read(place.file, byte_range=part)
+        self._where, self._place, self._files = files.path(place.file), place, files
+        self._part = slice(place.offset, place.offset + place.length)
+        self._reading = None
+        if not files.is_begun(place.file):
+            self._reading = files.place.kvstore.read(place.file, byte_range=self._part)
 
     def result(self) -> bytes:
-        try:
-            found = self._reading.result()
-        except ValueError as error:
-            raise MalformedCheckpointError(
-                self._where,
-                f"no bytes {self._place.offset} to {self._place.offset + self._place.length} "
-                f"({brief(str(error))})",
-                "the file as it was written",
-            ) from error
-        if found.state != "value":
+        if self._reading is None:
+            content = self._files.read(self._place.file, _MOST_LIKELY_BYTES)
+        else:
+            try:
+                found = self._reading.result()
+            except ValueError as error:
+                raise self._too_short(brief(str(error))) from error
+            content = found.value if found.state == "value" else None
+        if content is None:
             raise MalformedCheckpointError(self._where, "no such file", "a data file")
-        return bytes(found.value)
+        part = content[self._part] if self._reading is None else content
+        if len(part) < self._place.length:
+            raise self._too_short(f"it has {len(content)}")
+        return bytes(part)
+
+    def _too_short(self, why: str) -> MalformedCheckpointError:
+        found = f"no bytes {self._part.start} to {self._part.stop} ({why})"
+        return MalformedCheckpointError(self._where, found, "the file as it was written")
 
 
 def _place(location: str, files: ItemFiles) -> Extent:

@@ -1,6 +1,7 @@
 """What the program of a slab packs, against what the plan says of each piece."""
 
 import math
+import weakref
 from types import SimpleNamespace
 
 import jax
@@ -174,6 +175,17 @@ def test_the_mesh_of_a_process_that_has_all_devices_is_the_mesh_itself():
     leaves = [on_mesh(np.ones((8, 6), np.float32), MESH, "a")]
     _, slab = planned(*leaves)
     assert pack.operands(slab, leaves)[0] is leaves[0]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.int4])
+def test_where_there_are_no_programs_the_question_for_them_makes_none(dtype, monkeypatch):
+    plan, slab = planned(on_mesh(np.ones((8, 6), np.float32), MESH, "a").astype(dtype))
+    monkeypatch.setattr(pack, "PROGRAMS", weakref.WeakValueDictionary())
+    assert not pack.is_compiled(plan, slab)
+    assert not plan.kept
+    monkeypatch.setattr(pack, "PROGRAMS", {"of another plan": None})
+    assert not pack.is_compiled(plan, slab)  # The same answer, by looking.
+    assert plan.kept
 
 
 def test_the_operands_of_a_slab_are_its_own_leaves():

@@ -6,9 +6,11 @@ import functools
 import pytest
 import tensorstore as ts
 
+from lazy_orbax.errors import MalformedCheckpointError
 from lazy_orbax.storage.places import LocalPlace
-from lazy_orbax.trust.files import ItemFiles
-from lazy_orbax.trust.ocdbt_nodes import Extent, contents
+from lazy_orbax.trust import ocdbt_nodes
+from lazy_orbax.trust.files import ItemFiles, survey
+from lazy_orbax.trust.ocdbt_nodes import Extent, contents, likely_nodes
 
 SUFFIXES = ("/.zarray",)
 
@@ -79,3 +81,48 @@ def test_an_empty_database_has_nothing(tmp_path):
     found = contents(ItemFiles(LocalPlace(str(tmp_path), 300.0)), SUFFIXES)
     assert found is not None
     assert (found.metadata, found.values, found.longest_value) == ({}, {}, ("", 0))
+
+
+class FarAway(Counted):
+    has_special_files = False
+
+
+def read_ahead(directory):
+    """Returns the files of a database of one node, which is being read; and where they are."""
+    place = FarAway(str(directory), 300.0)
+    files = ItemFiles(place, survey(place.directory))
+    (node,) = likely_nodes(files)
+    files.read_ahead([node], 2**20)
+    return files, place, directory / node
+
+
+def test_a_node_that_was_read_ahead_is_not_read_again(tmp_path):
+    written(tmp_path, 10, max_inline_value_bytes=1024)
+    files, place, _ = read_ahead(tmp_path)
+    found = contents(files, SUFFIXES)
+    assert not [name for name, _, _ in place.kvstore.read_ranges if name in found.nodes]
+    there = LocalPlace(str(tmp_path), 300.0)
+    assert found == contents(ItemFiles(there, survey(there.directory)), SUFFIXES)
+
+
+def test_a_node_that_was_read_ahead_and_is_too_short_is_refused(tmp_path):
+    written(tmp_path, 10)
+    _, _, node = read_ahead(tmp_path)
+    node.write_bytes(node.read_bytes()[:-1])
+    files, _, _ = read_ahead(tmp_path)
+    with pytest.raises(
+        MalformedCheckpointError, match=rf"{node.name}: found no bytes \d+ to \d+ \(it has"
+    ):
+        contents(files, SUFFIXES)
+
+
+def test_what_may_not_be_nodes_alone_is_not_read_ahead(tmp_path, monkeypatch):
+    written(tmp_path, 10)
+    files, _, node = read_ahead(tmp_path)
+    monkeypatch.setattr(ocdbt_nodes, "_MOST_LIKELY_BYTES", files.size(f"d/{node.name}") - 1)
+    assert likely_nodes(files) == []
+    monkeypatch.undo()
+    for name in ("values", "more"):
+        (node.parent / name).write_bytes(b"x")
+    assert likely_nodes(ItemFiles(files.place, survey(files.place.directory))) == []
+    assert likely_nodes(ItemFiles(FarAway(str(tmp_path / "nowhere"), 300.0), {})) == []
