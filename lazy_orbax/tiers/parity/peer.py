@@ -7,6 +7,7 @@ import functools
 import http.client
 import io
 import secrets
+import select
 import socket
 import ssl
 import time
@@ -58,6 +59,16 @@ def _left_s(end_s: float) -> float:
     if left_s <= 0:
         raise TimeoutError("it took too long")
     return left_s
+
+
+def _has_ended(connection: socket.socket) -> bool:
+    """Whether the other one hung up, as it does when it is asked nothing for long.
+
+    Whoever is not asked says nothing: what can be read is the end, or no answer.
+    """
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _ask_whether_it_is_there(connection: socket.socket) -> None:
@@ -159,6 +170,8 @@ class Peer:
 
     def _response(self, path: str, request: bytes, end_s: float) -> http.client.HTTPResponse:
         connection = self._connection
+        if connection.sock is not None and _has_ended(connection.sock):
+            connection.close()
         if connection.sock is None:
             self._connect(end_s)
         assert connection.sock is not None

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import http.client
 import itertools
+import select
 import shutil
 import socket
 import subprocess
@@ -108,6 +109,16 @@ def test_who_stops_in_the_middle_may_ask_again(peer):
     next(chunks)
     chunks.close()
     assert content_of(peer, len(CONTENT)) == CONTENT
+
+
+def test_who_was_hung_up_on_between_two_questions_connects_again(server, peer):
+    """As whoever asks nothing for long: the stripe of another member may take minutes."""
+    for _ in range(3):
+        assert peer.ask({"x": 5}, timeout_s=30) == {"found": 5}
+        for connection in list(server._open):
+            transport._hang_up(connection)
+        assert select.select([peer._connection.sock], [], [], 60)[0]
+    assert content_of(peer, CHUNK_BYTES) == CONTENT[:CHUNK_BYTES]
 
 
 def test_nobody_is_sent_more_at_once_than_a_span(peer, monkeypatch):
