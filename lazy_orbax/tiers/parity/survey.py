@@ -100,7 +100,8 @@ class _Held:
             for held, name in zip(found, ("snapshots", "parities")):
                 for one in listing[name]:
                     who = held.setdefault((Key.told(one), one["process"]), {})
-                    who[listing["address"]] = one
+                    # Of two that are the same, the first is what the machine would send.
+                    who.setdefault(listing["address"], one)
         return cls(*found)
 
 
@@ -196,13 +197,17 @@ def _from_group(
     held: _Held, key: Key, process: int, members: tuple[Member, ...]
 ) -> tuple[Source, ...] | str:
     """Returns what of a group makes the snapshot of a member again, or what it misses."""
-    sources, missing = [], []
+    sources, missing, numbers = [], [], [member.process for member in members]
     for member in members:
         if member.process == process:
             sources.append(Source(process, member.n_bytes))
             continue
         snapshots = held.snapshots.get((key, member.process), {})
-        parities = held.parities.get((key, member.process), {})
+        parities = {
+            where: one
+            for where, one in held.parities.get((key, member.process), {}).items()
+            if [other["process"] for other in one["members"]] == numbers
+        }
         for what, who in (("snapshot", snapshots), ("parity", parities)):
             if not who:
                 missing.append(f"the {what} of process {member.process}")
@@ -220,6 +225,6 @@ def _from_group(
     if missing:
         return (
             f"the snapshot of process {process} is nowhere, and of its group "
-            f"{[member.process for member in members]} there is not {', '.join(missing)}"
+            f"{numbers} there is not {', '.join(missing)}"
         )
     return tuple(sources)

@@ -73,6 +73,28 @@ def test_what_a_group_misses_is_named(gone):
     assert f"the {gone} of process 2" in missing[10]
 
 
+def test_parity_of_another_group_is_not_put_together_with_that_of_one():
+    """The job restarted in other groups, and ended before all had parity in these."""
+    first, second = machine("m1", snapshot(1, 10), parity(1, 10)), snapshot(2, 10)
+    other = machine("m2", second, parity(2, 10, (0, 2)))
+    missing = plans([machine("new"), first, machine("m2", second)], ["default"], None)[1]
+    assert "the parity of process 2" in missing[10]
+    (plan,), _ = plans([machine("new"), first, other], ["default"], None)
+    assert [one.process for one in plan.lost[0].sources] == [0, 2]
+    moved = machine("m3", parity(2, 10))
+    (plan,), _ = plans([machine("new"), first, other, moved], ["default"], None)
+    by_process = {one.process: one for one in plan.lost[0].sources}
+    assert (by_process[1].parity, by_process[2].parity) == ("m1", "m3")
+
+
+def test_of_two_parities_on_one_machine_it_is_the_one_that_it_sends():
+    """It looks for them in the order of its listing."""
+    twice = machine("m1", snapshot(1, 10, processes=2), parity(1, 10, (0, 1)))
+    twice["parities"].append({**twice["parities"][0], "parity_digest": 5})
+    (plan,), _ = plans([machine("new"), twice], ["default"], None)
+    assert plan.lost[0].sources[1].parity_digest == 9001
+
+
 def test_the_newest_that_can_be_made_whole_is_first():
     newer = snapshot(0, 20), snapshot(2, 20), parity(0, 20)  # Process 2 had not made parity yet.
     first, third = full(0, 10), full(2, 10)
