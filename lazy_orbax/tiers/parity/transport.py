@@ -149,21 +149,22 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
     server: Server  # type: ignore[override]
 
-    def handle(self) -> None:
-        # Whoever sends a byte from time to time is not waited for, either.
-        self._watch = threading.Timer(_STRANGER_S, _hang_up, (self.connection,))
-        self._watch.daemon = True
-        self._watch.start()
-        try:
-            super().handle()
-        finally:
-            self._watch.cancel()
+    def setup(self) -> None:
+        super().setup()
+        self.rfile: Any = _FewLines(self.rfile)
+        self._is_known = False
 
     def handle_one_request(self) -> None:
-        if not isinstance(self.rfile, _FewLines):
-            self.rfile: Any = _FewLines(self.rfile)
+        # Whoever sends a byte from time to time is not waited for, either.
+        wait_s = _IDLE_S if self._is_known else _STRANGER_S
+        self._watch = threading.Timer(wait_s, _hang_up, (self.connection,))
+        self._watch.daemon = True
+        self._watch.start()
         self.rfile.left_bytes = _LONGEST_HEAD_BYTES
-        super().handle_one_request()
+        try:
+            super().handle_one_request()
+        finally:
+            self._watch.cancel()
 
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")
@@ -180,6 +181,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_error(403)
             return
         self._watch.cancel()
+        self._is_known = True
         self.connection.settimeout(_IDLE_S)
         self.send_response_only(200)
         self.send_header("Transfer-Encoding", "chunked")

@@ -1,5 +1,6 @@
 """Who does not know the secret gets nothing, and a call always ends."""
 
+import concurrent.futures
 import contextlib
 import errno
 import http.client
@@ -192,6 +193,28 @@ def test_a_stranger_who_says_little_is_hung_up_on(desk, monkeypatch, sent):
         stranger.sendall(sent)
         while stranger.recv(10_000):
             pass
+    server.close()
+
+
+def test_who_was_answered_once_may_not_say_little_for_ever(desk, monkeypatch):
+    """It may be a stranger who sends again what a member did."""
+    monkeypatch.setattr(transport, "_IDLE_S", 0.2)
+    server = Server("127.0.0.1", SECRET, None, desk.answer, desk.read)
+    member, is_over = Peer(server.address, SECRET, None), threading.Event()
+    assert member.ask({"x": 1}, timeout_s=30) == {"found": 1}
+
+    def drip():
+        with contextlib.suppress(OSError):
+            while not is_over.wait(0.01):
+                member._connection.sock.sendall(b"x")
+        assert not is_over.is_set(), "it is listened to for ever"
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        dripping = pool.submit(drip)
+        concurrent.futures.wait([dripping], 30)
+        is_over.set()
+        dripping.result()
+    member.close()
     server.close()
 
 
