@@ -28,6 +28,8 @@ _ROOM_S = 120.0
 _ROUND_BYTES = 2**20
 # Which has the seal, whatever it says.
 _SEAL_BYTES = 256
+# Of which a torn file is looked for.
+_MOST_PROCESSES = 2**12
 
 PARITY_BEGINS = PAGE_BYTES
 """Where the bytes of parity are in their file."""
@@ -171,18 +173,37 @@ def rebuilt_place(shelf: Shelf, run: str, process: int, key: Key) -> tuple[str, 
 
 
 def of_others(shelf: Shelf, settings: NodeSettings, item: str, life: int) -> list[str]:
-    """Returns the files of other lives, of processes that nobody on this machine is any more."""
-    found = []
+    """Returns the files of other lives, of processes that nobody on this machine is any more.
+
+    And what was being made when its maker was killed, of them and of this process. Nothing may be
+    made again meanwhile.
+    """
+    found, torn = [], set[str]()
     for file, one in itertools.chain(shelf.snapshots(), shelf.parities()):
-        if isinstance(one, Snapshot) and (one.facts["run"], one.facts["item"]) == (
-            settings.run,
-            item,
-        ):
+        if not isinstance(one, Snapshot):
+            torn.add(file)
+        elif (one.facts["run"], one.facts["item"]) == (settings.run, item):
             process = one.facts["process"]
             is_old = one.facts["life"] != life and process != settings.process
             if is_old and not shelf.is_claimed(settings.run, process):
                 found.append(file)
+    # A torn file does not say whose it is: its name does.
+    for process in range(_MOST_PROCESSES if torn else 0):
+        names = torn & _names_of(settings, item, process)
+        # Whoever looks at its own claim lets go of it.
+        if names and (process == settings.process or not shelf.is_claimed(settings.run, process)):
+            found += sorted(names)
     return found
+
+
+def _names_of(settings: NodeSettings, item: str, process: int) -> set[str]:
+    """Returns the names of files of a process that are left over once they are torn."""
+    whose = settings.run, item, process
+    names = {file_of(*whose, GENERATIONS)}
+    if process != settings.process:
+        for i in range(GENERATIONS):
+            names |= {file_of(*whose, i), parity_file_of(*whose, i)}
+    return names
 
 
 @dataclasses.dataclass(frozen=True)

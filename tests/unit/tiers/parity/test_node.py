@@ -17,6 +17,7 @@ from lazy_orbax.tiers.kept_listing import kept
 from lazy_orbax.tiers.parity import files
 from lazy_orbax.tiers.parity.errand import Errand, digest_in_chunks
 from lazy_orbax.tiers.parity.survey import plans
+from lazy_orbax.tiers.shelf import file_of
 from lazy_orbax.tiers.snapshot_file import PAGE_BYTES
 
 FILLER = "0" * 32 + ".0.slabs"
@@ -164,6 +165,23 @@ def test_a_snapshot_that_moved_with_its_machine_is_copied():
         second.node.make_whole(plan.lost[0])
         moved = files.snapshot_of(second.shelf, RUN, 0, key_of(10))
         assert pathlib.Path(moved.path).read_bytes()[: moved.n_bytes] == wanted[0]
+
+
+def test_what_a_killed_job_had_begun_to_make_is_found_later(monkeypatch):
+    """Nothing in it says whose it is, and it takes as much memory as a snapshot."""
+    with machines(2) as job:
+        job.write(10, contents(2))
+        (one, _) = job.all
+        begun = [files.rebuilt_place(one.shelf, RUN, i, key_of(10))[0] for i in range(3)]
+        mine, second, third = (file_of(RUN, ITEM, i, 1) for i in range(3))
+        for name in (*begun, mine, second, third, FILLER):
+            files.room_for(one.shelf, name, 10_000).close()
+        asked = []
+        # Process 2 is another one on this machine.
+        monkeypatch.setattr(one.shelf, "is_claimed", lambda _, i: asked.append(i) or i == 2)
+        found = files.of_others(one.shelf, one.settings, ITEM, key_of(10).life)
+        assert sorted(found) == sorted([*begun[:2], second])
+        assert asked == [1, 2]  # Whoever looks at its own claim lets go of it.
 
 
 def test_what_is_overwritten_while_it_is_sent_is_not_taken():
