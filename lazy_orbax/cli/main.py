@@ -28,7 +28,7 @@ COMMANDS = {
 }
 OK, FOUND, USAGE, STORAGE = 0, 1, 2, 3
 """The exit statuses. `examples/guides/cli.md` says what each means."""
-_INSTALL = "The command line needs two more packages: pip install 'lazy_orbax[cli]'"
+_INSTALL = "The command line needs click and rich: pip install click rich"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,8 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     except click.exceptions.Exit as done:
         return done.exit_code
     except click.ClickException as error:
-        sys.stderr.write(f"{visible(error.format_message())}\n")
-        return USAGE
+        return _say(error.format_message(), USAGE)
     except OptionError as error:
         return _say(error, USAGE)
     except LazyOrbaxError as error:
@@ -69,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _say(error: Exception, status: int) -> int:
+def _say(error: Exception | str, status: int) -> int:
     text = str(error) or type(error).__name__
     sys.stderr.write("".join(f"{visible(line)}\n" for line in text.splitlines()))
     return status

@@ -14,11 +14,11 @@ from lazy_orbax._orbax import symbols
 from lazy_orbax._orbax.standard_handler import put_inside_standard_handler
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax._orbax.waiting import leaving_nobody_waiting
-from lazy_orbax.errors import OptionError
+from lazy_orbax.errors import LazyOrbaxError, OptionError
 from lazy_orbax.handlers.lazy import LazyCheckpointHandler
 from lazy_orbax.handlers.stock_fallback import StockFallback
 from lazy_orbax.options import LazyOptions
-from lazy_orbax.restore.verified import examined
+from lazy_orbax.restore.verified import examined, explained
 from lazy_orbax.trust.malformed import checked
 
 # What is inside the handlers that `pytree_handler` and `standard_handler` returned.
@@ -133,9 +133,27 @@ def dress_standard(standard: Any, pytree: Any) -> None:
         return
     _INSIDE[standard] = _INSIDE[pytree]
     standard.async_save = leaving_nobody_waiting(standard.async_save)
+    standard.restore = _explaining_its_own_errors(standard)
     standard.__deepcopy__ = lambda memo: _copied(
         standard, memo, lambda copied: dress_standard(copied, copy.deepcopy(pytree, memo))
     )
+
+
+def _explaining_its_own_errors(standard: Any) -> Callable[..., Any]:
+    """Returns its `restore`, where what it refuses before it asks the lazy one is explained too."""
+    restore = standard.restore
+
+    @functools.wraps(restore)
+    def explaining(directory: Any, item: Any = None, args: Any = None) -> Any:
+        try:
+            return restore(directory, item=item, args=args)
+        except LazyOrbaxError:
+            raise
+        except ValueError:
+            with explained(standard.metadata, directory, args):
+                raise
+
+    return explaining
 
 
 def saves_lazily(handler: Any) -> bool:

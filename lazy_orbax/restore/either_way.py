@@ -15,7 +15,7 @@ from lazy_orbax.integrity.array_format import formats_of
 from lazy_orbax.integrity.stored_item import Piece, StoredItem
 from lazy_orbax.restore.compare_arrays import far_from_the_host
 from lazy_orbax.restore.planned import Read, read_planned
-from lazy_orbax.restore.wanted import OrbaxOnlyError, Request, requested
+from lazy_orbax.restore.wanted import MisfitError, OrbaxOnlyError, Request, requested
 from lazy_orbax.timeline import RestoreRecorder
 from lazy_orbax.trust.contents import Contents
 
@@ -78,7 +78,7 @@ def restore_either_way(
         request, found = _by_plan(question, contents, stored)
     except OrbaxOnlyError as reason:
         return _by_orbax(question, str(reason))
-    except MalformedCheckpointError:
+    except (MalformedCheckpointError, MisfitError):
         raise
     except Exception as error:  # What is wrong with it, Orbax finds out and says.
         if error is question.recorder.ended_by:

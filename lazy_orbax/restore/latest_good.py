@@ -47,7 +47,7 @@ class LatestGood:
     """
 
     step: int
-    value: Any
+    value: Any = dataclasses.field(repr=False)
     skipped: tuple[Skipped, ...]
 
 

@@ -75,7 +75,7 @@ def load(  # noqa: PLR0913 - Keywords, of which most calls give none.
     if transforms is None and (dry_run or several is path):
         raise OptionError("dry_run, and several checkpoints, are for transforms only. Give them.")
     if like is None and (transforms is not None or mesh is not None):
-        raise OptionError("transforms and mesh need `like`: the tree that is wanted.")
+        raise OptionError("transforms and mesh need `like`, such as what load(path) alone returns.")
     options = options or LazyOptions()
     recorder = RestoreRecorder(str(path), options.on_restore_progress)
     try:

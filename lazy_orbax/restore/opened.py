@@ -20,7 +20,7 @@ from lazy_orbax.errors import (
 )
 from lazy_orbax.integrity.array_format import formats_of
 from lazy_orbax.integrity.digest_file import DIRECTORY
-from lazy_orbax.integrity.step_place import is_item
+from lazy_orbax.integrity.step_place import is_item, is_run
 from lazy_orbax.integrity.stored_item import Piece, StoredItem
 from lazy_orbax.integrity.verify import raise_corrupt
 from lazy_orbax.restore.compare_arrays import explain
@@ -52,6 +52,10 @@ def item_at(path: Any) -> str:
     ]
     if len(items) == 1:
         return str(place / items[0])
+    if not items and is_run(place, children):
+        steps = [name for name in inside if _paths.TEMPORARY not in name]
+        newest = max(steps, key=lambda name: _paths.step_of(name) or 0, default="STEP")
+        raise OptionError(f"{place} is a run. Give one of its steps, such as {place / newest}.")
     found = f"the items {', '.join(items)}" if items else "no checkpoint"
     raise OptionError(f"{place} holds {found}. Give the directory of one item.")
 

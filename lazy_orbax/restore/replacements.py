@@ -100,7 +100,7 @@ class RestoredWithReplacements:
             layer was rebuilt from its neighbours, else 1.
     """
 
-    value: Any
+    value: Any = dataclasses.field(repr=False)
     replaced: tuple[Replaced, ...]
     not_needed: tuple[str, ...]
     learning_rate_factor: float = 1.0

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.tree_util import keystr, tree_leaves_with_path
 
 from lazy_orbax._jax_context import neutral
 from lazy_orbax._machine import without_garbage_collection
@@ -211,38 +212,51 @@ def explained(metadata: Callable[[Any], Any], directory: Any, args: Any) -> Iter
     except FileNotFoundError:
         raise
     except Exception as error:
-        misfits = _misfits(metadata, directory, getattr(args, "item", None))
+        differs = any(words in str(error) for words in symbols.MISFITS)
+        misfits = _misfits(metadata, directory, args, differs=differs)
         if misfits:
             raise RestoreError(
                 f"The restore target does not fit the checkpoint {directory}:{summarize(misfits)}"
             ) from error
-        if symbols.MISFIT in str(error):
+        if differs:
             raise RestoreError(f"{error}\nThe checkpoint is {directory}.") from error
         raise
 
 
-def _misfits(metadata: Callable[[Any], Any], directory: Any, target: Any) -> list[str]:
-    """Names the leaves whose shape differs from what is stored."""
+def _misfits(
+    metadata: Callable[[Any], Any], directory: Any, args: Any, *, differs: bool
+) -> list[str]:
+    """Names leaves of another shape than what is stored; where trees differ, what one alone has."""
+    target = getattr(args, "item", None)
     if target is None:
         return []
     try:
         tree = metadata(directory).tree
     except Exception:  # noqa: BLE001 - A broken checkpoint: what restoring said of it is raised.
         return []
-    stored = {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    stored = {_names(path): (path, leaf) for path, leaf in tree_leaves_with_path(tree)}
     problems = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(target):
-        found = getattr(stored.get(_names(path)), "shape", None)
-        wanted = getattr(leaf, "shape", None)
+    for path, leaf in tree_leaves_with_path(target):
+        name = keystr(path)
+        if differs and _names(path) not in stored:
+            problems.append(f"{name}: the checkpoint has no such leaf; take it out of the target")
+        _, entry = stored.pop(_names(path), (None, None))
+        found, wanted = getattr(entry, "shape", None), getattr(leaf, "shape", None)
         if wanted is not None and is_key(leaf):  # Its data is what is stored.
             with neutral():
                 wanted = jax.eval_shape(jax.random.key_data, leaf).shape
         if found is None or wanted is None or tuple(found) == tuple(wanted):
             continue
         problems.append(
-            f"{jax.tree_util.keystr(path)}: found {list(found)}, wanted {list(wanted)}; give the "
-            "stored shape, or strict=False to cut or pad"
+            f"{name}: found {list(found)}, wanted {list(wanted)}; give the stored shape, or "
+            "strict=False to cut or pad"
         )
+    if differs and not getattr(args, "partial_restore", False):
+        problems += [
+            f"{keystr(path)}: the target lacks this leaf of the checkpoint; add it, or restore a "
+            "part with lazy_orbax.load(path, target)"
+            for path, _ in stored.values()
+        ]
     return problems
 
 

@@ -16,6 +16,7 @@ from lazy_orbax._orbax import restored_kinds
 from lazy_orbax._orbax.restored_kinds import ARRAY, OTHER, SCALAR
 from lazy_orbax._orbax.stored_kinds import EMPTY
 from lazy_orbax._orbax.symbols import ocp
+from lazy_orbax.errors import RestoreError
 from lazy_orbax.integrity.array_format import ArrayFormat, native
 from lazy_orbax.plan.boxes import Box, Shape
 from lazy_orbax.trust.tree_file import Tree
@@ -68,6 +69,10 @@ class OrbaxOnlyError(Exception):
     """Why a target, as a whole, is for Orbax."""
 
 
+class MisfitError(RestoreError):
+    """A leaf is wanted in another shape than what is stored, and Orbax would refuse it."""
+
+
 def requested(args: Any, tree: Tree, formats: Mapping[str, ArrayFormat], registry: Any) -> Request:
     """Takes a restore target apart.
 
@@ -79,6 +84,7 @@ def requested(args: Any, tree: Tree, formats: Mapping[str, ArrayFormat], registr
 
     Raises:
         OrbaxOnlyError: Orbax must restore it as a whole, or refuse it.
+        MisfitError: a leaf has another shape: nothing need be read.
     """
     item, is_part = getattr(args, "item", None), getattr(args, "partial_restore", False)
     if item is None or getattr(args, "transforms", None) is not None:
@@ -167,7 +173,7 @@ def _wanted_array(leaf: _Leaf, argument: Any, form: ArrayFormat) -> Wanted | str
     if jnp.issubdtype(dtype, jax.dtypes.extended):
         return "it is wanted in a dtype of JAX's own"
     if shape is not None and tuple(shape) != form.shape:
-        return "it has another shape than what is stored"
+        raise MisfitError(f"leaf {leaf.name} is {list(form.shape)}, and wanted as {list(shape)}")
     dtype = np.dtype(dtype)
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         return f"{dtype} is not enabled in JAX"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import weakref
 
@@ -41,9 +42,11 @@ def _finish() -> None:
     unknown = [part for part in parts if part.failure is None]
     running = process_end.running_saves() if savers else []
     if running or (savers and FUNCTIONS.has_running):
+        if_it_can = ", if Python 3.12 lets it" if sys.version_info[:2] == (3, 12) else ""
         _log.warning(
-            "The main thread has ended while a save was in flight; it is finished first. Call "
-            "wait_until_finished(), or close the manager, to be told of its failure."
+            "The main thread has ended while a save was in flight; it is finished first%s. Call "
+            "wait_until_finished(), or close the manager, to be told of its failure.",
+            if_it_can,
         )
     for thread in running:
         threading.Thread.join(thread)  # Orbax's own raises what it failed with.

@@ -36,4 +36,9 @@ class Fingerprints:
         if is_same:
             recorder.note(same_as=before)
             if not was_same:
-                _LOG.warning("%s holds the very same bytes as %s.", directory, before)
+                _LOG.warning(
+                    "%s holds the very same bytes as %s: perhaps the program saves a state that it "
+                    "no longer trains.",
+                    directory,
+                    before,
+                )

@@ -22,7 +22,7 @@ def save_error(
     import jax  # Whoever only reads need not wait for it.
 
     text = str(error)
-    if "cannot schedule new futures after" in text:
+    if "cannot schedule new futures after" in text or "at interpreter shutdown" in text:
         text = f"{text}: {MAIN_THREAD_ENDED}"
     if match := re.search(r"[\"']([^\"']*/[^\"']*)[\"']", text):
         file = match.group(1)

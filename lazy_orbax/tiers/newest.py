@@ -53,7 +53,7 @@ class Newest:
     """
 
     step: int
-    value: Any
+    value: Any = dataclasses.field(repr=False)
     tier: str
     why: str
     skipped: tuple[Skipped, ...]

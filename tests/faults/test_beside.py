@@ -58,6 +58,7 @@ def test_a_save_in_flight_when_the_main_thread_ends_is_finished(tmp_path, case, 
         # It alone starts no thread from then on, and Orbax publishes with new ones: the save is
         # lost, as in stock, but not without a word, nor is anything left of it.
         assert "has failed" in done.stderr
+        assert "wait_until_finished(), and join the threads that save, before" in done.stderr
         assert list(tmp_path.iterdir()) == []
         return
     assert "cannot schedule" not in done.stderr

@@ -520,7 +520,8 @@ def test_large_pieces_are_read_in_parts(tmp_path, mesh, form, monkeypatch):
     largest = max(files, key=lambda file: file.stat().st_size)
     size = largest.stat().st_size
     found = []
-    for at in (size // 3, size - 60):
+    # A database may leave bytes that nothing refers to anywhere in a file: several are flipped.
+    for at in (size // 5, size // 3, size // 2, 2 * size // 3, size - 60):
         with flips.flipped(largest, at, 3):
             found.append(not lazy_orbax.verify(saved.directory).ok)
     assert any(found)

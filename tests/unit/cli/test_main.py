@@ -141,7 +141,12 @@ def test_without_its_packages_the_command_says_what_to_install(monkeypatch, caps
 
     monkeypatch.setattr(builtins, "__import__", without)
     assert main(["ls", "."]) == 2
-    assert "pip install 'lazy_orbax[cli]'" in capsys.readouterr().err
+    assert "pip install click rich" in capsys.readouterr().err
+
+
+def test_without_a_command_there_is_help_in_lines(capsys):
+    assert main([]) == 2
+    assert "  ls        List the steps of a run.\n" in capsys.readouterr().err
 
 
 def run(*arguments, **keywords):

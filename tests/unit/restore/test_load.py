@@ -134,6 +134,8 @@ def test_a_step_of_one_item_is_enough(tmp_path):
     manager.close()
     assert_same(lazy_orbax.load(tmp_path / "7"), tree)
     assert_same(lazy_orbax.load(str(tmp_path / "7" / "state")), tree)
+    with pytest.raises(OptionError, match="is a run. Give one of its steps, such as .*/7"):
+        lazy_orbax.load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -315,6 +315,7 @@ def test_a_restore_that_fails_has_a_timeline_with_the_error(tmp_path):
             epath.Path(tmp_path / "c"), args=lazy_orbax.args.LazyRestore(wrong, args)
         )
     assert isinstance(seen[0].error, RestoreError)
+    assert seen[0].requests == seen[0].bytes_read == 0
 
 
 @pytest.mark.parametrize("dtype", [">u2", ">f4", "<i8"])
