@@ -85,10 +85,7 @@ def _examine_before_reading(
 
     @functools.wraps(restore)
     def checking(directory: Any, *positional: Any, **keywords: Any) -> Any:
-        args = keywords.get("args")
-        if args is None:
-            given = inspect.signature(restore).bind(directory, *positional, **keywords).arguments
-            args = types.SimpleNamespace(**given)
+        args = _args_of(restore, directory, *positional, **keywords)
         with examined(directory, args, aggregate_filename, verifies=verifies):
             return restore(directory, *positional, **keywords)
 
@@ -98,6 +95,16 @@ def _examine_before_reading(
             return metadata(directory)
 
     handler.restore, handler.metadata = checking, checking_metadata
+
+
+def _args_of(restore: Callable[..., Any], *positional: Any, **keywords: Any) -> Any:
+    """Returns Orbax's arguments of a call of `restore`, or the older ones as if they were those.
+
+    A subclass may have a `restore` with a signature of its own.
+    """
+    given = inspect.signature(restore).bind(*positional, **keywords).arguments
+    args = given.get("args")
+    return types.SimpleNamespace(**given) if args is None else args
 
 
 def standard_handler(
@@ -144,12 +151,13 @@ def _explaining_its_own_errors(standard: Any) -> Callable[..., Any]:
     restore = standard.restore
 
     @functools.wraps(restore)
-    def explaining(directory: Any, item: Any = None, args: Any = None) -> Any:
+    def explaining(directory: Any, *positional: Any, **keywords: Any) -> Any:
         try:
-            return restore(directory, item=item, args=args)
+            return restore(directory, *positional, **keywords)
         except LazyOrbaxError:
             raise
         except ValueError:
+            args = _args_of(restore, directory, *positional, **keywords)
             with explained(standard.metadata, directory, args):
                 raise
 
