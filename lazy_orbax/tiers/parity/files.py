@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from lazy_orbax.errors import KeeperError
 from lazy_orbax.tiers import messages
 from lazy_orbax.tiers.keeper_link import connected
+from lazy_orbax.tiers.parity.settings import NodeSettings
 from lazy_orbax.tiers.shelf import GENERATIONS, Shelf, file_of, parity_file_of
 from lazy_orbax.tiers.snapshot_file import (
     PAGE_BYTES,
@@ -166,6 +168,21 @@ def rebuilt_place(shelf: Shelf, run: str, process: int, key: Key) -> tuple[str, 
         if file in serials and isinstance(found, Snapshot):
             serials[file] = found.serial
     return names[-1], min(serials, key=lambda file: serials[file])
+
+
+def of_others(shelf: Shelf, settings: NodeSettings, item: str, life: int) -> list[str]:
+    """Returns the files of other lives, of processes that nobody on this machine is any more."""
+    found = []
+    for file, one in itertools.chain(shelf.snapshots(), shelf.parities()):
+        if isinstance(one, Snapshot) and (one.facts["run"], one.facts["item"]) == (
+            settings.run,
+            item,
+        ):
+            process = one.facts["process"]
+            is_old = one.facts["life"] != life and process != settings.process
+            if is_old and not shelf.is_claimed(settings.run, process):
+                found.append(file)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import http.client
 import io
@@ -25,6 +26,9 @@ from lazy_orbax.tiers.parity.transport import (
     Told,
     context_of,
 )
+
+# A machine that is gone refuses nothing: for so long it may be silent, as its kernel is asked.
+_SILENT_S, _CONNECT_S = 20, 20.0
 
 
 class _InTime(io.RawIOBase):
@@ -54,6 +58,19 @@ def _left_s(end_s: float) -> float:
     if left_s <= 0:
         raise TimeoutError("it took too long")
     return left_s
+
+
+def _ask_whether_it_is_there(connection: socket.socket) -> None:
+    """Has the kernel ask the other one, who may be long in its answer but never in that.
+
+    Else an exchange would wait to its end for a machine whose power is cut, or whose link is.
+    """
+    every_s = max(1, _SILENT_S // 4)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, every_s)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, every_s)
+    # Of what was sent and is not acknowledged, too; and in place of a number of questions.
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _SILENT_S * 1000)
 
 
 class Peer:
@@ -142,15 +159,29 @@ class Peer:
 
     def _response(self, path: str, request: bytes, end_s: float) -> http.client.HTTPResponse:
         connection = self._connection
-        connection.timeout = _left_s(end_s)
-        if connection.sock is not None:
-            connection.sock.settimeout(connection.timeout)
+        if connection.sock is None:
+            self._connect(end_s)
+        assert connection.sock is not None
+        connection.sock.settimeout(_left_s(end_s))
         connection.response_class = functools.partial(_response, end_s)  # type: ignore[assignment]
         connection.request("POST", path, request)
         response = connection.getresponse()
         if response.status != 200:
             raise ConnectionError(f"it refused ({response.status})")
         return response
+
+    def _connect(self, end_s: float) -> None:
+        connection = self._connection
+        for is_second in (False, True):
+            connection.timeout = min(_left_s(end_s), _CONNECT_S)
+            try:
+                connection.connect()
+                break
+            except OSError as error:
+                # The kernel may have looked for it since before the network healed.
+                if is_second or error.errno != errno.EHOSTUNREACH:
+                    raise
+        _ask_whether_it_is_there(connection.sock)
 
     def close(self) -> None:
         """Hangs up."""

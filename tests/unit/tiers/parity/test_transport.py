@@ -1,6 +1,7 @@
 """Who does not know the secret gets nothing, and a call always ends."""
 
 import contextlib
+import errno
 import http.client
 import itertools
 import shutil
@@ -241,6 +242,33 @@ def test_parts_of_an_answer_cannot_change_places(peer, monkeypatch):
     monkeypatch.setattr(asking, "_next_part", between)
     with pytest.raises(KeeperError, match="no member"):
         list(peer.read({}, 10, timeout_s=30))
+
+
+@pytest.mark.parametrize("n_failures", [1, 2])
+def test_who_was_not_found_is_looked_for_once_more(peer, monkeypatch, n_failures):
+    """The kernel remembers for a moment that it found nobody, when the network is there again."""
+    connect, left = peer._connection.connect, list(range(n_failures))
+
+    def connected():
+        if left:
+            left.pop()
+            raise OSError(errno.EHOSTUNREACH, "No route to host")
+        connect()
+
+    monkeypatch.setattr(peer._connection, "connect", connected)
+    if n_failures == 1:
+        assert peer.ask({"x": 1}, timeout_s=30) == {"found": 1}
+    else:
+        with pytest.raises(KeeperError, match="No route to host"):
+            peer.ask({"x": 1}, timeout_s=30)
+
+
+def test_the_kernel_finds_out_who_is_silent(peer):
+    peer.ask({"x": 1}, timeout_s=30)
+    option = peer._connection.sock.getsockopt
+    assert option(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    assert option(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 20_000
+    assert option(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 5
 
 
 def test_who_takes_connections_and_says_nothing_is_given_up():
