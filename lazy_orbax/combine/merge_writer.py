@@ -19,14 +19,13 @@ from lazy_orbax.plan.boxes import Box
 from lazy_orbax.plan.shards import Leaf
 from lazy_orbax.plan.slabs import Piece, Plan, Slab
 from lazy_orbax.save.item_stores import CONTEXT
+from lazy_orbax.save.merge import INLINE_BYTES, database_in, merge_databases
 from lazy_orbax.storage.deadline import Deadline
 from lazy_orbax.storage.place import Place
 from lazy_orbax.storage.save_error import save_error
 
-# Values as small as this are kept in nodes, and nodes in the cache: memory must not be lent to it.
-_INLINE_BYTES = 2**10
 # As saves have it: small nodes while much is written, and one node for the readers in the end.
-_NODE_BYTES, _MERGED_NODE_BYTES = 2**20, 100_000_000
+_NODE_BYTES = 2**20
 
 
 class LeafWriter:
@@ -59,18 +58,13 @@ class LeafWriter:
         self._deadline.begin()
         base = ts.KvStore.open(place.kvstore_spec(), context=self._context).result()
         mine = base / _database_of(process)
-        self._arrays = self._database(mine, _NODE_BYTES) if in_database else base
+        self._arrays = database_in(mine, self._context, _NODE_BYTES) if in_database else base
         try:
             if process == 0:
                 self.wait([self._create(leaf) for leaf in leaves])
         except BaseException:
             self.close()
             raise
-
-    def _database(self, base: ts.KvStore, node_bytes: int) -> ts.KvStore:
-        config = {"max_inline_value_bytes": _INLINE_BYTES, "max_decoded_node_bytes": node_bytes}
-        spec = {"driver": "ocdbt", "base": base.spec().to_json(), "config": config}
-        return ts.KvStore.open(spec, context=self._context).result()
 
     def _create(self, leaf: MergedLeaf) -> Any:
         key = f"{_prefix(leaf)}{leaf.metadata_name}"
@@ -85,7 +79,8 @@ class LeafWriter:
             data: of its shape, in the dtype of the result.
         """
         store = self._opened(leaf)
-        lasting = data.nbytes > _INLINE_BYTES
+        # Nodes are kept in the cache: memory must not be lent to it.
+        lasting = data.nbytes > INLINE_BYTES
         future = store[box.index].write(data, can_reference_source_data_indefinitely=lasting)
         # While TensorStore is at work.
         chunks = chunks_in(box, self._leaves[leaf].shape, self._leaves[leaf].forms[0].chunk)
@@ -128,11 +123,11 @@ class LeafWriter:
             SaveError: the storage refused.
         """
         base = ts.KvStore.open(self._place.kvstore_spec(), context=self._context).result()
-        whole, transaction = self._database(base, _MERGED_NODE_BYTES), ts.Transaction(atomic=True)
-        into = whole.with_transaction(transaction)
-        parts = [self._database(base / _database_of(i), _NODE_BYTES) for i in range(processes)]
-        self.wait([part.experimental_copy_range_to(into) for part in parts])
-        self.wait([transaction.commit_async()])
+        parts = [
+            database_in(base / _database_of(i), self._context, _NODE_BYTES)
+            for i in range(processes)
+        ]
+        merge_databases(base, parts, self._context, self.wait)
 
     def digests(
         self, process: int, processes: int, files: Mapping[str, bytes], texts: Mapping[str, str]

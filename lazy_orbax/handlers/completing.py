@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -53,21 +54,29 @@ def complete(run: str, directory: str | None = None) -> int:
     raise KeeperError(f"no snapshot of {run} in memory is whole: {'; '.join(reasons) or 'none'}")
 
 
-def write(run: str, step: int, values: dict[str, Any], **options: Any) -> None:
+def write(
+    run: str,
+    step: int,
+    values: dict[str, Any],
+    *,
+    handlers: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> None:
     """Writes a step as a manager of the run would.
 
     Args:
         run: the run's directory or address.
         step: the step.
         values: the tree of each item.
+        handlers: what saves each item; `None`: as a manager would.
         **options: more of `ocp.CheckpointManagerOptions`.
 
     Raises:
         SaveError: the storage refused it.
     """
-    handlers = {item: pytree_handler() for item in values}
     how = ocp.CheckpointManagerOptions(**{"create": False, **_naming(run), **options})
-    with ocp.CheckpointManager(run, item_handlers=handlers, options=how) as manager:
+    saving = handlers or {item: pytree_handler() for item in values}
+    with ocp.CheckpointManager(run, item_handlers=saving, options=how) as manager:
         args = {item: ocp.args.PyTreeSave(value) for item, value in values.items()}
         manager.save(step, args=ocp.args.Composite(**args), force=True)
         manager.wait_until_finished()

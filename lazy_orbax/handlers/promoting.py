@@ -17,18 +17,21 @@ from typing import Any
 
 from lazy_orbax.errors import KeeperError, LazyOrbaxError
 from lazy_orbax.handlers.completing import write
+from lazy_orbax.handlers.promoting_parts import follow, lead
 from lazy_orbax.handlers.verified_path import verified_in
 from lazy_orbax.tiers.kept_steps import UNUSABLE, held_steps
 from lazy_orbax.tiers.promoted_steps import newest_in, refuse_others, remove_unfinished, retire
 from lazy_orbax.tiers.shelf import Shelf, claim_of
 from lazy_orbax.tiers.snapshot_file import held
-from lazy_orbax.tiers.tier import Tier
+from lazy_orbax.tiers.tier import Machine, Tier, heard_of
 
 _LOG = logging.getLogger("lazy_orbax")
 _NICE = 10
 
 
-def promote(run: str, tier: Tier, directory: str | None = None) -> int | None:
+def promote(
+    run: str, tier: Tier, directory: str | None = None, machine: Machine | None = None
+) -> int | None:
     """Writes the newest whole snapshot of a run to a tier, unless it has one as new.
 
     It is read from memory first, and compared with its digests; until then no trainer writes over
@@ -39,6 +42,7 @@ def promote(run: str, tier: Tier, directory: str | None = None) -> int | None:
         run: the run, as `Keeper` was given it.
         tier: where it goes. Its directory is made if it is not there.
         directory: the keeper's directory.
+        machine: this one, if the job has several: all must promote at about the same time.
 
     Returns:
         The step; `None`: nothing was newer.
@@ -52,15 +56,23 @@ def promote(run: str, tier: Tier, directory: str | None = None) -> int | None:
     shelf = Shelf(directory)
     with _alone(shelf, tier.path):
         refuse_others(tier.path, run)
+        if machine is not None and machine.part != 0:
+            return follow(run, tier.path, shelf, machine)
         remove_unfinished(tier.path, run)
-        taken = _taken(shelf, run, newest_in(tier.path))
-        if taken is not None:
-            step, values = taken
-            path_class = verified_in(tier.path, {"run": run})
-            write(tier.path, step, values, create=True, temporary_path_class=path_class)
+        alone = machine is None
+        step = _written(run, tier.path, shelf) if alone else lead(run, tier.path, shelf, machine)
         if tier.keep is not None:
             retire(tier.path, run, tier.keep)
-        return None if taken is None else taken[0]
+        return step
+
+
+def _written(run: str, tier: str, shelf: Shelf) -> int | None:
+    taken = _taken(shelf, run, newest_in(tier))
+    if taken is None:
+        return None
+    step, values = taken
+    write(tier, step, values, create=True, temporary_path_class=verified_in(tier, {"run": run}))
+    return step
 
 
 def _taken(shelf: Shelf, run: str, newest: int) -> tuple[int, dict[str, Any]] | None:
@@ -111,9 +123,9 @@ def main(arguments: list[str]) -> int:
     """Promotes. Returns the exit status: 0 where the tier has the newest there is."""
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     run, directory, told = arguments
-    tier = Tier(**json.loads(told))
+    tier, machine = heard_of(json.loads(told))
     try:
-        step = promote(run, tier, directory)
+        step = promote(run, tier, directory, machine)
     except (LazyOrbaxError, OSError) as error:
         _LOG.warning("Nothing of %s was brought to %s: %s", run, tier.path, error)
         return 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
@@ -26,10 +27,12 @@ class _Verified:
     Attributes:
         run: the directory in which steps are verified.
         told: what the mark of a step says.
+        last_look: is called before a step is published, and may refuse that.
     """
 
     run = ""
     told: dict[str, Any]
+    last_look: Callable[[], None]
 
     def _is_of_step(self: Any) -> bool:
         return self.get_final().parent == epath.Path(self.run)
@@ -53,6 +56,7 @@ class _Verified:
         """
         if self._is_of_step():
             await asyncio.to_thread(_refuse_unlike, str(self.get()))
+            type(self).last_look()
         await super().finalize()  # type: ignore[misc]
 
 
@@ -70,12 +74,17 @@ class _InBucket(_Verified, ocp_path.atomicity.CommitFileTemporaryPath):
     """In an object store, where a file says that it is committed."""
 
 
-def verified_in(run: str, told: dict[str, Any]) -> type[Any]:
+def verified_in(
+    run: str, told: dict[str, Any], last_look: Callable[[], None] = lambda: None
+) -> type[Any]:
     """Returns a class of temporary paths for steps that are verified before they are listed.
 
     Args:
         run: the directory of the steps, or its address.
         told: what the mark of a step says, as JSON values.
+        last_look: is called when a step is verified, and may refuse to list it.
     """
     kind = _Directory if place_of(run).needs_sync else _InBucket
-    return type(kind.__name__, (kind,), {"run": run, "told": told})
+    return type(
+        kind.__name__, (kind,), {"run": run, "told": told, "last_look": staticmethod(last_look)}
+    )

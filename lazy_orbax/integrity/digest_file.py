@@ -43,6 +43,7 @@ class DigestTemplate:
         process: this process.
         processes: every process that writes such a file for the item.
         others: names of leaves that have no digest: their own type handlers write them.
+        folder: where the file goes, in the item's directory.
     """
 
     plan: Plan
@@ -52,6 +53,7 @@ class DigestTemplate:
     process: int
     processes: tuple[int, ...]
     others: tuple[str, ...]
+    folder: str = DIRECTORY
 
     @functools.cached_property
     def casts(self) -> tuple[str | None, ...]:
@@ -125,7 +127,7 @@ class DigestTemplate:
             changing["proof"] = proof.tobytes().hex()
         tail = json.dumps(changing, separators=(",", ":")).encode()
         content = seal(b"".join((self._fixed[1:-1], b",", tail[1:])))
-        return f"{DIRECTORY}/process_{self.process}", content, fingerprint
+        return f"{self.folder}/process_{self.process}", content, fingerprint
 
 
 @dataclasses.dataclass(frozen=True)

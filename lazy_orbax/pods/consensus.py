@@ -34,6 +34,11 @@ def highest(number: int) -> int:
     return int(_of_all([number]).max())
 
 
+def of_each(number: int) -> list[int]:
+    """Returns the number of each process; an integer of 64 bits."""
+    return _of_all([number])[:, 0].tolist()
+
+
 def from_first(numbers: Sequence[int], *, most: int) -> list[int]:
     """Returns the numbers that the first process has.
 

@@ -46,7 +46,8 @@ class ItemStores:
         self.arrays: list[ts.KvStore] = []
         self.may_hold_late_writes = self.deadline.begin()
         try:
-            if format_.is_primary or format_.files:
+            digests = format_.digests
+            if format_.is_primary or format_.files or digests.process in digests.processes:
                 self.files = self._open(format_.directory)
             self.arrays += map(self._open, format_.kvstores)
         except BaseException:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import functools
 import operator
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from lazy_orbax._jax_context import neutral
 from lazy_orbax._orbax import describe, on_disk
 from lazy_orbax._orbax.records import Destination, LeafInfo, Settings
 from lazy_orbax.errors import TreeError
-from lazy_orbax.plan.shards import Leaf, is_key
+from lazy_orbax.plan.shards import Leaf, ReplicaPolicy, is_key
 from lazy_orbax.plan.slabs import Plan, make_plan
 from lazy_orbax.save.disk_format import Format, make_format
 from lazy_orbax.save.refused_trees import (
@@ -192,7 +193,10 @@ def prepare(
     )
     prepared = PLAN_CACHE.find(signature)
     if prepared is None:
-        prepared = _make(settings, item, save_args, destination, slab_bytes)
+        divide = functools.partial(
+            make_plan, process_index=jax.process_index(), slab_bytes=slab_bytes
+        )
+        prepared = make_prepared(settings, item, save_args, destination, divide)
         PLAN_CACHE.add(signature, prepared)
     return prepared, leaves
 
@@ -218,10 +222,25 @@ def _type_handlers(settings: Settings, types: set[type]) -> frozenset[tuple[type
     return frozenset((type_, settings.type_handler_for(type_)) for type_ in types)
 
 
-def _make(
-    settings: Settings, item: Any, save_args: Any, destination: Destination, slab_bytes: int
+def make_prepared(
+    settings: Settings,
+    item: Any,
+    save_args: Any,
+    destination: Destination,
+    divide: Callable[[Sequence[Leaf], ReplicaPolicy], Plan],
 ) -> Prepared:
-    """Plans the first save of a tree."""
+    """Plans the first save of a tree.
+
+    Args:
+        settings: how the handler saves.
+        item: the tree.
+        save_args: what the caller wants of each leaf, or `None`.
+        destination: where to.
+        divide: makes the plan of the leaves that have one.
+
+    Raises:
+        TreeError: the tree cannot be saved; every reason is named with its key path.
+    """
     with_paths = jax.tree_util.tree_leaves_with_path(item)
     keypaths = [jax.tree_util.keystr(path) for path, _ in with_paths]
     leaves = [leaf for _, leaf in with_paths]
@@ -251,7 +270,7 @@ def _make(
         planned.append(Leaf(*names, shape, dtype, sharding, is_given=given is not None))
     arrays = [leaf.position for leaf in planned if leaf.sharding is not None]
     policy = describe.replica_policy(tree.leaves[arrays[0]].type_handler if arrays else None)
-    plan = make_plan(planned, policy, process_index=jax.process_index(), slab_bytes=slab_bytes)
+    plan = divide(planned, policy)
     format_ = make_format(settings, tree, plan, key_metadata)
     positions = tuple(leaf.position for leaf in planned)
     return Prepared(plan, format_, tuple(key_metadata), tuple(others), positions)

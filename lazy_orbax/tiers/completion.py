@@ -5,6 +5,7 @@ The keeper has neither JAX nor Orbax. A program of its own writes the step, and 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -12,6 +13,8 @@ import subprocess
 import sys
 
 _LOG = logging.getLogger("lazy_orbax")
+# How long the keeper, for which all wait, waits for the end of a program that was killed.
+_END_S = 1.0
 _PROGRAM = "lazy_orbax.handlers.completing"
 
 
@@ -91,11 +94,21 @@ class Completions:
 
     def _stop(self, run: _Run | None) -> None:
         if run is not None and run.program is not None:
-            run.program.kill()
-            run.program.wait()
+            end(run.program)
 
     def close(self) -> None:
         """Stops what is being completed."""
         for run in self._runs.values():
             self._stop(run)
         self._runs.clear()
+
+
+def end(program: subprocess.Popen[bytes]) -> None:
+    """Kills a program. One that storage holds ends when the kernel lets it: nobody waits for that.
+
+    Args:
+        program: one that the keeper started.
+    """
+    program.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        program.wait(_END_S)

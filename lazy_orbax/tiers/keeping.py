@@ -92,7 +92,7 @@ class Keeper:
                 the newest whole snapshot is written to storage, as a step of the run. `None`: it
                 never is. Nobody may have gone on with the run on another machine by then.
             tiers: directories to which the keeper brings the newest whole snapshot from time to
-                time, each as an ordinary step. All processes of the job must share one keeper.
+                time, each as an ordinary step. All machines of the job must see them.
             options: its `mode`, `host_bytes` and `slab_bytes` count.
             parity: how groups of processes keep parity of each other's snapshots, so that a machine
                 may be lost with its memory. `None`: they do not.
@@ -104,14 +104,14 @@ class Keeper:
         """
         _check(run, limit_bytes, linger_s, complete_after_s)
         self.run = _paths.absolute(os.fspath(run))
-        self.tiers = checked_tiers(tiers, self.run, directory)
+        self.tiers, machine = checked_tiers(tiers, self.run, directory)
         shelf = Shelf(directory)
         # What goes to memory alone is not proven by programs: it is compared with its digests.
         self._options = dataclasses.replace(options or LazyOptions(), verify_snapshot=0)
         limit = int(memory_bytes() * _MEMORY_FRACTION) if limit_bytes is None else limit_bytes
         settings = KeeperSettings(directory=shelf.path, limit_bytes=limit, linger_s=float(linger_s))
         whose = {"run": self.run, "process": jax.process_index(), "pid": os.getpid()}
-        whose |= {"complete_after_s": complete_after_s, "tiers": told_of(self.tiers)}
+        whose |= {"complete_after_s": complete_after_s, "tiers": told_of(self.tiers, machine)}
         self._link = KeeperLink(settings, whose)
         self._saving: list[concurrent.futures.Future[None]] = []
         self._along: dict[str, int] = {}

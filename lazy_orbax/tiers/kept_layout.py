@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,8 @@ import numpy as np
 
 from lazy_orbax._orbax import restored_kinds
 from lazy_orbax.errors import TreeError, summarize
-from lazy_orbax.plan.shards import ReplicaPolicy, is_key
+from lazy_orbax.plan.boxes import Shape
+from lazy_orbax.plan.shards import Leaf, ReplicaPolicy, is_key
 from lazy_orbax.plan.slabs import Piece, Plan, make_plan
 from lazy_orbax.tiers.snapshot_file import PAGE_BYTES
 
@@ -97,7 +99,9 @@ def _made(plan: Plan, item: Any) -> KeptLayout:
         elif position in mine:
             leaf = plan.leaves[mine[position]]
             kind, key = _kind_of(value)
-            leaves[mine[position]] = [leaf.name, path, leaf.shape, leaf.dtype.name, kind, key]
+            shard = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+            about = [leaf.name, path, leaf.shape, leaf.dtype.name, kind, key, shard]
+            leaves[mine[position]] = about
         elif isinstance(value, str):
             texts.append([name, path])
         elif value is not ...:
@@ -109,8 +113,34 @@ def _made(plan: Plan, item: Any) -> KeptLayout:
         pieces.append([piece.leaf, end, piece.start, piece.shape])
         end += -(-n_bytes // _ALIGNMENT) * _ALIGNMENT
     told = {"leaves": leaves, "pieces": pieces, "empty": empty, "texts": texts}
+    told["own"] = list(_own(plan.leaves, jax.process_index()))
     text = json.dumps(told, separators=(",", ":")).encode()
     return KeptLayout(spots, text, end, tuple(others))
+
+
+def _own(leaves: Sequence[Leaf], process: int) -> Iterator[tuple[int, Shape]]:
+    """Yields the shards that a process brings to a tier, of those that have them: they take turns.
+
+    Each is a leaf, and where it starts.
+    """
+    for i, leaf in enumerate(leaves):
+        if leaf.sharding is None:
+            if process == 0:
+                yield i, (0,) * len(leaf.shape)
+            continue
+        for start, holders in _holders(leaf.sharding, leaf.shape).items():
+            if holders[i % len(holders)] == process:
+                yield i, start
+
+
+@functools.lru_cache(maxsize=1024)
+def _holders(sharding: jax.sharding.Sharding, shape: Shape) -> dict[Shape, tuple[int, ...]]:
+    """Returns the processes that have a shard, by where it starts."""
+    found: dict[Shape, set[int]] = {}
+    for device, index in sharding.devices_indices_map(shape).items():
+        start = tuple(part.start or 0 for part in index)
+        found.setdefault(start, set()).add(device.process_index)
+    return {start: tuple(sorted(processes)) for start, processes in found.items()}
 
 
 def _flat(item: Any) -> Iterator[tuple[int | None, tuple[tuple[int, str], ...], Any]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from lazy_orbax.errors import KeeperError, LazyOrbaxError
+from lazy_orbax.storage import threads
 from lazy_orbax.tiers.kept_tree import KeptTree
 from lazy_orbax.tiers.shelf import Shelf
 from lazy_orbax.tiers.snapshot_file import Snapshot, SnapshotError, held, read_snapshot
@@ -43,20 +45,30 @@ class KeptStep(NamedTuple):
             for item, snapshots in self.items.items()
         }
 
-    def refuse_parts(self) -> None:
+    @property
+    def life(self) -> int:
+        """In which life of the job it was taken."""
+        return next(one.facts["life"] for each in self.items.values() for one in each)
+
+    def refuse_parts(self, here: Sequence[int] | None = None) -> None:
         """Refuses a step of which the snapshot of a process is not here.
+
+        Args:
+            here: the processes that are to be; `None`: all.
 
         Raises:
             KeeperError: there is such a process.
         """
         for item, snapshots in self.items.items():
-            wanted = max(one.facts["processes"] for one in snapshots)
-            missing = set(range(wanted)) - {one.facts["process"] for one in snapshots}
+            wanted = range(max(one.facts["processes"] for one in snapshots))
+            missing = set(wanted if here is None else here)
+            missing -= {one.facts["process"] for one in snapshots}
             if missing:
+                whose = f"all {len(wanted)} processes" if here is None else f"{list(here)}"
                 raise KeeperError(
                     f"step {self.step} of the item {item}: found no snapshot of process "
                     f"{min(missing)} in {snapshots[0].path.rpartition('/')[0]}, wanted those of "
-                    f"all {wanted} processes"
+                    f"{whose}"
                 )
 
     def refuse_other(self) -> None:
@@ -88,14 +100,40 @@ def held_steps(shelf: Shelf, run: str) -> Iterator[list[KeptStep]]:
         run: the name of the run.
     """
     with contextlib.ExitStack() as first:
-        with contextlib.ExitStack() as everything:  # For the moment that it takes to look.
-            for file in shelf.files():
-                with contextlib.suppress(SnapshotError, OSError):
-                    everything.enter_context(held([shelf.path_of(file)]))
+        with held_all(shelf):  # For the moment that it takes to look.
             found = kept_steps(shelf, run)
             for kept in found[:1]:
                 first.enter_context(held(kept.paths))
         yield found
+
+
+@contextlib.contextmanager
+def held_all(shelf: Shelf) -> Iterator[None]:
+    """Keeps all that is in memory from being written over. Trainers pass over steps meanwhile."""
+    with contextlib.ExitStack() as everything:
+        for file in shelf.files():
+            with contextlib.suppress(SnapshotError, OSError):
+                everything.enter_context(held([shelf.path_of(file)]))
+        yield
+
+
+@contextlib.contextmanager
+def held_for(shelf: Shelf, most_s: float) -> Iterator[None]:
+    """Does what `held_all` does, for a while: whoever waits for storage meanwhile may hang.
+
+    Args:
+        shelf: where the snapshots are.
+        most_s: most seconds. Afterwards trainers write again, whatever goes on here.
+    """
+    is_over = threading.Event()
+    with contextlib.ExitStack() as holding:
+        holding.enter_context(held_all(shelf))
+        release = lambda: None if is_over.wait(most_s) else holding.close()  # noqa: E731
+        threads.run(release, "lazy_orbax-hold")
+        try:
+            yield
+        finally:
+            is_over.set()
 
 
 UNUSABLE = (LazyOrbaxError, SnapshotError, OSError)

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lazy_orbax._orbax.restored_kinds import SCALAR
 from lazy_orbax.errors import CorruptCheckpointError, Problem, RestoreError, summarize
 from lazy_orbax.integrity.array_format import ArrayFormat
 from lazy_orbax.integrity.digest import cast, digest_of_bytes
 from lazy_orbax.integrity.stored_item import Piece
-from lazy_orbax.plan.boxes import Box
+from lazy_orbax.plan.boxes import Box, Shape
 from lazy_orbax.restore.chunk import Target
-from lazy_orbax.restore.groups import Group, Member, grouped
+from lazy_orbax.restore.groups import Group, grouped
 from lazy_orbax.restore.like import Likeness, likeness_of, likeness_of_stored
 from lazy_orbax.restore.planned import read_groups
 from lazy_orbax.restore.wanted import Wanted
@@ -57,6 +58,7 @@ class KeptTree:
         directory: names it in messages.
         formats: shape and dtype of each leaf, by name.
         pieces: of each leaf, by name; those that several processes have, once.
+        own: the shards that the processes at hand bring to a tier; others bring the others.
     """
 
     def __init__(self, snapshots: Sequence[Snapshot]):
@@ -71,6 +73,7 @@ class KeptTree:
         self.directory = snapshots[0].path
         self.formats: dict[str, ArrayFormat] = {}
         self.pieces: dict[str, dict[Box, Kept]] = {}
+        self.own: dict[str, list[Box]] = {}
         self._leaves: dict[str, Sequence[Any]] = {}
         self._texts: dict[str, str] = {}
         self._told = snapshots[0].layout
@@ -95,6 +98,9 @@ class KeptTree:
             self._leaves[name] = leaf
             self.pieces.setdefault(name, {})
         names = [leaf[0] for leaf in layout["leaves"]]
+        for i, start in layout.get("own", ()):
+            shard = Box(tuple(start), tuple(layout["leaves"][i][6]))
+            self.own.setdefault(names[i], []).append(shard)
         for (i, offset, start, shape), digest in zip(layout["pieces"], digests, strict=True):
             box, form = Box(tuple(start), tuple(shape)), self.formats[names[i]]
             n_bytes = math.prod(box.shape) * form.dtype.itemsize
@@ -138,13 +144,51 @@ class KeptTree:
 
             found = read_groups(groups, start, limit_bytes=_LIMIT_BYTES, recorder=recorder)
         if found.wrong:
-            problems = [
-                Problem("the bytes are not those that were kept", leaf=leaf, index=str(box))
-                for leaf, box, _ in found.wrong
-            ]
-            raise CorruptCheckpointError(self.directory, problems)
+            wrong = [_unlike(leaf, box) for leaf, box, _ in found.wrong]
+            raise CorruptCheckpointError(self.directory, wrong)
         recorder.mark("on_device", "verified")
         return self._rebuilt(wanted, found.values, like is None, on_devices)
+
+    def stand_in(self) -> Any:
+        """Returns the tree as `restored` does without devices, but zeros that take no memory."""
+        wanted, values = self._wanted(None, False), dict[int, Any]()
+        for leaf in wanted.wanted:
+            zero = np.zeros((), leaf.dtype)
+            is_number = leaf.kind == SCALAR
+            values[leaf.position] = zero.item() if is_number else np.broadcast_to(zero, leaf.shape)
+        return self._rebuilt(wanted, values, True, False)
+
+    def shard_shapes(self) -> dict[str, Shape]:
+        """Returns the shape of the shards of each leaf.
+
+        Raises:
+            SnapshotError: an older lazy_orbax took the snapshot, and did not say so.
+        """
+        try:
+            return {name: tuple(leaf[6]) for name, leaf in self._leaves.items()}
+        except IndexError as error:
+            raise SnapshotError(f"{self.directory} is of an older lazy_orbax") from error
+
+    def own_copies(self) -> dict[str, dict[Box, np.ndarray]]:
+        """Returns the shards of `own`, in memory of their own. Each piece is compared first.
+
+        Raises:
+            NotAtHandError: a part of one is not here.
+            CorruptCheckpointError: a piece is not what was put there.
+        """
+        copies: dict[str, dict[Box, np.ndarray]] = {}
+        for name, box in ((name, box) for name, boxes in self.own.items() for box in boxes):
+            if not self._has(name, box):
+                raise NotAtHandError(f"{self.directory} does not have leaf {name}{box}")
+            array = np.empty(box.shape, self.formats[name].dtype)
+            copies.setdefault(name, {})[box] = array
+            for kept in self._in(name, (box,)):
+                if digest_of_bytes(kept.memory) != kept.digest:
+                    raise CorruptCheckpointError(self.directory, [_unlike(name, kept.box)])
+                common = box.overlap(kept.box) or box
+                source = kept.memory.view(array.dtype).reshape(kept.box.shape)
+                array[common.relative_to(box)] = source[common.relative_to(kept.box)]
+        return copies
 
     def _wanted(self, like: Any, is_part: bool) -> Likeness:
         if like is None:
@@ -166,7 +210,7 @@ class KeptTree:
             paths[keys] = name = ".".join(text for _, text in keys)
             leaves[name] = kind
 
-        for _, path, _, _, kind, _ in self._leaves.values():
+        for _, path, _, _, kind, *_ in self._leaves.values():
             add(path, kind if kind in ("array", "key", "numpy") else "scalar")
         for _, path in self._told["texts"]:
             add(path, "string")
@@ -198,22 +242,20 @@ class KeptTree:
         """Compares pieces and copies them. Returns those that are not what was kept."""
         wrong: list[Piece] = []
         for member, mine in zip(group.members, targets, strict=True):
-            for kept in self._needed(member):
+            for kept in self._in(member.wanted.name, member.boxes):
                 if digest_of_bytes(kept.memory) != kept.digest:
                     wrong.append(Piece(member.wanted.name, kept.box, kept.digest))
                     continue
                 _copied(kept, member.wanted, member.boxes, mine)
         return wrong
 
-    def _needed(self, member: Member) -> list[Kept]:
-        pieces = self.pieces[member.wanted.name]
-        if all(box in pieces for box in member.boxes):
-            return [pieces[box] for box in member.boxes]
-        return [
-            kept
-            for kept in pieces.values()
-            if any(kept.box.overlap(box) is not None for box in member.boxes)
-        ]
+    def _in(self, name: str, boxes: Sequence[Box]) -> list[Kept]:
+        """Returns the pieces that have something of boxes of a leaf."""
+        pieces = self.pieces[name]
+        if all(box in pieces for box in boxes):
+            return [pieces[box] for box in boxes]
+        overlaps = lambda kept: any(kept.box.overlap(box) is not None for box in boxes)  # noqa: E731
+        return [kept for kept in pieces.values() if overlaps(kept)]
 
     def _rebuilt(
         self, wanted: Likeness, values: dict[int, Any], is_all: bool, on_devices: bool
@@ -232,6 +274,10 @@ class KeptTree:
                 raise RestoreError(f"leaf {name}: found no such string in {self.directory}")
             leaves[position] = self._texts[name]
         return wanted.rebuild(leaves)
+
+
+def _unlike(leaf: str, box: Box) -> Problem:
+    return Problem("the bytes are not those that were kept", leaf=leaf, index=str(box))
 
 
 def _are_apart(boxes: Sequence[Box]) -> bool:

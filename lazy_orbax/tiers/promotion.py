@@ -11,9 +11,11 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
+from lazy_orbax.tiers.completion import end
 from lazy_orbax.tiers.shelf import Shelf
 from lazy_orbax.tiers.snapshot_file import Snapshot
 
@@ -68,10 +70,10 @@ class Promotions:
         """
         known = {way.tier["path"]: way for way in self._ways.get(run, ())}
         ways = [
-            known.pop(tier["path"], None) or _Way(tier, now_s + tier["every_s"]) for tier in tiers
+            known.pop(tier["path"], None) or _Way(tier, now_s + _pause_s(tier)) for tier in tiers
         ]
         for way, tier in zip(ways, tiers, strict=True):
-            way.tier, way.due_s = tier, min(way.due_s, now_s + tier["every_s"])
+            way.tier, way.due_s = tier, min(way.due_s, now_s + _pause_s(tier))
         for way in known.values():
             _stop(way)
         self._ways[run] = ways
@@ -99,7 +101,7 @@ class Promotions:
                     self._ended(run, way, status)
                 may_begin = way.is_owed or not is_late
                 if way.program is None and now_s >= way.due_s and may_begin:
-                    way.due_s, way.is_owed = now_s + way.tier["every_s"], False
+                    way.due_s, way.is_owed = now_s + _pause_s(way.tier), False
                     self._begin(run, way)
         self._dead = {run for run in self._ways if run not in alive}
         return any(way.program is not None for ways in self._ways.values() for way in ways)
@@ -144,8 +146,13 @@ class Promotions:
             self.left(run)
 
 
+def _pause_s(tier: dict[str, Any]) -> float:
+    """Returns when the next snapshot is to go to a tier: on all machines at the same moment."""
+    every_s = tier["every_s"]
+    return every_s if tier.get("machine") is None else every_s - time.time() % every_s
+
+
 def _stop(way: _Way) -> None:
     if way.program is not None:
-        way.program.kill()
-        way.program.wait()
+        end(way.program)
         way.program = None

@@ -5,13 +5,19 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import secrets
 from collections.abc import Sequence
 from typing import Any
+
+import jax
 
 from lazy_orbax import _paths
 from lazy_orbax.errors import OptionError
 from lazy_orbax.integrity.digest import digest_of_bytes
 from lazy_orbax.pods import consensus
+from lazy_orbax.storage.place import Place
+from lazy_orbax.storage.places import place_of
+from lazy_orbax.tiers.meeting import FOLDER
 from lazy_orbax.tiers.shelf import Shelf
 
 _BOOT = pathlib.Path("/proc/sys/kernel/random/boot_id")
@@ -49,8 +55,30 @@ class Tier:
             raise OptionError(f"keep={self.keep!r} must be a number of steps, above 0, or None.")
 
 
-def checked_tiers(tiers: Any, run: str, directory: str | None) -> tuple[Tier, ...]:
-    """Returns the tiers of a run. If there are any, every process must call it.
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """A machine of a job on several.
+
+    Attributes:
+        processes: those that share the keeper there.
+        of: how many processes the job has.
+    """
+
+    processes: tuple[int, ...]
+    of: int
+
+    @property
+    def part(self) -> int:
+        """Its number, and that of what it writes: its first process."""
+        return min(self.processes)
+
+
+def checked_tiers(
+    tiers: Any, run: str, directory: str | None
+) -> tuple[tuple[Tier, ...], Machine | None]:
+    """Returns the tiers of a run, and this machine if there are several.
+
+    If there are tiers, every process must call it.
 
     Args:
         tiers: what the caller gave.
@@ -60,7 +88,7 @@ def checked_tiers(tiers: Any, run: str, directory: str | None) -> tuple[Tier, ..
     Raises:
         KeeperError: it cannot be had.
         OptionError: they are no `Tier`s; two of them, or one and the run, are one directory; or
-            the processes of the job do not share one keeper.
+            not all machines of the job see the same directory there.
     """
     if not isinstance(tiers, Sequence) or not all(isinstance(one, Tier) for one in tiers):
         raise OptionError(f"tiers={tiers!r} must be a list of lazy_orbax.Tier.")
@@ -72,26 +100,70 @@ def checked_tiers(tiers: Any, run: str, directory: str | None) -> tuple[Tier, ..
                     f"The tier {path} is another tier too, or the run, or in one, or around it: "
                     f"found {other}. Give each tier a directory of its own."
                 )
-    if tiers:
-        _refuse_several_keepers(Shelf(directory).path)
-    return tuple(tiers)
+    machine = _machine(Shelf(directory).path) if tiers else None
+    if machine is not None:
+        for tier in tiers:
+            _refuse_not_shared(tier.path)
+    return tuple(tiers), machine
 
 
-def told_of(tiers: Sequence[Tier]) -> list[dict[str, Any]]:
-    """Returns the fields of tiers, as a keeper hears of them."""
-    return [dataclasses.asdict(tier) for tier in tiers]
+def told_of(tiers: Sequence[Tier], machine: Machine | None = None) -> list[dict[str, Any]]:
+    """Returns the fields of tiers, as a keeper hears of them, and of this machine."""
+    here = {} if machine is None else {"machine": dataclasses.asdict(machine)}
+    return [{**dataclasses.asdict(tier), **here} for tier in tiers]
 
 
-def _refuse_several_keepers(directory: str) -> None:
-    """Refuses tiers to a job whose processes do not share one memory: they have whole steps."""
+def heard_of(told: dict[str, Any]) -> tuple[Tier, Machine | None]:
+    """Returns a tier, and this machine, of what `told_of` said of them."""
+    fields = dict(told)
+    here = fields.pop("machine", None)
+    machine = None if here is None else Machine(tuple(here["processes"]), here["of"])
+    return Tier(**fields), machine
+
+
+def _machine(directory: str) -> Machine | None:
+    """Returns the processes with which this one shares a keeper; `None`: with all of the job."""
     status = os.stat(directory)
     boot = _BOOT.read_text() if _BOOT.exists() else ""
     here = digest_of_bytes(f"{boot} {status.st_dev} {status.st_ino}".encode()) >> 2
-    (first,) = consensus.from_first([here], most=1)
-    elsewhere = consensus.which_processes(here != first)
-    if elsewhere:
+    keepers = consensus.of_each(here)
+    mine = tuple(process for process, each in enumerate(keepers) if each == here)
+    return None if len(mine) == len(keepers) else Machine(mine, len(keepers))
+
+
+def _refuse_not_shared(tier: str) -> None:
+    """Refuses a tier that is not one directory for all machines. Every process must call it.
+
+    Raises:
+        OptionError: process 0 could not write there, or another does not find what it wrote.
+    """
+    (number,) = consensus.from_first([secrets.randbits(62)], most=1)
+    place, name = place_of(tier), f"{FOLDER}-{number}"
+    is_first, why = jax.process_index() == 0, ""
+    if is_first:
+        try:
+            place.kvstore.write(name, b"shared").result()
+        except Exception as error:  # noqa: BLE001 - Clients of buckets raise many types.
+            why = f": {error}"
+    try:
+        if consensus.which_processes(bool(why)):
+            raise OptionError(f"process 0 cannot write to the tier {tier}{why}")
+        blind = consensus.which_processes(not _sees(place, name))
+    finally:
+        if is_first and not why:
+            place.kvstore.write(name, None).result()
+    if blind:
         raise OptionError(
-            f"tiers need one keeper that all processes of the job share, and process "
-            f"{elsewhere[0]} has another than process 0: it is on another machine, or has another "
-            "`directory`. Leave `tiers` out, and let the manager save."
+            f"The tier {tier} is not shared: process {blind[0]} does not find there what process 0 "
+            "wrote. The processes of the job do not share one machine, so that a tier must be a "
+            "directory that all machines see: on a shared file system, or gs://. A disk of each "
+            "machine is no tier of such a job: leave it out."
         )
+
+
+def _sees(place: Place, name: str) -> bool:
+    """Whether a file is there. Whatever goes wrong, the other processes wait for the answer."""
+    try:
+        return place.peek(name) is not None
+    except Exception:  # noqa: BLE001 - Clients of buckets raise many types.
+        return False

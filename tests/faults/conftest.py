@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -22,6 +23,17 @@ def interposer(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def zygote(interposer: pathlib.Path) -> Iterator[crashes.Zygote]:
     """Forks processes that die while they save."""
     zygote = crashes.Zygote(interposer)
+    yield zygote
+    zygote.close()
+
+
+@pytest.fixture(scope="module")
+def other(
+    interposer: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[crashes.Zygote]:
+    """Forks processes of another machine."""
+    library = shutil.copy(interposer, tmp_path_factory.mktemp("other") / "fscalls.so")
+    zygote = crashes.Zygote(pathlib.Path(library))
     yield zygote
     zygote.close()
 

@@ -17,8 +17,11 @@ import faulthandler
 import functools
 import json
 import pathlib
+import secrets
 import signal
 import sys
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,8 +33,11 @@ from orbax.checkpoint import v1 as orbax_v1
 
 import lazy_orbax
 from lazy_orbax.combine import export, merge  # noqa: F401 - Imported here, not in each fork.
+from lazy_orbax.errors import KeeperError
+from lazy_orbax.handlers import promoting_parts
 from lazy_orbax.handlers.promoting import promote
 from lazy_orbax.handlers.v1 import lazy_v1
+from lazy_orbax.tiers.tier import Machine
 
 FSCALLS = ctypes.CDLL(os.environ["LD_PRELOAD"])
 HANG_S = 60
@@ -69,6 +75,8 @@ def save(  # noqa: PLR0913 - As they come in a request.
     linked: bool = False,
     in_database: bool = True,
     memory: str = "",
+    machine: Sequence[int] = (),
+    gone: str = "",
     made: str = "",
     death: Death | None = None,
 ) -> None:
@@ -84,6 +92,8 @@ def save(  # noqa: PLR0913 - As they come in a request.
         in_database: whether arrays go to an OCDBT database.
         memory: the directory of a keeper. The step is not saved: what is kept there of the run
             `/run` is brought to `root`, of which that is a tier.
+        machine: which machine of how many has that keeper; nothing: there is one.
+        gone: a file that is there when no other machine is waited for any more.
         made: `merge` or `export`: what is made of step 1 instead.
         death: how the process ends, if it does.
     """
@@ -93,7 +103,10 @@ def save(  # noqa: PLR0913 - As they come in a request.
         begin, end = (lambda step, state: make(root, made)), (lambda: None)
     elif memory:
         tier = lazy_orbax.Tier(root, every_s=1, keep=1)
-        begin, end = (lambda step, state: promote("/run", tier, memory)), (lambda: None)
+        here = Machine((machine[0],), machine[1]) if machine else None
+        secrets.token_hex = lambda n: "token"  # Calls are told apart by their names.
+        promoting_parts.awaited = functools.partial(until_gone, gone)
+        begin, end = (lambda step, state: promote("/run", tier, memory, here)), (lambda: None)
     else:
         options = dataclasses.replace(OPTIONS, skip_unchanged=linked)
         handler = None
@@ -114,6 +127,15 @@ def save(  # noqa: PLR0913 - As they come in a request.
     if death.cut and FSCALLS.cut_power(mounted, death.late):
         raise OSError("the power was not cut")
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def until_gone(gone: str, look: Callable[[], Any], patience_s: float, what: str) -> Any:
+    """Waits for another machine until that is gone, however long it takes."""
+    while (found := look()) is None:
+        if os.path.exists(gone):
+            raise KeeperError(what)
+        time.sleep(0.01)
+    return found
 
 
 def make(root: str, made: str) -> None:

@@ -1,8 +1,11 @@
 """Storage that hangs: the save fails in time, and nothing of this process hangs with it."""
 
 import os
+import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 
 import numpy as np
@@ -14,6 +17,7 @@ from faults import disks
 
 import lazy_orbax
 from lazy_orbax.errors import SaveError
+from lazy_orbax.handlers.promoting import promote
 from lazy_orbax.snapshot.host_budget import HOST_BUDGET
 from lazy_orbax.storage import fsync
 
@@ -80,3 +84,31 @@ def test_storage_that_hangs_fails_and_refuses(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-6000:]
     assert "ALL HELD" in done.stdout
+
+
+@pytest.fixture
+def memory():
+    above = pathlib.Path(tempfile.mkdtemp(prefix="lo-", dir="/dev/shm"))
+    yield str(above / "k")
+    shutil.rmtree(above)
+
+
+def test_a_promotion_to_storage_that_hangs_holds_up_no_save_to_memory(tmp_path, memory):
+    tier = lazy_orbax.Tier(tmp_path / "tier", every_s=60)
+    with lazy_orbax.Keeper("/run", directory=memory) as keeper:
+
+        def keep(step):
+            assert keeper.save(step, {"a": np.full(8, step)})
+            within(keeper.wait)
+
+        keep(0)
+        with held_at("sync") as gate:
+            promoting = threading.Thread(target=promote, args=("/run", tier, memory))
+            promoting.start()
+            gate.await_call()
+            for step in range(1, 6):
+                keep(step)
+            assert (keeper.report.kept, keeper.report.skipped, keeper.report.failed) == (6, 0, 0)
+            assert not [name for name in os.listdir(tier.path) if name.isdecimal()]
+        promoting.join()
+    assert lazy_orbax.load(f"{tier.path}/0/default")["a"].tolist() == [0] * 8

@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import logging
+import pathlib
 import time
 import traceback
 from typing import Any
@@ -16,6 +17,7 @@ import google.cloud.storage  # noqa: F401
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from equipment.machines import machines, promoted
 from equipment.pods import states
 from equipment.training import SLAB_BYTES, Steps, make_state
 from equipment.trees import abstract, all_bits, random_array
@@ -139,6 +141,15 @@ class Job:
     def promote(self, run: str, directory: str, tier: str) -> int | None:
         """Brings what is kept to a tier that keeps one step."""
         return promote(run, lazy_orbax.Tier(tier, every_s=1, keep=1), directory)
+
+    def promote_together(self, run: str, directory: str, tier: str, n: int) -> list[Any]:
+        """Brings what is kept to a tier, as so many machines with a part of it each."""
+        places = machines(pathlib.Path(directory).parent, directory, n)
+        tiers = [lazy_orbax.Tier(tier, every_s=1, keep=1)] * n
+        return [
+            found if isinstance(found, int) else str(found)
+            for found in promoted(run, tiers, places)
+        ]
 
     def newest(self, run: str, directory: str, tier: str) -> tuple[int, str, list[str]]:
         """Returns the newest step, where it was, and which leaves are not what was kept."""

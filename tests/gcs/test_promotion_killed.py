@@ -96,3 +96,16 @@ def test_what_is_in_a_bucket_is_found_when_memory_is_gone(start, root, memory):
     assert job.do("promote", run, memory, tier) == 1
     assert job.do("newest", run, memory, tier) == (1, "memory", [])
     assert job.do("newest", run, memory, tier) == (1, tier, [])  # It ended well, and left nothing.
+
+
+@pytest.mark.slow
+def test_machines_bring_a_step_to_a_bucket_together(start, witness, root, memory):
+    run, tier, job = f"{root}/run", f"{root}/tier", start()
+    for step in (1, 2):
+        witness.do("keep", run, memory, step)
+        assert job.do("promote_together", run, memory, tier, 2) == [step, step]
+    assert witness.do("open", tier, stock=True) == [2]
+    assert witness.do("wrong", 2) == []
+    assert witness.do("problems", 2) == []
+    assert not witness.do("objects", 1)
+    assert not witness.do("objects", "lazy_orbax_meeting")

@@ -1,4 +1,4 @@
-"""Two real processes share a keeper: a step goes down to a tier when both have their part."""
+"""Real processes share a keeper, or have one each: a step goes to a tier when all have a part."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import pathlib
 import shutil
 import tempfile
 
+import orbax.checkpoint as ocp
 import pytest
+from equipment.pods import states
 from equipment.pods.jobs import reports, run_job
 
+import lazy_orbax
 from lazy_orbax.tiers.keeper_link import connected
 from lazy_orbax.tiers.messages import asked
 
@@ -37,6 +40,16 @@ def test_a_step_is_listed_when_every_process_has_its_part(tmp_path, memory):
     assert os.listdir(tmp_path / "tier") == ["5"]
 
 
-def test_processes_with_a_keeper_each_have_no_tiers(tmp_path, memory):
-    told = reports(run_job(2, "keepers_apart", tmp_path, logs=tmp_path / "logs", memory=memory))
-    assert all("process 1 has another than process 0" in one for one in told)
+@pytest.mark.parametrize("n", [2, 4])
+def test_processes_with_a_keeper_each_bring_a_step_to_a_tier_that_all_see(tmp_path, memory, n):
+    told = reports(run_job(n, "keepers_apart", tmp_path, logs=tmp_path / "logs", memory=memory))
+    for one in told:
+        assert "is not shared: process 1 does not find there" in str(one["why"])
+        assert one["found"] == [6, f"{tmp_path}/tier"]
+        assert one["wrong"] == []
+    with ocp.CheckpointManager(tmp_path / "tier") as stock:
+        assert stock.latest_step() == 6
+        found, wanted = stock.restore(6), states.values(6)
+    assert sorted(found) == sorted(wanted)
+    assert all(found[name].tobytes() == wanted[name].tobytes() for name in wanted)
+    assert lazy_orbax.verify(tmp_path / "tier" / "6").is_whole

@@ -24,7 +24,7 @@ from equipment.pods.kill_points import killing
 import lazy_orbax
 from lazy_orbax import _machine
 from lazy_orbax.combine import merge_work
-from lazy_orbax.errors import KeeperError, OptionError
+from lazy_orbax.errors import KeeperError
 from lazy_orbax.handlers import promoting
 from lazy_orbax.save import commit, writer
 from lazy_orbax.snapshot.host_budget import HOST_BUDGET
@@ -521,14 +521,30 @@ def promoted(root: str, memory: str) -> Report:
     return {"why": why, "before": before, "found": [found.step, found.tier], "wrong": wrong}
 
 
-def keepers_apart(root: str, memory: str) -> str:
-    """Tiers of two processes with a keeper each, as on two machines."""
-    tier = lazy_orbax.Tier(f"{root}/tier", every_s=0.1)
-    try:
-        lazy_orbax.Keeper(f"{root}/run", directory=f"{memory}{jax.process_index()}", tiers=[tier])
-    except OptionError as error:
-        return str(error)
-    return ""
+def keepers_apart(root: str, memory: str) -> Report:
+    """Processes with a keeper each, as on machines of their own, bring a step to one tier."""
+    mesh, process, run = _mesh(), jax.process_index(), f"{root}/run"
+    memory = f"{memory}{process}"
+    other = lazy_orbax.Tier(f"{root}/tier{process}", every_s=1)
+    why = _outcome(lambda: lazy_orbax.Keeper(run, directory=memory, tiers=[other]))
+    tier = lazy_orbax.Tier(f"{root}/tier", every_s=1)
+    with (
+        lazy_orbax.Keeper(run, directory=memory, tiers=[tier]) as keeper,
+        _manager(run) as manager,
+    ):
+        for step in (5, 6):
+            keeper.save(step, states.on_mesh(mesh, step))
+            keeper.wait()
+        ocp.multihost.sync_global_processes("all have it")
+        while 6 not in dict(listed(tier.path)):
+            time.sleep(0.05)
+        for file in keeper.slots.files(["default"]):
+            keeper.slots.shelf.remove(file)
+        ocp.multihost.sync_global_processes("memory is gone")
+        args = ocp.args.StandardRestore(states.targets(mesh, states.OTHER_SPECS))
+        found = lazy_orbax.restore_newest(manager, keeper, args=args)
+        wrong = states.differences(found.value, states.values(6))
+    return {"why": why, "found": [found.step, found.tier], "wrong": wrong}
 
 
 SCENARIOS = {

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from lazy_orbax._orbax import lifecycle, waiting
-from lazy_orbax._orbax.symbols import MISFIT
+from lazy_orbax._orbax.symbols import MISFITS
 
 WAIT_S = 30
 TREE = {"w": np.arange(8)}
@@ -137,9 +137,13 @@ def test_a_manager_says_which_steps_it_will_remove(tmp_path):
         assert lifecycle.retired_steps(manager) == [1, 2]
 
 
-def test_orbax_says_in_these_words_that_trees_differ(tmp_path):
+@pytest.mark.parametrize(
+    ("handler_of", "words"),
+    [*zip((ocp.PyTreeCheckpointHandler, ocp.StandardCheckpointHandler), MISFITS, strict=True)],
+)
+def test_orbax_says_in_these_words_that_trees_differ(handler_of, words, tmp_path):
     other = {name: jax.ShapeDtypeStruct((8,), np.int64) for name in "vw"}
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with ocp.Checkpointer(handler_of()) as checkpointer:
         checkpointer.save(tmp_path / "1", TREE)
-        with pytest.raises(ValueError, match=MISFIT):
+        with pytest.raises(ValueError, match=words):
             checkpointer.restore(tmp_path / "1", other)

@@ -1,8 +1,10 @@
 """A run is completed when its last trainer has been dead for as long as was set, and once."""
 
+import subprocess
+
 import pytest
 
-from lazy_orbax.tiers.completion import Completions
+from lazy_orbax.tiers.completion import Completions, end
 
 
 class Program:
@@ -17,7 +19,7 @@ class Program:
     def kill(self):
         self.is_killed = True
 
-    def wait(self):
+    def wait(self, timeout=None):
         assert self.is_killed
 
 
@@ -96,3 +98,14 @@ def test_where_no_program_can_be_started_it_is_tried_again(completions, monkeypa
     assert completions.started == []
     completions.turn(20.0, set())
     assert len(completions.started) == 1
+
+
+def test_nobody_waits_for_a_program_that_storage_holds():
+    class Held(Program):
+        def wait(self, timeout=None):
+            assert self.is_killed
+            assert 0 < timeout <= 5  # Less than a client has patience for.
+            raise subprocess.TimeoutExpired("promoting", timeout)
+
+    end(program := Held())
+    assert program.is_killed

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -77,3 +78,22 @@ def test_every_process_keeps_what_is_in_host_memory(mesh):
     found = with_host_leaves(nothing, 1, slab_bytes=2**20)
     assert has_all_here(found, 1)
     assert found.n_bytes == first.n_bytes
+
+
+def test_each_shard_is_brought_to_a_tier_by_one_process(mesh, monkeypatch):
+    found = []
+    tree = {"n": 3, "a": on_mesh(np.zeros((8, 6)), mesh, "a"), "r": on_mesh(np.zeros(3), mesh)}
+    tree |= {f"r{i}": on_mesh(np.zeros(3), mesh) for i in range(3)}
+    # As if the devices were those of two processes, each with a part of all replicas.
+    holders = kept_layout._holders
+    monkeypatch.setattr(
+        kept_layout, "_holders", lambda *leaf: dict.fromkeys(holders(*leaf), (0, 1))
+    )
+    for process in (0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        found.append(json.loads(layout_of(plan_of(tree), tree).text)["own"])
+    leaves = [leaf.name for leaf in plan_of(tree).leaves]
+    assert sorted((leaves[i], *start) for each in found for i, start in each) == sorted(
+        [("n",), *(("a", row, 0) for row in (0, 2, 4, 6)), *((f"r{i}", 0) for i in ("", 0, 1, 2))]
+    )
+    assert all(len(each) > 1 for each in found)  # They take turns.

@@ -9,7 +9,7 @@ import pytest
 
 import lazy_orbax
 from lazy_orbax.errors import KeeperError
-from lazy_orbax.tiers.kept_steps import KeptStep, kept_steps
+from lazy_orbax.tiers.kept_steps import KeptStep, held_for, kept_steps
 from lazy_orbax.tiers.snapshot_file import SnapshotError, held
 
 
@@ -81,3 +81,17 @@ def test_a_step_of_a_pod_needs_the_part_of_every_process(keeper):
         KeptStep(2, {"default": [parts[0], parts[2]]}).refuse_parts()
     with pytest.raises(KeeperError, match="item more: .* process 0 "):
         KeptStep(2, {"default": parts, "more": parts[1:]}).refuse_parts()
+
+
+def test_what_is_held_for_a_while_is_let_go_whatever_goes_on(keeper):
+    with held_for(keeper.slots.shelf, 3600):
+        save(keeper, 3)
+        assert (keeper.report.newest_step, keeper.report.skipped) == (2, 1)
+    save(keeper, 4)
+    assert keeper.report.newest_step == 4
+    with held_for(keeper.slots.shelf, 0):
+        step = 4
+        while keeper.report.newest_step == 4:
+            step += 1
+            save(keeper, step)
+        assert keeper.report.newest_step == step

@@ -183,3 +183,36 @@ def test_a_change_of_any_layout_gives_an_error_and_no_array(tmp_path_factory, da
     except (SnapshotError, CorruptCheckpointError, NotAtHandError):
         return
     assert_same(found, tree)
+
+
+def test_the_shards_of_a_machine_are_made_whole_of_its_pieces(tmp_path, tree, mesh):
+    tree["s"] = on_mesh(np.arange(16, dtype=np.int32), mesh, "a")  # Replicas have shares of shards.
+    snapshot, file, layout = kept(tmp_path / "f", tree)
+    found = KeptTree([snapshot])
+    shapes, copies = found.shard_shapes(), found.own_copies()
+    assert {name: shapes[name] for name in "wsrh"} == {
+        "w": (4, 6),
+        "s": (4,),
+        "r": (5, 3),
+        "h": (7,),
+    }
+    assert [box.start for box in copies["s"]] == [(0,), (4,), (8,), (12,)]
+    for name, boxes in copies.items():
+        assert {array.shape for array in boxes.values()} == {shapes[name]}
+        for box, array in boxes.items():
+            wanted = np.asarray(tree[name])[index_of(box.start, box.shape)]
+            assert array.tobytes() == wanted.tobytes()
+    like = found.stand_in()
+    alike = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), like) == alike
+    assert all(set(leaf.strides) <= {0} for leaf in jax.tree.leaves(like))  # It takes no memory.
+    view_in(file.memory, next(iter(layout.spots.values())))[0] ^= 1
+    with pytest.raises(CorruptCheckpointError, match="not those that were kept"):
+        found.own_copies()
+
+
+def test_a_shard_of_which_a_part_is_not_here_is_named(tmp_path, mesh):
+    tree = {"s": on_mesh(np.arange(16, dtype=np.int32), mesh, "a")}
+    snapshot, *_ = kept(tmp_path / "f", tree, only=lambda piece: piece.start != (2,))
+    with pytest.raises(NotAtHandError, match="does not have leaf s"):
+        KeptTree([snapshot]).own_copies()

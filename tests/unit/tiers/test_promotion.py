@@ -1,5 +1,7 @@
 """Each tier gets what is newer at its own pace, one at a time; a dead run's at once."""
 
+import time
+
 import pytest
 
 from lazy_orbax.tiers.promotion import Promotions
@@ -18,7 +20,7 @@ class Program:
     def kill(self):
         self.is_killed = True
 
-    def wait(self):
+    def wait(self, timeout=None):
         assert self.is_killed
 
 
@@ -148,3 +150,19 @@ def test_where_no_program_can_be_started_the_keeper_goes_on(promotions, monkeypa
     assert promotions.told()[0]["status"] == 1
     assert "no memory" in caplog.text
     assert promotions.turn(20.0, {"run"})
+
+
+def test_the_machines_of_a_job_begin_at_the_same_moments(promotions, monkeypatch):
+    tier = {**NVME, "machine": {"processes": [0], "of": 2}}
+    monkeypatch.setattr(time, "time", lambda: 1234.0)
+    promotions.came("run", [tier], 500.0)
+    promotions.turn(505.9, {"run"})
+    assert paths(promotions) == []
+    monkeypatch.setattr(time, "time", lambda: 1240.5)
+    promotions.turn(506.5, {"run"})
+    assert paths(promotions) == ["/nvme"]
+    promotions.started[0][2].status = 1
+    promotions.turn(515.9, {"run"})
+    assert len(promotions.started) == 1
+    promotions.turn(516.0, {"run"})  # At 1250.
+    assert len(promotions.started) == 2

@@ -1,13 +1,16 @@
-"""A tier says what it is, and is a directory of its own; its job has one keeper."""
+"""A tier says what it is, and is a directory of its own; all machines of its job see it."""
 
+import json
 import os
 
+import jax
 import pytest
 
 import lazy_orbax
 from lazy_orbax.errors import OptionError
 from lazy_orbax.pods import consensus
-from lazy_orbax.tiers.tier import checked_tiers, told_of
+from lazy_orbax.tiers.meeting import FOLDER
+from lazy_orbax.tiers.tier import Machine, checked_tiers, heard_of, told_of
 
 
 def tier(path="/nvme/run", **keywords):
@@ -60,12 +63,42 @@ def test_a_tier_is_neither_in_the_run_nor_around_it(tmp_path, where, place):
 
 def test_a_keeper_hears_the_fields(place):
     found = checked_tiers([tier(keep=2)], "/run", place)
-    assert told_of(found) == [{"path": "/nvme/run", "every_s": 60, "keep": 2}]
+    assert told_of(*found) == [{"path": "/nvme/run", "every_s": 60, "keep": 2}]
 
 
-def test_a_job_on_two_machines_is_refused(monkeypatch, place):
-    monkeypatch.setattr(consensus, "from_first", lambda numbers, most: [numbers[0] ^ 1])
-    monkeypatch.setattr(consensus, "which_processes", lambda flag: [3] if flag else [])
-    with pytest.raises(OptionError, match="process 3 has another than process 0"):
-        checked_tiers([tier()], "/run", place)
-    assert checked_tiers([], "/run", place) == ()
+def test_a_program_hears_of_the_tier_and_the_machine():
+    for machine in (None, Machine((2, 3), 4)):
+        (told,) = told_of([tier()], machine)
+        assert heard_of(json.loads(json.dumps(told))) == (tier(), machine)
+
+
+@pytest.fixture
+def two_machines(monkeypatch):
+    """Lets this process be the third of four, with the fourth one on its machine."""
+    monkeypatch.setattr(consensus, "of_each", lambda number: [1, 2, number, number])
+    monkeypatch.setattr(consensus, "which_processes", lambda flag: [2] if flag else [])
+    monkeypatch.setattr(jax, "process_index", lambda: 2)
+
+
+@pytest.mark.usefixtures("two_machines")
+def test_the_tiers_of_a_job_on_several_machines_are_shared(monkeypatch, place, tmp_path):
+    monkeypatch.setattr(consensus, "from_first", lambda numbers, most: [7])
+    with pytest.raises(OptionError, match="is not shared: process 2 does not find there"):
+        checked_tiers([tier(tmp_path)], "/run", place)
+    (tmp_path / f"{FOLDER}-7").mkdir()  # It cannot be read.
+    with pytest.raises(OptionError, match="is not shared: process 2 does not find there"):
+        checked_tiers([tier(tmp_path)], "/run", place)
+    (tmp_path / f"{FOLDER}-7").rmdir()
+    (tmp_path / f"{FOLDER}-7").write_bytes(b"shared")  # As process 0 does.
+    assert checked_tiers([tier(tmp_path)], "/run", place)[1] == Machine((2, 3), 4)
+    assert checked_tiers([], "/run", place) == ((), None)
+
+
+@pytest.mark.usefixtures("two_machines")
+def test_process_0_writes_what_the_others_look_for_and_removes_it(monkeypatch, place, tmp_path):
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    assert checked_tiers([tier(tmp_path / "tier")], "/run", place)[1] == Machine((2, 3), 4)
+    assert os.listdir(tmp_path / "tier") == []
+    (tmp_path / "file").touch()
+    with pytest.raises(OptionError, match="process 0 cannot write to the tier"):
+        checked_tiers([tier(tmp_path / "file")], "/run", place)

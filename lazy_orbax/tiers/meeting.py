@@ -1,0 +1,126 @@
+"""What the programs of several machines tell each other that bring one step to one tier.
+
+They share nothing but the tier. Whoever has the first process of the job calls the others, in a
+file of the tier, and every call has a token of its own. What is told in a call is told once, in a
+file that is there whole or not at all. It works in an object store as in a shared file system.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from lazy_orbax.errors import KeeperError
+from lazy_orbax.save.part import remove_folder
+from lazy_orbax.storage.places import place_of
+
+FOLDER = "lazy_orbax_meeting"
+"""Of a tier: no step has this name."""
+_CALL = "call"
+_LOOK_S = 0.2
+_T = TypeVar("_T")
+
+
+class Meeting:
+    """Where the programs of a tier's machines meet."""
+
+    def __init__(self, tier: str):
+        """Makes nothing yet.
+
+        Args:
+            tier: the directory, or its address.
+        """
+        self.tier = tier
+        self._place = place_of(f"{tier}/{FOLDER}")
+
+    @contextlib.contextmanager
+    def called(self) -> Iterator[str]:
+        """Calls the others. Yields the token of the call, which ends with the block."""
+        token, before = secrets.token_hex(8), self.token()
+        self._write(_CALL, {"token": token})
+        if before is not None:  # Of one that was killed.
+            remove_folder(self._place, before)
+        try:
+            yield token
+        finally:
+            if self.token() == token:
+                self.clear()
+
+    def clear(self) -> None:
+        """Removes all that was told, and ends the call that is going on, if there is one."""
+        remove_folder(place_of(self.tier), FOLDER)
+
+    def token(self) -> str | None:
+        """Returns the token of the call that is going on."""
+        return (self._read(_CALL) or {}).get("token")
+
+    def tell(self, token: str, name: str, told: dict[str, Any]) -> None:
+        """Tells something in a call. It can be told nothing else under this name.
+
+        Args:
+            token: the call.
+            name: under which it is told.
+            told: JSON values.
+
+        Raises:
+            KeeperError: the storage refused it. Of a call that has ended nobody hears any more.
+        """
+        try:
+            self._write(f"{token}/{name}", told)
+        except KeeperError:  # Its folder may be going at this moment.
+            if self.token() == token:
+                raise
+
+    def told(self, token: str, name: str) -> dict[str, Any] | None:
+        """Returns what was told in a call under a name."""
+        return self._read(f"{token}/{name}")
+
+    def told_by_all(self, token: str, name: str) -> dict[int, dict[str, Any]]:
+        """Returns what was told under `NAME-N`, by the number N."""
+        found = {}
+        for each in self._place.names(token):
+            start, _, number = each.rpartition("-")
+            if start == name and number.isdecimal() and (told := self.told(token, each)):
+                found[int(number)] = told
+        return found
+
+    def _write(self, name: str, told: dict[str, Any]) -> None:
+        try:
+            self._place.kvstore.write(name, json.dumps(told).encode()).result()
+        except ValueError as error:
+            raise KeeperError(f"nothing can be told in {self.tier}: {error}") from error
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        try:
+            found = self._place.kvstore.read(name).result()
+        except ValueError as error:
+            raise KeeperError(f"nothing can be heard in {self.tier}: {error}") from error
+        if found.state != "value":
+            return None
+        with contextlib.suppress(ValueError):
+            told = json.loads(found.value)
+            return told if isinstance(told, dict) else None
+        return None
+
+
+def awaited(look: Callable[[], _T | None], patience_s: float, what: str) -> _T:
+    """Looks until there is something.
+
+    Args:
+        look: returns it; `None`: not yet.
+        patience_s: most seconds to look.
+        what: did not come, for the message.
+
+    Raises:
+        KeeperError: nothing came.
+    """
+    deadline_s = time.monotonic() + patience_s
+    while (found := look()) is None:
+        if time.monotonic() > deadline_s:
+            raise KeeperError(f"{what} within {patience_s:.0f} s")
+        time.sleep(_LOOK_S)
+    return found

@@ -1,0 +1,67 @@
+"""What is told in one call is heard in that one alone, and nothing stays of it."""
+
+import os
+
+import pytest
+
+from lazy_orbax.errors import KeeperError
+from lazy_orbax.tiers.meeting import FOLDER, Meeting, awaited
+
+
+def test_what_is_told_in_a_call_is_heard_by_all(tmp_path):
+    leader, other = Meeting(str(tmp_path)), Meeting(str(tmp_path))
+    assert other.token() is None
+    with leader.called() as token:
+        assert other.token() == token
+        for part in (2, 10):
+            other.tell(token, f"here-{part}", {"processes": [part]})
+        other.tell(token, "hereby-3", {"processes": []})
+        assert leader.told_by_all(token, "here") == {2: {"processes": [2]}, 10: {"processes": [10]}}
+        assert leader.told(token, "step") is None
+    assert other.token() is None
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_call_ends_the_one_of_a_leader_that_was_killed(tmp_path):
+    meeting = Meeting(str(tmp_path))
+    killed = meeting.called()
+    first = killed.__enter__()
+    meeting.tell(first, "here-1", {"processes": [1]})
+    with meeting.called() as second:
+        assert second != first
+        assert meeting.told_by_all(first, "here") == meeting.told_by_all(second, "here") == {}
+        killed.__exit__(None, None, None)  # It lives, and is late: it ends nothing but its own.
+        assert meeting.token() == second
+
+
+def test_what_is_no_whole_file_is_not_there(tmp_path):
+    meeting = Meeting(str(tmp_path))
+    for content in (b"", b'{"token": "a', b"[]"):
+        (tmp_path / FOLDER).mkdir(exist_ok=True)
+        (tmp_path / FOLDER / "call").write_bytes(content)
+        assert meeting.token() is None
+
+
+def test_waiting_has_an_end():
+    with pytest.raises(KeeperError, match="nobody came within 0 s"):
+        awaited(lambda: None, 0.0, "nobody came")
+    assert awaited(lambda: 0, 0.0, "nobody came") == 0
+
+
+def test_what_cannot_be_told_matters_while_somebody_listens(tmp_path, monkeypatch):
+    leader, other = Meeting(str(tmp_path)), Meeting(str(tmp_path))
+
+    def fail(name, told):
+        raise KeeperError("nothing can be told in it")
+
+    monkeypatch.setattr(other, "_write", fail)
+    with leader.called() as token, pytest.raises(KeeperError, match="nothing can be told in"):
+        other.tell(token, "lost-1", {})
+    other.tell(token, "lost-1", {})
+
+
+def test_a_tier_that_cannot_be_written_is_told_of(tmp_path):
+    (tmp_path / FOLDER).touch()
+    meeting = Meeting(str(tmp_path))
+    with pytest.raises(KeeperError, match="can be (told|heard) in"), meeting.called():
+        pass
