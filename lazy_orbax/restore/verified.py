@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from lazy_orbax._jax_context import neutral
@@ -265,7 +266,7 @@ def _insisted_shape(argument: Any, leaf: Any) -> Any:
     if not isinstance(argument, ocp.ArrayRestoreArgs) or not argument.strict:
         return None
     shape, dtype = restored_kinds.completed(argument, leaf).global_shape, argument.dtype
-    if shape is None or dtype is None or not jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    if shape is None or dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return shape
     with neutral():  # The data of keys is what is stored.
         return jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(shape, dtype)).shape

@@ -113,8 +113,7 @@ def _program(plan: Plan, slab: Slab, into: bool) -> tuple[Program, jax.Array]:
     is_local = mesh is slab.mesh
     if not is_local:
         specs = (PartitionSpec(),) * len(specs)
-    shapes = [leaf.shape if is_local else _shard_shape(leaf) for leaf in leaves]
-    kinds = [(shape, leaf.dtype) for shape, leaf in zip(shapes, leaves, strict=True)]
+    kinds = [(leaf.shape if is_local else _shard_shape(leaf), leaf.dtype) for leaf in leaves]
     look = (mesh, specs, cuts, into, tuple(kinds))
 
     def make() -> Program:
