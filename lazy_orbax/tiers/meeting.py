@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from lazy_orbax.storage.places import place_of
 FOLDER = "lazy_orbax_meeting"
 """Of a tier: no step has this name."""
 _CALL = "call"
+_TOKEN = r"[0-9a-f]{16}"
 _LOOK_S = 0.2
 _T = TypeVar("_T")
 
@@ -56,7 +58,9 @@ class Meeting:
 
     def token(self) -> str | None:
         """Returns the token of the call that is going on."""
-        return (self._read(_CALL) or {}).get("token")
+        token = (self._read(_CALL) or {}).get("token")
+        # It names a folder that is removed: anything else that stands there is no call.
+        return token if isinstance(token, str) and re.fullmatch(_TOKEN, token) else None
 
     def tell(self, token: str, name: str, told: dict[str, Any]) -> None:
         """Tells something in a call. It can be told nothing else under this name.
@@ -101,7 +105,7 @@ class Meeting:
             raise KeeperError(f"nothing can be heard in {self.tier}: {error}") from error
         if found.state != "value":
             return None
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             told = json.loads(found.value)
             return told if isinstance(told, dict) else None
         return None

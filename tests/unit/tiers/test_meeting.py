@@ -1,5 +1,6 @@
 """What is told in one call is heard in that one alone, and nothing stays of it."""
 
+import json
 import os
 
 import pytest
@@ -36,10 +37,23 @@ def test_a_call_ends_the_one_of_a_leader_that_was_killed(tmp_path):
 
 def test_what_is_no_whole_file_is_not_there(tmp_path):
     meeting = Meeting(str(tmp_path))
-    for content in (b"", b'{"token": "a', b"[]"):
+    for content in (b"", b'{"token": "a', b"[]", b"[" * 10**6):
         (tmp_path / FOLDER).mkdir(exist_ok=True)
         (tmp_path / FOLDER / "call").write_bytes(content)
         assert meeting.token() is None
+
+
+@pytest.mark.parametrize("token", ["..", "../5", "", 5, ["a"], "a/b", "{tmp_path}/5"])
+def test_what_names_another_folder_is_no_call_and_removes_nothing(tmp_path, token):
+    token = token.format(tmp_path=tmp_path) if isinstance(token, str) else token
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / "call").write_text(json.dumps({"token": token}))
+    (tmp_path / "5").mkdir()
+    meeting = Meeting(str(tmp_path))
+    assert meeting.token() is None
+    with meeting.called():
+        pass
+    assert os.listdir(tmp_path) == ["5"]
 
 
 def test_waiting_has_an_end():
