@@ -160,7 +160,7 @@ def _joining(call: _Call, number: int, share: Share) -> ocp.PyTreeCheckpointHand
         told = {0: share.write(place, call.attempt, 0)}
         others = call.from_others(f"done{number}", WRITE_S)
         told |= {part: one["digest"] for part, one in others.items()}
-        join_parts(place, call.attempt, told)
+        join_parts(place, call.attempt, told, share.shapes)
 
     handler.async_save = save
     handler.finalize = lambda directory: None  # The parts are joined.
