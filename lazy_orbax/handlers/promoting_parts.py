@@ -14,8 +14,9 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from lazy_orbax import _paths
 from lazy_orbax._orbax.symbols import ocp
-from lazy_orbax.errors import KeeperError, LazyOrbaxError
+from lazy_orbax.errors import KeeperError
 from lazy_orbax.handlers.completing import write
 from lazy_orbax.handlers.promoting_share import Share, remove_late
 from lazy_orbax.handlers.verified_path import verified_in
@@ -60,15 +61,7 @@ class _Call:
         Raises:
             KeeperError: one has given up, or tells nothing.
         """
-        others = set(self.parts) - {0}
-
-        def look() -> dict[int, dict[str, Any]] | None:
-            for part, told in self.meeting.told_by_all(self.token, "lost").items():
-                raise KeeperError(f"the machine of process {part} gave up: {told.get('why')}")
-            found = self.meeting.told_by_all(self.token, name)
-            return found if others <= set(found) else None
-
-        return awaited(look, patience_s, f"a machine did not tell of `{name}`")
+        return self.meeting.told_by_each(self.token, name, set(self.parts) - {0}, patience_s)
 
 
 def lead(run: str, tier: str, shelf: Shelf, machine: Machine) -> int | None:
@@ -155,7 +148,8 @@ def _joining(call: _Call, number: int, share: Share) -> ocp.PyTreeCheckpointHand
 
     async def save(directory: Any, *_: Any, **__: Any) -> None:
         place = str(directory)
-        call.meeting.tell(call.token, f"item{number}", {"directory": place})
+        here = place.removeprefix(f"{call.meeting.tier}/")
+        call.meeting.tell(call.token, f"item{number}", {"directory": here})
         await share.write_strings(directory)
         told = {0: share.write(place, call.attempt, 0)}
         others = call.from_others(f"done{number}", WRITE_S)
@@ -259,21 +253,23 @@ def _giving_up(meeting: Meeting, token: str, machine: Machine) -> Iterator[None]
     """Tells the leader when something fails, so that it waits no longer."""
     try:
         yield
-    except (LazyOrbaxError, OSError) as error:
+    except Exception as error:
         if meeting.token() == token:
             meeting.tell(token, f"lost-{machine.part}", {"why": str(error)})
         raise
 
 
 def _shares_of(shelf: Shelf, run: str, told: dict[str, Any], machine: Machine) -> dict[str, Share]:
+    wanted = told["step"], told["life"], told["items"]
+
     def look() -> dict[str, Share] | None:
         for kept in kept_steps(shelf, run):
-            if (kept.step, kept.life) != (told["step"], told["life"]):
+            if (kept.step, kept.life, sorted(kept.items)) != wanted:
                 continue
             with contextlib.suppress(*UNUSABLE), held(kept.paths):
                 kept.refuse_other()
                 kept.refuse_parts(machine.processes)
-                return {item: Share(kept.items[item]) for item in told["items"]}
+                return {item: Share(snapshots) for item, snapshots in kept.items.items()}
         return None
 
     what = f"step {told['step']} did not get whole in {shelf.path} for {list(machine.processes)}"
@@ -285,7 +281,11 @@ def _directory_of(meeting: Meeting, token: str, number: int) -> str:
         _refuse_ended(meeting, token)
         return meeting.told(token, f"item{number}")
 
-    return awaited(look, WRITE_S, "the leader did not begin")["directory"]
+    told = awaited(look, WRITE_S, "the leader did not begin")["directory"]
+    directory = f"{meeting.tier}/{told}"
+    if not _paths.is_in(directory, meeting.tier):  # Others may write what is told in a tier.
+        raise KeeperError(f"the leader said {told!r}, which is not in {meeting.tier}")
+    return directory
 
 
 def _refuse_ended(meeting: Meeting, token: str) -> None:

@@ -12,7 +12,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import Any, TypeVar
 
 from lazy_orbax.errors import KeeperError
@@ -91,6 +91,29 @@ class Meeting:
             if start == name and number.isdecimal() and (told := self.told(token, each)):
                 found[int(number)] = told
         return found
+
+    def told_by_each(
+        self, token: str, name: str, numbers: Set[int], patience_s: float
+    ) -> dict[int, dict[str, Any]]:
+        """Waits until `NAME-N` was told for each number N. Returns what was told, by the number.
+
+        Args:
+            token: the call.
+            name: under which it is told.
+            numbers: of those who are to tell it.
+            patience_s: most seconds to wait.
+
+        Raises:
+            KeeperError: one told `lost-N`, or nothing.
+        """
+
+        def look() -> dict[int, dict[str, Any]] | None:
+            for number, told in self.told_by_all(token, "lost").items():
+                raise KeeperError(f"the machine of process {number} gave up: {told.get('why')}")
+            found = self.told_by_all(token, name)
+            return found if numbers <= set(found) else None
+
+        return awaited(look, patience_s, f"a machine did not tell of `{name}`")
 
     def _write(self, name: str, told: dict[str, Any]) -> None:
         try:

@@ -62,6 +62,18 @@ def test_waiting_has_an_end():
     assert awaited(lambda: 0, 0.0, "nobody came") == 0
 
 
+def test_who_gives_up_ends_the_waiting_for_all(tmp_path):
+    meeting = Meeting(str(tmp_path))
+    with meeting.called() as token:
+        meeting.tell(token, "done-1", {"digest": 1})
+        assert meeting.told_by_each(token, "done", {1}, 0.0) == {1: {"digest": 1}}
+        with pytest.raises(KeeperError, match="a machine did not tell of `done` within 0 s"):
+            meeting.told_by_each(token, "done", {1, 2}, 0.0)
+        meeting.tell(token, "lost-2", {"why": "no room"})
+        with pytest.raises(KeeperError, match="the machine of process 2 gave up: no room"):
+            meeting.told_by_each(token, "done", {1, 2}, 60.0)
+
+
 def test_what_cannot_be_told_matters_while_somebody_listens(tmp_path, monkeypatch):
     leader, other = Meeting(str(tmp_path)), Meeting(str(tmp_path))
 
