@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 from lazy_orbax import _paths
@@ -81,11 +81,11 @@ def lead(run: str, tier: str, shelf: Shelf, machine: Machine) -> int | None:
         SaveError: the storage refused something.
         CorruptCheckpointError: what was read back is not what was written.
     """
-    newest, meeting = newest_in(tier), Meeting(tier)
-    if all(kept.step <= newest for kept in kept_steps(shelf, run)):
+    newest, meeting, steps = newest_in(tier), Meeting(tier), kept_steps(shelf, run)
+    if all(kept.step <= newest for kept in steps):
         meeting.clear()  # Perhaps one was killed that had listed it.
         return None
-    with meeting.called() as token:
+    with meeting.called({kept.life for kept in steps}) as token:
         call = _Call(meeting, token, _gathered(meeting, token, machine))
         # Of what is held here no other machine gives up its part: not all have a newer one.
         with held_for(shelf, TAKE_S):
@@ -170,23 +170,23 @@ def follow(run: str, tier: str, shelf: Shelf, machine: Machine) -> int | None:
         KeeperError: nobody called, the step is not here, or the leader did not list it.
         SaveError: the storage refused something.
     """
-    newest = newest_in(tier)
-    if all(kept.step <= newest for kept in kept_steps(shelf, run)):
+    newest, meeting, steps = newest_in(tier), Meeting(tier), kept_steps(shelf, run)
+    if all(kept.step <= newest for kept in steps):
         return None
-    meeting, over = Meeting(tier), list[str]()
+    lives, over = {kept.life for kept in steps}, list[str]()
     while True:
-        token, told = _heard(meeting, machine, over)
+        token, told = _heard(meeting, lives, machine, over)
         over.append(token)
         try:
             with _giving_up(meeting, token, machine):
                 _write_part(run, shelf, machine, _Call(meeting, token, tuple(told["parts"])), told)
         except _EndedError:
-            if meeting.token() is None:
+            if meeting.token(lives) is None:
                 raise
             continue  # It was of a leader that was killed, and there is another one.
         if told["step"] in dict(listed(tier)):
             return told["step"]
-        if meeting.token() is None:
+        if meeting.token(lives) is None:
             what = f"the machine of process 0 did not list step {told['step']}; see its log"
             raise KeeperError(what)
 
@@ -210,19 +210,21 @@ def _write_part(
     awaited(lambda: meeting.token() != token or None, WRITE_S, "the leader did not end its call")
 
 
-def _heard(meeting: Meeting, machine: Machine, over: list[str]) -> tuple[str, dict[str, Any]]:
+def _heard(
+    meeting: Meeting, lives: Set[int], machine: Machine, over: list[str]
+) -> tuple[str, dict[str, Any]]:
     """Answers calls until one says which step is meant. One may be of a leader that was killed.
 
     Args:
         meeting: where they are.
+        lives: those of which snapshots are here; a job that went on elsewhere has others.
         machine: this one.
-        over: calls that are not heard any more. It gets those in which a program of this machine
-            was killed.
+        over: calls not to be heard. It gets those in which a program of this machine was killed.
     """
     answered: list[str] = []
 
     def look() -> tuple[str, dict[str, Any]] | None:
-        token = meeting.token()
+        token = meeting.token(lives)
         if token is None and answered:
             raise KeeperError("the machine of process 0 has given up, see its log")
         if token is None or token in over:

@@ -12,7 +12,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any, TypeVar
 
 from lazy_orbax.errors import KeeperError
@@ -40,10 +40,14 @@ class Meeting:
         self._place = place_of(f"{tier}/{FOLDER}")
 
     @contextlib.contextmanager
-    def called(self) -> Iterator[str]:
-        """Calls the others. Yields the token of the call, which ends with the block."""
+    def called(self, lives: Iterable[int]) -> Iterator[str]:
+        """Calls the others. Yields the token of the call, which ends with the block.
+
+        Args:
+            lives: of the job: whoever has snapshots of none of them is not meant.
+        """
         token, before = secrets.token_hex(8), self.token()
-        self._write(_CALL, {"token": token})
+        self._write(_CALL, {"token": token, "lives": sorted(lives)})
         if before is not None:  # Of one that was killed.
             remove_folder(self._place, before)
         try:
@@ -56,11 +60,17 @@ class Meeting:
         """Removes all that was told, and ends the call that is going on, if there is one."""
         remove_folder(place_of(self.tier), FOLDER)
 
-    def token(self) -> str | None:
-        """Returns the token of the call that is going on."""
-        token = (self._read(_CALL) or {}).get("token")
+    def token(self, lives: Set[int] | None = None) -> str | None:
+        """Returns the token of the call that is going on.
+
+        Args:
+            lives: of which of them it is to be; `None`: it may be another job's.
+        """
         # It names a folder that is removed: anything else that stands there is no call.
-        return token if isinstance(token, str) and re.fullmatch(_TOKEN, token) else None
+        match self._read(_CALL):
+            case {"token": str(token), "lives": [*meant]} if re.fullmatch(_TOKEN, token):
+                return token if lives is None or any(one in meant for one in lives) else None
+        return None
 
     def tell(self, token: str, name: str, told: dict[str, Any]) -> None:
         """Tells something in a call. It can be told nothing else under this name.
