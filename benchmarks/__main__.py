@@ -23,7 +23,7 @@ from benchmarks.peers import PEERS
 from benchmarks.workloads import SIZES, STEPS, WORKLOADS
 
 PARTS = ("stall", "throughput", "memory", "scale", "pods")
-ON_REQUEST = ("gpu",)
+ON_REQUEST = ("gpu", "exchanges")
 
 
 def main() -> int:

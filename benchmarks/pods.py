@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -27,7 +28,8 @@ from benchmarks.peers import DEFAULT, PEERS, manager, rotated, save_args
 _PROCESSES = {"full": (2, 4), "small": (2, 4), "tiny": (2,)}
 _DEVICES_OF_EACH = 2
 _WORKLOADS = ("many_small", "transformer")
-_TOLD = "SAMPLE "
+TOLD = "SAMPLE "
+"""What a line begins with that has a sample."""
 
 
 def jobs(settings: Settings) -> list[Job]:
@@ -50,34 +52,50 @@ def measure(job: Job, channel: Channel) -> None:
     """Starts the processes and hands on what the first of them says."""
     workload, _, count = job.workload.removesuffix(" processes").rpartition(", ")
     told = {
-        "address": f"127.0.0.1:{_free_port()}",
-        "count": int(count),
         "workload": workload,
         "size": job.settings.size,
         "repeats": job.settings.repeats,
         "peers": job.peers,
         "directory": job.settings.directory,
     }
-    variables = environment(job.devices) | {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+    for sample in samples_of("pods", told, int(count), job.devices):
+        channel.sample(**sample)
+        if sample["metric"] == "cpu":
+            channel.tick()
+
+
+def samples_of(
+    module: str, told: dict[str, Any], count: int, devices: int
+) -> Iterator[dict[str, Any]]:
+    """Runs a module of `benchmarks` as the processes of a job. Yields what the first one finds.
+
+    Args:
+        module: it takes a JSON of what it is told, with its `address`, `count` and `index`.
+        told: what to tell each.
+        count: of processes.
+        devices: of each.
+
+    Raises:
+        RuntimeError: one of them failed.
+    """
+    told = {**told, "address": f"127.0.0.1:{_free_port()}", "count": count}
+    variables = environment(devices) | {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
     with tempfile.TemporaryFile("w+") as errors:
         processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.pods", json.dumps(told | {"index": i})],
+                [sys.executable, "-m", f"benchmarks.{module}", json.dumps(told | {"index": i})],
                 stdout=None if i else subprocess.PIPE,
                 stderr=errors,
                 env=variables,
                 text=True,
             )
-            for i in range(int(count))
+            for i in range(count)
         ]
         try:
             assert processes[0].stdout is not None
             for line in processes[0].stdout:
-                if line.startswith(_TOLD):
-                    sample = json.loads(line.removeprefix(_TOLD))
-                    channel.sample(**sample)
-                    if sample["metric"] == "cpu":
-                        channel.tick()
+                if line.startswith(TOLD):
+                    yield json.loads(line.removeprefix(TOLD))
             failed = [status for process in processes if (status := process.wait())]
         finally:
             for process in processes:
@@ -127,7 +145,7 @@ def _save(name: str, directory: pathlib.Path, update: workloads.Step, state: Any
     if jax.process_index() == 0:
         for metric, value in found.items():
             sample = {"peer": name, "metric": metric, "value": float(value)}
-            print(_TOLD + json.dumps(sample), flush=True)
+            print(TOLD + json.dumps(sample), flush=True)
     return state
 
 

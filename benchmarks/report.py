@@ -74,6 +74,17 @@ METRICS: dict[str, dict[str, str]] = {
         "committed": "to committed",
         "cpu": "CPU seconds of all processes",
     },
+    "exchanges": {
+        "added_loop": "added loop time per save",
+        "save": "time inside `save()`, slowest process",
+        "ten_steps": "ten steps without a save",
+        "added_cpu": "added CPU seconds per save, all trainers",
+        "node_cpu": "CPU seconds per save, all nodes",
+        "node_cpu_for_gb": "CPU seconds of nodes for a GB that is sent",
+        "tail": "from the last step to the end of copy and exchange",
+        "exchange": "an exchange, slowest process",
+        "sent": "sent per save, each process",
+    },
     "gpu": _STEPS,
 }
 _NO_RATIO = {"state", "budget", "growth", "in_use", "files"} | {

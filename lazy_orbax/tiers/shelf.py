@@ -191,16 +191,21 @@ class Shelf:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path_of(file))
 
+    def is_claimed(self, run: str, process: int) -> bool:
+        """Whether another process than this one writes what that process of a run saves."""
+        name = claim_of(run, process)
+        return os.path.exists(f"{self.path}/{name}") and not self._is_free(name)
+
+    def _is_free(self, claim: str) -> bool:
+        with contextlib.suppress(OSError), open(f"{self.path}/{claim}", "r+b") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        return False
+
     def _claims(self) -> list[str]:
         """Returns the claims that nobody has any more."""
-        free = []
-        for name in os.listdir(self.path) if os.path.isdir(self.path) else ():
-            if not _CLAIM.fullmatch(name):
-                continue
-            with contextlib.suppress(OSError), open(f"{self.path}/{name}", "r+b") as file:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                free.append(name)
-        return free
+        names = os.listdir(self.path) if os.path.isdir(self.path) else ()
+        return [name for name in names if _CLAIM.fullmatch(name) and self._is_free(name)]
 
     def tidy(self) -> None:
         """Removes what a keeper left that is gone, if there is no snapshot."""

@@ -17,7 +17,8 @@ from lazy_orbax.pods import consensus
 from lazy_orbax.storage import threads
 from lazy_orbax.tiers.keeper_link import KeeperLink
 from lazy_orbax.tiers.kept_layout import KeptLayout
-from lazy_orbax.tiers.parity.guard import Guard, GuardedVotes
+from lazy_orbax.tiers.parity.guard import Guard
+from lazy_orbax.tiers.parity.guarded_votes import GuardedVotes
 from lazy_orbax.tiers.shelf import Shelf
 from lazy_orbax.tiers.slot import Slot, Writing
 from lazy_orbax.tiers.snapshot_file import HeldError

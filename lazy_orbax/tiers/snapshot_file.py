@@ -76,12 +76,14 @@ class SnapshotFile:
         memory: all of it, as bytes.
     """
 
-    def __init__(self, path: str, n_bytes: int):
+    def __init__(self, path: str, n_bytes: int, *, is_mapped_now: bool = False):
         """Maps a file that exists, and makes sure that there is memory behind all of it.
 
         Args:
             path: the file.
             n_bytes: how much of it is used.
+            is_mapped_now: whether all its pages are mapped at once, which takes a moment here;
+                else each when it is touched, which takes longer in all.
 
         Raises:
             SnapshotError: it is not a file of this user's.
@@ -91,7 +93,7 @@ class SnapshotFile:
         try:
             # Of a page without memory behind it, the first write would end this process (SIGBUS).
             os.posix_fallocate(descriptor, 0, n_bytes)
-            self._map = mmap.mmap(descriptor, n_bytes)
+            self._map = mmap.mmap(descriptor, n_bytes, _flags(is_mapped_now))
             self.inode = os.fstat(descriptor).st_ino
         finally:
             os.close(descriptor)
@@ -149,6 +151,10 @@ class SnapshotFile:
             return
 
 
+def _flags(is_mapped_now: bool) -> int:
+    return mmap.MAP_SHARED | (getattr(mmap, "MAP_POPULATE", 0) if is_mapped_now else 0)
+
+
 def _word_of(seal: bytes) -> bytes:
     return _WORD.pack(digest_of_bytes(seal, seed=_SEED))
 
@@ -186,8 +192,12 @@ def held(paths: Iterable[str]) -> Iterator[None]:
         yield
 
 
-def read_memory(path: str) -> np.ndarray:
+def read_memory(path: str, *, is_mapped_now: bool = False) -> np.ndarray:
     """Returns all of a file, as bytes that cannot be written to.
+
+    Args:
+        path: the file.
+        is_mapped_now: as for a `SnapshotFile`; for one of which all is read.
 
     Raises:
         SnapshotError: it is not a file of this user's, or is too short.
@@ -197,7 +207,8 @@ def read_memory(path: str) -> np.ndarray:
     try:
         if os.fstat(descriptor).st_size < PAGE_BYTES:
             raise SnapshotError(f"{path} is shorter than a page")
-        return np.frombuffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
+        mapped = mmap.mmap(descriptor, 0, _flags(is_mapped_now), mmap.PROT_READ)
+        return np.frombuffer(mapped, np.uint8)
     finally:
         os.close(descriptor)
 

@@ -49,6 +49,7 @@ def measured(tmp_path_factory) -> pathlib.Path:
     for parts, workloads, repeats in (
         ("stall,throughput", "many_small,transformer", 2),
         ("memory,scale,pods", "many_small", 1),
+        ("exchanges", "many_small", 1),
         ("gpu", "transfers,view_of_pinned,fused_step,modes,in_step,headroom", 1),
     ):
         chosen = ("--parts", parts, "--workloads", workloads, "--repeats", repeats)
@@ -115,6 +116,15 @@ def test_every_mode_is_measured_beside_the_others(records):
         told = set(found[way, "mode"]["values"])
         assert {text.split(" (")[0] for text in told} == {mode}
     assert found["none", "loop"]["median"] > 0
+
+
+@pytest.mark.slow
+def test_exchanges_are_measured_beside_saves_without_them(records):
+    found = {(r["peer"], r["metric"]) for r in records if r["part"] == "exchanges"}
+    for peer in ("keeper", "keeper_with_parity"):
+        assert {(peer, "added_loop"), (peer, "save"), (peer, "added_cpu"), (peer, "tail")} <= found
+    nodes = {("keeper_with_parity", name) for name in ("node_cpu", "exchange", "sent")}
+    assert nodes <= found
 
 
 @pytest.mark.slow

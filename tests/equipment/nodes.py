@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import json
 import pathlib
 import shutil
@@ -32,6 +33,35 @@ def key_of(step: int) -> Key:
     return Key(ITEM, step, LIFE)
 
 
+def written(
+    shelf: Shelf,
+    make_room: Callable[[str, int], None],
+    whose: tuple[int, int],
+    step: int,
+    content: bytes,
+) -> str:
+    """Writes a snapshot as a trainer does: alternately into two files. Returns its path.
+
+    Args:
+        shelf: where.
+        make_room: makes a file of so many bytes.
+        whose: of which process, of how many.
+        step: the step.
+        content: of its leaves.
+    """
+    file = file_of(RUN, ITEM, whose[0], step % 2)
+    n_bytes = PAGE_BYTES + len(content) + 2**14
+    make_room(file, n_bytes)
+    opened = SnapshotFile(shelf.path_of(file), n_bytes)
+    opened.break_seal()
+    opened.memory[PAGE_BYTES : PAGE_BYTES + len(content)] = np.frombuffer(content, np.uint8)
+    facts = {"run": RUN, "item": ITEM, "step": step, "life": LIFE}
+    facts |= {"process": whose[0], "processes": whose[1]}
+    opened.seal(step, b"{}", json.dumps(facts).encode(), end=PAGE_BYTES + len(content))
+    opened.close()
+    return shelf.path_of(file)
+
+
 class Machine:
     """A shelf with its keeper, and a node for one process."""
 
@@ -46,18 +76,9 @@ class Machine:
         self.node = Node(self.settings)
 
     def write(self, step: int, content: bytes) -> str:
-        """Writes a snapshot as a trainer does: alternately into two files. Returns its path."""
-        file = file_of(RUN, ITEM, self.process, step % 2)
-        self.shelf.make_room(file, 2 * PAGE_BYTES + len(content) + 2**14, LIMIT_BYTES)
-        opened = SnapshotFile(self.shelf.path_of(file), PAGE_BYTES + len(content) + 2**14)
-        opened.break_seal()
-        opened.memory[PAGE_BYTES : PAGE_BYTES + len(content)] = np.frombuffer(content, np.uint8)
-        facts = {"run": RUN, "item": ITEM, "step": step, "life": LIFE, "process": self.process}
-        facts |= {"processes": self._n}
-        text = json.dumps(facts).encode()
-        opened.seal(step, b"{}", text, end=PAGE_BYTES + len(content))
-        opened.close()
-        return self.shelf.path_of(file)
+        """Writes a snapshot. Returns its path."""
+        make_room = functools.partial(self.shelf.make_room, limit_bytes=LIMIT_BYTES)
+        return written(self.shelf, make_room, (self.process, self._n), step, content)
 
     def bytes_at(self, step: int) -> bytes:
         """Returns all of a snapshot, from its seal to its facts."""
@@ -128,7 +149,7 @@ class Machines:
     def mend(self, plan: survey.Plan) -> None:
         for lost in plan.lost:
             message = json.loads(json.dumps(lost.as_message()))
-            self.all[lost.process].node.make_whole(survey.Lost.told(message))
+            self.all[lost.at].node.make_whole(survey.Lost.told(message))
 
 
 @contextlib.contextmanager

@@ -134,6 +134,7 @@ COVERED_BY = {
     "tiers.parity.errand": "unit/tiers/parity/test_node.py",
     "tiers.parity.exchange": "unit/tiers/parity/test_node.py",
     "tiers.parity.files": "unit/tiers/parity/test_node.py",
+    "tiers.parity.guarded_votes": "unit/tiers/parity/test_guard.py",
     "tiers.parity.mend": "unit/tiers/parity/test_node.py",
     "tiers.parity.node_link": "unit/tiers/parity/test_guard.py",
     "tiers.parity.node_process": "unit/tiers/parity/test_guard.py",

@@ -26,6 +26,8 @@ class Errand:
         self._settings = settings
         self._end_s = time.monotonic() + settings.timeout_s
         self._peers: dict[str, Peer] = {}
+        # The first touch of new memory takes longer than to fill it again.
+        self._room = memoryview(bytearray(CHUNK_BYTES))
 
     def _peer(self, address: str) -> Peer:
         if address not in self._peers:
@@ -44,14 +46,15 @@ class Errand:
         return self._peer(address).ask(told, timeout_s=min(timeout_s, self._left_s()))
 
     def pull(self, address: str, told: dict[str, Any], n_bytes: int) -> Incoming:
-        """Returns bytes on their way here.
+        """Returns bytes on their way here. One has come whole before another is asked for.
 
         Args:
             address: whom to ask.
             told: which bytes.
             n_bytes: how many they are.
         """
-        chunks = self._peer(address).read(told, n_bytes, timeout_s=self._left_s())
+        peer, left_s = self._peer(address), self._left_s()
+        chunks = peer.read(told, n_bytes, timeout_s=left_s, room=self._room)
         return Incoming(chunks)
 
     def __enter__(self) -> Errand:

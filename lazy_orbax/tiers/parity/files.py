@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from lazy_orbax.errors import KeeperError
 from lazy_orbax.tiers import messages
 from lazy_orbax.tiers.keeper_link import connected
+from lazy_orbax.tiers.parity.settings import NodeSettings
 from lazy_orbax.tiers.shelf import GENERATIONS, Shelf, file_of, parity_file_of
 from lazy_orbax.tiers.snapshot_file import (
     PAGE_BYTES,
@@ -132,7 +134,7 @@ def room_for(shelf: Shelf, file: str, n_bytes: int) -> SnapshotFile:
             messages.asked(peer, ask, timeout_s=_ROOM_S)
     except OSError as error:
         raise KeeperError(f"the keeper in {shelf.path} makes no room: {error}") from error
-    opened = SnapshotFile(shelf.path_of(file), n_bytes)
+    opened = SnapshotFile(shelf.path_of(file), n_bytes, is_mapped_now=True)
     opened.break_seal()
     return opened
 
@@ -168,6 +170,21 @@ def rebuilt_place(shelf: Shelf, run: str, process: int, key: Key) -> tuple[str, 
     return names[-1], min(serials, key=lambda file: serials[file])
 
 
+def of_others(shelf: Shelf, settings: NodeSettings, item: str, life: int) -> list[str]:
+    """Returns the files of other lives, of processes that nobody on this machine is any more."""
+    found = []
+    for file, one in itertools.chain(shelf.snapshots(), shelf.parities()):
+        if isinstance(one, Snapshot) and (one.facts["run"], one.facts["item"]) == (
+            settings.run,
+            item,
+        ):
+            process = one.facts["process"]
+            is_old = one.facts["life"] != life and process != settings.process
+            if is_old and not shelf.is_claimed(settings.run, process):
+                found.append(file)
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class Opened:
     """A file that is read, as long as it is what it was.
@@ -196,7 +213,7 @@ def opened(found: Snapshot) -> Opened:
         SnapshotError: it is being overwritten.
         OSError: it is gone.
     """
-    memory = read_memory(found.path)
+    memory = read_memory(found.path, is_mapped_now=True)
     seal = memory[:_SEAL_BYTES].tobytes()
     if read_snapshot(found.path).serial != found.serial:
         raise SnapshotError(f"{found.path} was overwritten")

@@ -27,7 +27,6 @@ from lazy_orbax.tiers.parity.settings import (
     interface_towards,
 )
 from lazy_orbax.tiers.shelf import GENERATIONS, Shelf, parity_file_of
-from lazy_orbax.tiers.votes import Votes
 
 _LOG = logging.getLogger("lazy_orbax")
 _PREFIX = "lazy_orbax/parity"
@@ -222,6 +221,23 @@ class Guard:
         }
         return sorted(names & set(self._shelf.files()))
 
+    def is_of_as_many(self, key: Key) -> bool:
+        """Whether this process has a snapshot, of a job of as many processes as this one."""
+        try:
+            whose = self._settings.run, self._settings.process
+            found = files.snapshot_of(self._shelf, *whose, key)
+        except KeeperError:
+            return False
+        return found.facts["processes"] == jax.process_count()
+
+    def forget_before(self, item: str, life: int) -> None:
+        """Removes what this machine has of processes that it has no more, of earlier lives.
+
+        Everybody has a step of this life: nobody goes back before it.
+        """
+        for file in files.of_others(self._shelf, self._settings, item, life):
+            self._shelf.remove(file)
+
     def listing(self) -> dict[str, Any]:
         """Returns what this machine has of the run, and where it is asked for that."""
         found = files.listing_of(self._shelf, self._settings.run)
@@ -247,34 +263,3 @@ def _own_interface() -> str:
             "`Parity(host=...)`"
         )
     return interface_towards(address)
-
-
-class GuardedVotes(Votes):
-    """Votes of a process whose snapshots count when they have parity."""
-
-    def __init__(self, guard: Guard, item: str, life: int):
-        """Begins to take part.
-
-        Args:
-            guard: which sees to parity.
-            item: the item.
-            life: the life of the job.
-        """
-        super().__init__(f"{life}/{item}")
-        self._guard, self._item, self._life = guard, item, life
-
-    def settle(self, work: Callable[[], None]) -> None:
-        """Runs what waits for parity where nobody waits for it."""
-        self._guard.run(work)
-
-    def tell(self, step: int, *, is_sealed: bool) -> None:
-        """Tells the others what became of a step here, when it has parity or will have none."""
-        key = Key(self._item, step, self._life)
-        if not is_sealed:
-            try:
-                self._guard.lost(key)
-            finally:
-                super().tell(step, is_sealed=False)
-            return
-        has_parity = self._guard.exchange(key)
-        super().tell(step, is_sealed=has_parity or self._guard.is_in_vain)

@@ -20,6 +20,7 @@ from lazy_orbax.tiers import messages
 from lazy_orbax.tiers.parity.settings import NodeSettings
 from lazy_orbax.tiers.shelf import Shelf
 
+_PROGRAM = "lazy_orbax.tiers.parity.node_process"
 _START_S, _END_S = 60.0, 30.0
 _ROOT = str(pathlib.Path(lazy_orbax.__file__).parent.parent)
 
@@ -48,7 +49,7 @@ class NodeLink:
         log = os.open(Shelf(settings.directory).log, flags, 0o600)
         try:
             self._program = subprocess.Popen(
-                [sys.executable, "-m", "lazy_orbax.tiers.parity.node_process"],
+                [sys.executable, "-m", _PROGRAM],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -78,10 +78,13 @@ def make_whole(guard: Guard | None, items: Iterable[str], newer_than: int | None
 
 
 def protect_again(guard: Guard | None, items: Iterable[str], step: int, life: int) -> None:
-    """Makes parity of what was restored, in the background: who was replaced has none."""
-    for item in sorted(items):
-        if guard is not None:
-            guard.run(functools.partial(guard.exchange, Key(item, step, life)))
+    """Makes parity of what was restored, in the background: who was replaced has none.
+
+    What is of another number of processes keeps the parity that it had.
+    """
+    for key in (Key(item, step, life) for item in sorted(items)):
+        if guard is not None and guard.is_of_as_many(key):
+            guard.run(functools.partial(guard.exchange, key))
 
 
 def _agreed(
@@ -123,7 +126,7 @@ def _made(guard: Guard, plan: Plan) -> str | None:
     timeout_s = guard.settings.timeout_s + _ANSWER_S
     try:
         for lost in plan.lost:
-            if lost.process == jax.process_index():
+            if lost.at == jax.process_index():
                 ask = {"do": "mend", "lost": lost.as_message()}
                 guard.link().ask(ask, timeout_s=timeout_s)
     except KeeperError as error:

@@ -89,8 +89,13 @@ def make_parity(
         holder: the member.
         pull: returns the stripe that a member has for this one.
     """
-    target[:] = 0
-    for owner in others(len(sizes), holder):
+    first, *more = others(len(sizes), holder)
+    end = 0
+    for at, part in pull(first):  # What was there before is not read.
+        end = min(at + len(part), target.size)
+        target[at:end] = np.frombuffer(part, np.uint8)[: end - at]
+    target[end:] = 0
+    for owner in more:
         for at, part in pull(owner):
             add(target, at, part)
 

@@ -43,6 +43,7 @@ class Lost:
     Attributes:
         key: which.
         process: whose it is.
+        at: the process that wants it: on its machine it is made.
         n_bytes: of it.
         serial: of it.
         copy: the address of a machine that has it; `None`: it is to be made from parity.
@@ -51,6 +52,7 @@ class Lost:
 
     key: Key
     process: int
+    at: int
     n_bytes: int
     serial: int
     copy: str | None = None
@@ -112,54 +114,67 @@ def plans(
         items: those that are wanted.
         newer_than: older steps are of no use.
     """
-    held, n, wanted = _Held.of(listings), len(listings), sorted(items)
+    held, wanted = _Held.of(listings), sorted(items)
     steps = {(key.step, key.life) for key, _ in (*held.snapshots, *held.parities)}
     found, missing = [], {}
     for step, life in steps:
         if newer_than is not None and step < newer_than:
             continue
+        n_then = _how_many(held, step, life, len(listings))
+        if n_then is None:
+            missing[step] = "its processes do not agree on how many they were"
+            continue
         lost, problems, serial = [], [], -1
         for key in (Key(item, step, life) for item in wanted):
-            for process in range(n):
-                one = _looked_for(held, listings, key, process)
+            for at, process in _wants(n_then, len(listings)):
+                one = _looked_for(held, listings, key, process, at)
                 if isinstance(one, str):
                     problems.append(one)
                     continue
                 serial = max(serial, one.serial) if process == 0 else serial
                 if one.copy != _HERE:
                     lost.append(one)
-        if not _are_of_as_many(held, step, life, n):
-            missing[step] = f"it is of another number of processes than {n}"
-        elif problems:
-            missing[step] = "; ".join(problems[:3])
+        if problems:
+            missing[step] = "; ".join(dict.fromkeys(problems[:3]))
         else:
             found.append((serial, Plan(step, life, tuple(lost))))
     found.sort(key=lambda one: one[0], reverse=True)
     return [plan for _, plan in found], missing
 
 
-def _are_of_as_many(held: _Held, step: int, life: int, n: int) -> bool:
+def _wants(n_then: int, n: int) -> list[tuple[int, int]]:
+    """Returns which process wants the snapshots of which: those of its own part of the row.
+
+    Processes stand in a row, then as now, and what is sharded lies along it. That is so wherever
+    the mesh has the processes in their order, along the first axis that something is sharded over.
+    """
+    parts = [range(at * n_then // n, -(-(at + 1) * n_then // n)) for at in range(n)]
+    return [(at, process) for at, part in enumerate(parts) for process in part]
+
+
+def _how_many(held: _Held, step: int, life: int, n: int) -> int | None:
+    """Returns how many processes had a step: `n` where nobody says, `None` where they differ."""
     said = {
         one.get("processes")
         for (key, _), who in held.snapshots.items()
         for one in who.values()
         if (key.step, key.life) == (step, life)
     }
-    return said <= {n}
+    return (said or {n}).pop() if len(said) <= 1 else None
 
 
 def _looked_for(
-    held: _Held, listings: Sequence[Mapping[str, Any]], key: Key, process: int
+    held: _Held, listings: Sequence[Mapping[str, Any]], key: Key, process: int, at: int
 ) -> Lost | str:
     """Returns where a snapshot is, or how to make it; or what is missing for that."""
     holders = held.snapshots.get((key, process), {})
     mine = [
         one
-        for one in listings[process]["snapshots"]
+        for one in listings[at]["snapshots"]
         if Key.told(one) == key and one["process"] == process
     ]
     for address, one in ((_HERE, mine[0]),) if mine else tuple(holders.items())[:1]:
-        return Lost(key, process, one["n_bytes"], one["serial"], copy=address)
+        return Lost(key, process, at, one["n_bytes"], one["serial"], copy=address)
     groups: dict[tuple[int, ...], tuple[Member, ...]] = {}
     for (other, _), who in held.parities.items():
         for one in who.values():
@@ -169,15 +184,18 @@ def _looked_for(
                 groups[numbers] = members
     why = f"the snapshot of process {process} is nowhere, and nobody has parity of it"
     for members in groups.values():
-        found = _from_group(held, key, process, members)
-        if isinstance(found, Lost):
-            return found
-        why = found
+        sources = _from_group(held, key, process, members)
+        if not isinstance(sources, str):
+            (mine,) = (member for member in members if member.process == process)
+            return Lost(key, process, at, mine.n_bytes, mine.serial, sources=sources)
+        why = sources
     return why
 
 
-def _from_group(held: _Held, key: Key, process: int, members: tuple[Member, ...]) -> Lost | str:
-    """Returns how a group makes the snapshot of a member again, or what it misses."""
+def _from_group(
+    held: _Held, key: Key, process: int, members: tuple[Member, ...]
+) -> tuple[Source, ...] | str:
+    """Returns what of a group makes the snapshot of a member again, or what it misses."""
     sources, missing = [], []
     for member in members:
         if member.process == process:
@@ -204,5 +222,4 @@ def _from_group(held: _Held, key: Key, process: int, members: tuple[Member, ...]
             f"the snapshot of process {process} is nowhere, and of its group "
             f"{[member.process for member in members]} there is not {', '.join(missing)}"
         )
-    (mine,) = (member for member in members if member.process == process)
-    return Lost(key, process, mine.n_bytes, mine.serial, sources=tuple(sources))
+    return tuple(sources)

@@ -1,9 +1,12 @@
-"""How members of a group answer each other, by HTTP: a short question, or one for a chunk of bytes.
+"""How members of a group answer each other, by HTTP: a short question, or one for many bytes.
 
 Python's own server and client were chosen by measurement (`benchmarks/parity.py`): gRPC takes
 several times the CPU seconds for a byte, and was seen to hang for good where a server ended. Here
 every wait has an end, nobody is listened to for long who does not know the secret, and no memory is
 taken because somebody says so.
+
+An answer is one part, or several where many bytes are asked for, in HTTP's chunks: a question takes
+as much of a CPU as a megabyte does. The code of each part is over that of the one before.
 """
 
 from __future__ import annotations
@@ -17,16 +20,15 @@ import socketserver
 import ssl
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lazy_orbax.errors import KeeperError
-from lazy_orbax.integrity.digest import digest_of_bytes
 from lazy_orbax.storage import threads
 from lazy_orbax.tiers.parity import proof
 
-CHUNK_BYTES = 2**22
-"""Of bytes that are sent, at once."""
+CHUNK_BYTES, SPAN_BYTES = 2**22, 2**26
+"""Of bytes that are sent: those with a digest of their own, and most for one question."""
 _LONGEST_BYTES, _LONGEST_HEAD_BYTES = 2**16, 2**13
 ASK, READ = "/ask", "/read"
 """The paths of a question, and of one for bytes."""
@@ -36,8 +38,9 @@ _STRANGER_S, _IDLE_S = 10.0, 60.0
 # How soon one that listens sees that it is to end.
 _LOOK_S = 0.05
 HEAD = struct.Struct("<HI")
-"""What comes before an answer: its bytes, and those of the chunk behind it."""
+"""What comes before a part of an answer: its bytes, and those of the chunk behind it."""
 Told = dict[str, Any]
+Part = tuple[Told, bytes | memoryview]
 Tls = tuple[str, str, str]
 
 
@@ -60,7 +63,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         secret: str,
         tls: Tls | None,
         answer: Callable[[Told], Told],
-        read: Callable[[Told, int, int], memoryview],
+        read: Callable[[Told, int, int], tuple[int, memoryview]],
     ):
         """Listens.
 
@@ -69,13 +72,17 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
             secret: what whoever asks must know.
             tls: paths of certificate, key and authority.
             answer: answers a question. A `KeeperError` is told to who asks.
-            read: returns bytes of what is asked for: from where, and where they end.
+            read: returns bytes of what is asked for, and their digest before: from where, and
+                where they end.
 
         Raises:
             KeeperError: nobody can listen there.
         """
         self.secret, self._tls = secret, context_of(tls, ssl.PROTOCOL_TLS_SERVER)
-        self.answers = {ASK: lambda told: (answer(told), b""), READ: lambda t: _part(read, t)}
+        self.answers: dict[str, Callable[[Told], Iterator[Part]]] = {
+            ASK: lambda told: iter([(answer(told), b"")]),
+            READ: lambda told: _chunks(read, told),
+        }
         self._open_lock, self._open = threading.Lock(), set[socket.socket]()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
@@ -174,16 +181,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         self._watch.cancel()
         self.connection.settimeout(_IDLE_S)
-        try:
-            found, chunk = work(told)
-        except (KeeperError, OSError, KeyError, TypeError, ValueError) as error:
-            found, chunk = {"error": str(error) or repr(error)}, b""
-        head = proof.sealed(self.server.secret, proof.code_of(request), found)
         self.send_response_only(200)
-        self.send_header("Content-Length", str(HEAD.size + len(head) + len(chunk)))
+        self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        self.connection.sendall(HEAD.pack(len(head), len(chunk)) + head)
-        self.connection.sendall(chunk)
+        code, before = proof.code_of(request), b""
+        for found, chunk in _parts(work, told):
+            part = proof.sealed(self.server.secret, code, found)
+            code, head = proof.code_of(part), HEAD.pack(len(part), len(chunk)) + part
+            self.connection.sendall(b"%s%x\r\n%s" % (before, len(head) + len(chunk), head))
+            self.connection.sendall(chunk)
+            before = b"\r\n"
+        self.connection.sendall(before + b"0\r\n\r\n")
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -213,9 +221,18 @@ def context_of(tls: Tls | None, protocol: int) -> ssl.SSLContext | None:
     return context
 
 
-def _part(read: Callable[[Told, int, int], memoryview], told: Told) -> tuple[Told, memoryview]:
+def _parts(work: Callable[[Told], Iterator[Part]], told: Told) -> Iterator[Part]:
+    """Yields an answer. What goes wrong is its last part."""
+    try:
+        yield from work(told)
+    except (KeeperError, OSError, KeyError, TypeError, ValueError) as error:
+        yield {"error": str(error) or repr(error)}, b""
+
+
+def _chunks(read: Callable[[Told, int, int], tuple[int, memoryview]], told: Told) -> Iterator[Part]:
     first, end = int(told["first"]), int(told["end"])
-    if not 0 <= first <= end <= first + CHUNK_BYTES:
-        raise KeeperError(f"bytes {first} to {end} are wanted, and {CHUNK_BYTES} at once at most")
-    chunk = read(told, first, end)
-    return {"digest": digest_of_bytes(chunk)}, chunk
+    if not 0 <= first <= end <= first + SPAN_BYTES:
+        raise KeeperError(f"bytes {first} to {end} are wanted, and {SPAN_BYTES} at once at most")
+    for at in range(first, end, CHUNK_BYTES):
+        digest, chunk = read(told, at, min(at + CHUNK_BYTES, end))
+        yield {"digest": digest}, chunk

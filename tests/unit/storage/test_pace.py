@@ -1,6 +1,7 @@
 """The pace of writing, on a clock of the test's own."""
 
 import os
+import random
 import sys
 import threading
 
@@ -52,6 +53,33 @@ def test_time_in_which_nothing_was_written_is_not_saved_up(clock):
     pace.await_turn(20, clock)
     clock.now_s += 1000
     assert [clock.waited_s(pace, 20) for _ in range(3)] == [0, 2, 2]
+
+
+@pytest.mark.parametrize("limit", [2**20, 50 * 10**6, 200 * 10**6, 2**29])
+@pytest.mark.parametrize("seed", range(3))
+def test_delays_do_not_add_up_and_the_limit_is_never_passed(clock, limit, seed):
+    """Of a node: whoever asks for the next bytes is late at times, and the wait itself is long."""
+    delays = random.Random(seed)
+    pace = pacing.Pace(limit, late_s=1.0, is_paid_before=True)
+    for _ in range(2):  # The idle time before the second counts for nothing.
+        clock.now_s += 3600
+        pace.begin()
+        began_s, sent = clock.now_s, 0
+        while sent < 10 * limit:  # Ten seconds.
+            clock.now_s += delays.choice([0.001] * 12 + [0.01, 0.15, 0.3])
+            pace.await_turn(limit // 10, clock)
+            sent += limit // 10
+            assert sent <= limit * (clock.now_s - began_s) * (1 + 1e-9)
+        assert sent >= 0.95 * limit * (clock.now_s - began_s)
+
+
+def test_without_that_delays_do_add_up(clock):
+    pace = pacing.Pace(10)
+    waited_s = []
+    for _ in range(4):
+        waited_s.append(clock.waited_s(pace, 20))
+        clock.now_s += 2.5
+    assert waited_s == [0, 0, 0, 0]
 
 
 def test_items_of_one_handler_share_the_pace(clock):

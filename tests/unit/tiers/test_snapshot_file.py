@@ -43,6 +43,15 @@ def test_what_was_sealed_is_read(path):
     assert read_memory(path)[PAGE_BYTES : PAGE_BYTES + 4].tolist() == [7] * 4
 
 
+def test_what_is_mapped_at_once_is_the_same_file_and_whoever_reads_it_cannot_write(path):
+    file = SnapshotFile(path, N_BYTES, is_mapped_now=True)
+    found = read_memory(path, is_mapped_now=True)
+    file.memory[PAGE_BYTES : PAGE_BYTES + 4] = 9
+    assert found[PAGE_BYTES : PAGE_BYTES + 4].tolist() == [9] * 4
+    assert not found.flags.writeable
+    assert file.memory.flags.writeable
+
+
 def test_each_byte_that_is_written_has_memory_behind_it(path):
     SnapshotFile(path, N_BYTES).close()
     assert os.stat(path).st_blocks * 512 >= N_BYTES

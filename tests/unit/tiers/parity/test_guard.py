@@ -1,22 +1,28 @@
 """A trainer's part of parity: nodes that are programs, a store that all share, and a restore."""
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 
 import jax
 import pytest
-from equipment.nodes import ITEM, LIFE, RUN, Machine, key_of
+from equipment.nodes import ITEM, LIFE, LIMIT_BYTES, RUN, Machine, key_of, written
 
 import lazy_orbax
 from lazy_orbax._orbax import multihost
 from lazy_orbax.pods import consensus
 from lazy_orbax.tiers.parity import files, guard, restoring
+from lazy_orbax.tiers.parity.guarded_votes import GuardedVotes
 from lazy_orbax.tiers.parity.node_link import NodeLink
 from lazy_orbax.tiers.parity.settings import NodeSettings, Parity
+from lazy_orbax.tiers.shelf import claim_of, file_of
+from lazy_orbax.tiers.votes import Votes
 
 N = 3
 
@@ -148,6 +154,56 @@ def test_a_liar_fails_the_step_on_all_and_the_one_before_is_made(job):
     assert [machine.bytes_at(10) for machine in job.machines] == older
 
 
+CLAIM = """import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print(flush=True)
+sys.stdin.read()"""
+
+
+@pytest.fixture
+def claimed():
+    """Has another process write what a process saves, on a shelf, until the end of the test."""
+    with contextlib.ExitStack() as stack:
+
+        def claim(shelf, process):
+            command = [sys.executable, "-c", CLAIM, f"{shelf.path}/{claim_of(RUN, process)}"]
+            pipe = subprocess.PIPE
+            other = stack.enter_context(subprocess.Popen(command, stdin=pipe, stdout=pipe))
+            stack.callback(other.stdin.close)
+            assert other.stdout.read(1)
+
+        yield claim
+
+
+def test_what_moved_away_is_removed_when_all_have_a_newer_step(job, claimed, monkeypatch):
+    """Process 2 is on another machine now; process 0 came to this one, beside process 1."""
+    shelf = job.machines[1].shelf
+    make_room = functools.partial(shelf.make_room, limit_bytes=LIMIT_BYTES)
+    for process in range(N):
+        written(shelf, make_room, (process, N), 10, b"of an earlier life")
+    claimed(shelf, 0)
+    monkeypatch.setattr(Votes, "is_common", lambda *_, timeout_s: step == 12)
+    votes = job.processes.each(lambda i: GuardedVotes(job.guards[i], ITEM, LIFE + 1))[1]
+    for step, left in ((11, [0, 1, 2]), (12, [0, 1])):
+        assert votes.is_common(step, timeout_s=60) is (step == 12)
+        assert shelf.files() == sorted(file_of(RUN, ITEM, process, 0) for process in left)
+
+
+def test_what_is_of_another_number_of_processes_is_not_protected_again(job):
+    job.write(10)
+    for process, machine in enumerate(job.machines):
+        make_room = functools.partial(machine.shelf.make_room, limit_bytes=LIMIT_BYTES)
+        written(machine.shelf, make_room, (process, N + 1), 11, b"of one more")
+    for step, again in ((10, 1), (11, 1)):
+        job.processes.each(
+            lambda i, step=step: restoring.protect_again(job.guards[i], [ITEM], step, LIFE)
+        )
+        job.processes.each(lambda i: job.guards[i].wait(60))
+        assert [one.report.protected for one in job.guards] == [again] * N
+    assert [one.report.failed for one in job.guards] == [0] * N
+
+
 def test_a_node_that_was_killed_is_replaced_and_the_others_find_it(job):
     job.write(10)
     link = job.guards[1].link()
@@ -159,7 +215,7 @@ def test_a_node_that_was_killed_is_replaced_and_the_others_find_it(job):
 
 
 def test_votes_wait_for_parity_and_not_for_ever(job):
-    votes = job.processes.each(lambda i: guard.GuardedVotes(job.guards[i], ITEM, LIFE))
+    votes = job.processes.each(lambda i: GuardedVotes(job.guards[i], ITEM, LIFE))
 
     def tell(step, who):
         job.processes.each(lambda i: votes[i].tell(step, is_sealed=i in who))

@@ -1,13 +1,17 @@
 """Any one machine of a group may go with its memory; who is wrong is found out, and named."""
 
 import pathlib
+import threading
 import time
+import types
 
 import numpy as np
 import pytest
 from equipment.nodes import ITEM, LIMIT_BYTES, RUN, key_of, machines
 
 from lazy_orbax.errors import KeeperError
+from lazy_orbax.integrity.digest import digest_of_bytes
+from lazy_orbax.storage import pace
 from lazy_orbax.storage.pace import Pace
 from lazy_orbax.tiers.kept_listing import kept
 from lazy_orbax.tiers.parity import files
@@ -167,7 +171,8 @@ def test_what_is_overwritten_while_it_is_sent_is_not_taken():
         job.write(10, contents(2))
         told = {"what": "snapshot", "process": 1, "item": ITEM, "step": 10, "life": 7}
         serving = job.all[1].node.serving
-        assert len(serving.read(told, 0, 1000)) == 1000
+        digest, chunk = serving.read(told, 0, 1000)
+        assert (digest, len(chunk)) == (digest_of_bytes(chunk), 1000)
         job.all[1].write(12, b"another")
         with pytest.raises(KeeperError, match="no snapshot"):
             serving.read(told, 1000, 2000)
@@ -182,7 +187,7 @@ def test_nobody_gets_what_is_not_there(at):
             peer = errand._peer(job.all[1].node.address)
             with pytest.raises(KeeperError, match="wanted"):
                 more = {**told, "first": at[0], "end": at[1]}
-                peer._asked("/read", more, 10**6, time.monotonic() + 30)
+                list(peer._answer("/read", more, memoryview(b""), [0], time.monotonic() + 30))
 
 
 def test_without_room_nothing_changes():
@@ -212,6 +217,32 @@ def test_exchanges_are_limited_in_speed_and_rebuilding_is_not(monkeypatch):
         (plan,), _ = job.plans()
         job.mend(plan)
         assert sum(turns) == sum(map(len, wanted))
+
+
+@pytest.mark.parametrize("limit", [2**20, 50 * 10**6, 2**29])
+def test_a_snapshot_takes_as_long_as_the_limit_says(monkeypatch, limit):
+    """On a clock that only waiting moves on."""
+
+    class Clock(threading.Event):
+        now_s = 5.0
+
+        def wait(self, timeout=None):
+            self.now_s += timeout
+            return False
+
+    clock = Clock()
+    now = types.SimpleNamespace(monotonic=lambda: clock.now_s)
+    with machines(2, bytes_per_s=limit) as job:
+        (content, _) = job.write(10, contents(2, size=3_000_000))
+        monkeypatch.setattr(pace, "time", now)
+        serving = job.all[0].node.serving
+        serving._over = clock
+        told = {"what": "exchange", "process": 0, "item": ITEM, "step": 10, "life": 7}
+        told |= {"n": 2, "owner": 0, "holder": 1}
+        for first in range(0, len(content), 10**5):
+            serving.read(told, first, min(first + 10**5, len(content)))
+        assert clock.now_s - 5.0 == pytest.approx(len(content) / limit)
+        serving._over = threading.Event()
 
 
 def test_parity_is_listed_beside_the_snapshots():

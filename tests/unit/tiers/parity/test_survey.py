@@ -102,7 +102,39 @@ def test_what_storage_has_newer_is_not_made():
     assert plans([full(i, 10) for i in range(3)], ["default"], 11) == ([], {})
 
 
-def test_a_job_of_another_size_begins_anew():
-    found, missing = plans([full(i, 10) for i in range(2)], ["default"], None)
+@pytest.mark.parametrize(
+    ("n_then", "n", "parts"),
+    [
+        (3, 3, [[0], [1], [2]]),
+        (3, 2, [[0, 1], [1, 2]]),
+        (2, 3, [[0], [0, 1], [1]]),
+        (4, 2, [[0, 1], [2, 3]]),
+        (2, 4, [[0], [0], [1], [1]]),
+        (5, 1, [[0, 1, 2, 3, 4]]),
+    ],
+)
+def test_a_job_of_another_size_gets_what_lies_along_the_row_of_its_processes(n_then, n, parts):
+    listings = [machine(f"m{i}", snapshot(i, 10, processes=n_then)) for i in range(n_then)]
+    now = [*listings, *(machine(f"new{i}") for i in range(n))][:n]
+    # Those that are no members any more are not asked: the first ones have what they had.
+    for i, gone in enumerate(listings[n:]):
+        now[i % n] = machine(now[i % n]["address"], *now[i % n]["snapshots"], *gone["snapshots"])
+    ((plan,), missing) = plans(now, ["default"], None)
+    has = [[one["process"] for one in listing["snapshots"]] for listing in now]
+    made = [(one.at, one.process) for one in plan.lost]
+    assert missing == {}
+    assert made == [(at, one) for at in range(n) for one in parts[at] if one not in has[at]]
+
+
+def test_a_job_of_fewer_processes_makes_what_was_lost():
+    """Host 2 of three is gone, and nobody took its place."""
+    ((plan,), _) = plans([full(0, 10), full(1, 10)], ["default"], None)
+    ways = [(one.at, one.process, one.copy, len(one.sources)) for one in plan.lost]
+    assert ways == [(0, 1, "m1", 0), (1, 2, None, 3)]
+
+
+def test_processes_that_differ_in_how_many_they_were_are_passed_over():
+    listings = [machine("m0", snapshot(0, 10)), machine("m1", snapshot(1, 10, processes=2))]
+    found, missing = plans(listings, ["default"], None)
     assert found == []
-    assert "another number of processes" in missing[10]
+    assert "do not agree" in missing[10]

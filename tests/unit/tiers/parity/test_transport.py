@@ -1,6 +1,7 @@
 """Who does not know the secret gets nothing, and a call always ends."""
 
 import contextlib
+import errno
 import http.client
 import itertools
 import shutil
@@ -11,6 +12,8 @@ import threading
 import pytest
 
 from lazy_orbax.errors import KeeperError
+from lazy_orbax.integrity.digest import digest_of_bytes
+from lazy_orbax.tiers.parity import peer as asking
 from lazy_orbax.tiers.parity import transport
 from lazy_orbax.tiers.parity.peer import Peer
 from lazy_orbax.tiers.parity.transport import CHUNK_BYTES, Server
@@ -35,7 +38,7 @@ class Desk:
         self.asked.append((first, end))
         if told.get("wrong") == first:
             raise KeeperError("it was overwritten")
-        return memoryview(CONTENT[first:end])
+        return digest_of_bytes(CONTENT[first:end]), memoryview(CONTENT[first:end])
 
 
 @pytest.fixture
@@ -63,16 +66,54 @@ def test_a_question_is_answered(peer):
         peer.ask({"x": 5, "wrong": True}, timeout_s=30)
 
 
+def content_of(peer, n_bytes):
+    """Each chunk is there until the next one is asked for."""
+    return b"".join(bytes(chunk) for chunk, _ in peer.read({}, n_bytes, timeout_s=30))
+
+
+@pytest.mark.parametrize("span", [CHUNK_BYTES, 2 * CHUNK_BYTES, transport.SPAN_BYTES])
 @pytest.mark.parametrize("n_bytes", [0, 1, CHUNK_BYTES, CHUNK_BYTES + 1, len(CONTENT)])
-def test_bytes_come_in_turn(peer, desk, n_bytes):
-    parts = list(peer.read({}, n_bytes, timeout_s=30))
-    assert b"".join(chunk for chunk, _ in parts) == CONTENT[:n_bytes]
+def test_bytes_come_in_turn(peer, desk, n_bytes, span, monkeypatch):
+    monkeypatch.setattr(asking, "SPAN_BYTES", span)
+    assert content_of(peer, n_bytes) == CONTENT[:n_bytes]
     assert len(desk.asked) == -(-n_bytes // CHUNK_BYTES)
 
 
-def test_an_error_on_the_way_is_told(peer):
+def test_bytes_come_in_few_questions_over_one_connection(peer, monkeypatch):
+    questions, connections = [], []
+    respond = peer._response
+
+    def noted(*args):
+        questions.append(args)
+        response = respond(*args)
+        connections.append(peer._connection.sock)
+        return response
+
+    monkeypatch.setattr(peer, "_response", noted)
+    monkeypatch.setattr(asking, "SPAN_BYTES", 2 * CHUNK_BYTES)
+    assert content_of(peer, len(CONTENT)) == CONTENT
+    assert len(questions) == 2
+    assert len(set(connections)) == 1
+
+
+@pytest.mark.parametrize("failed", [0, CHUNK_BYTES, 2 * CHUNK_BYTES])
+def test_an_error_on_the_way_is_told_and_the_next_question_answered(peer, failed):
     with pytest.raises(KeeperError, match="overwritten"):
-        list(peer.read({"wrong": 2 * CHUNK_BYTES}, len(CONTENT), timeout_s=30))
+        list(peer.read({"wrong": failed}, len(CONTENT), timeout_s=30))
+    assert peer.ask({"x": 5}, timeout_s=30) == {"found": 5}
+
+
+def test_who_stops_in_the_middle_may_ask_again(peer):
+    chunks = peer.read({}, len(CONTENT), timeout_s=30)
+    next(chunks)
+    chunks.close()
+    assert content_of(peer, len(CONTENT)) == CONTENT
+
+
+def test_nobody_is_sent_more_at_once_than_a_span(peer, monkeypatch):
+    monkeypatch.setattr(asking, "SPAN_BYTES", 2 * transport.SPAN_BYTES)
+    with pytest.raises(KeeperError, match=f"and {transport.SPAN_BYTES} at once at most"):
+        list(peer.read({}, transport.SPAN_BYTES + 1, timeout_s=30))
 
 
 def test_who_sends_less_than_was_wanted_is_found_out(peer):
@@ -81,14 +122,14 @@ def test_who_sends_less_than_was_wanted_is_found_out(peer):
 
 
 def test_a_bit_that_changes_on_the_way_is_found(peer, monkeypatch):
-    sent = peer._sent
+    came = asking._next_part
 
-    def flipped(*args):
-        head, chunk = sent(*args)
+    def flipped(response, room):
+        head, chunk = came(response, room)
         chunk[-3] ^= 1
         return head, chunk
 
-    monkeypatch.setattr(peer, "_sent", flipped)
+    monkeypatch.setattr(asking, "_next_part", flipped)
     with pytest.raises(KeeperError, match="not what was asked for"):
         list(peer.read({}, 1000, timeout_s=30))
 
@@ -156,24 +197,78 @@ def test_there_are_only_so_many_connections(desk, monkeypatch):
     server.close()
 
 
-def test_a_server_sends_no_more_than_was_asked_for(peer, monkeypatch):
-    monkeypatch.setattr(transport, "_part", lambda read, told: ({}, memoryview(bytes(5000))))
+def test_a_server_sends_no_more_than_was_asked_for(server, peer):
+    server.answers[transport.READ] = lambda told: iter([({}, bytes(5000))])
     with pytest.raises(KeeperError, match="sends 5000 bytes, wanted 100"):
         list(peer.read({}, 100, timeout_s=30))
 
 
+def test_who_says_more_than_was_asked_for_is_no_member(server, peer):
+    server.answers[transport.ASK] = lambda told: iter([({}, b""), ({}, b"")])
+    with pytest.raises(KeeperError, match="more than was asked for"):
+        peer.ask({"x": 1}, timeout_s=30)
+
+
 def test_an_answer_to_another_question_is_not_believed(peer, monkeypatch):
     """Such as one that somebody in between has kept."""
-    sent, kept = peer._sent, []
+    came, kept = asking._next_part, []
 
     def between(*args):
-        kept.append(sent(*args))
+        kept.append(came(*args))
         return kept[0]
 
-    monkeypatch.setattr(peer, "_sent", between)
+    monkeypatch.setattr(asking, "_next_part", between)
     assert peer.ask({"x": 1}, timeout_s=30) == {"found": 1}
     with pytest.raises(KeeperError, match="no member"):
         peer.ask({"x": 1}, timeout_s=30)
+
+
+def test_parts_of_an_answer_cannot_change_places(peer, monkeypatch):
+    """Each is proven with the one before."""
+    monkeypatch.setattr(asking, "CHUNK_BYTES", 5)
+    monkeypatch.setattr(transport, "CHUNK_BYTES", 5)
+    came, seen = asking._next_part, []
+
+    def between(response, room):
+        if not seen:
+            seen.extend(
+                (head, bytes(chunk)) for head, chunk in (came(response, room) for _ in "ab")
+            )
+            assert [chunk for _, chunk in seen] == [CONTENT[:5], CONTENT[5:10]]
+        head, chunk = seen.pop()
+        room[:] = chunk
+        return head, room
+
+    monkeypatch.setattr(asking, "_next_part", between)
+    with pytest.raises(KeeperError, match="no member"):
+        list(peer.read({}, 10, timeout_s=30))
+
+
+@pytest.mark.parametrize("n_failures", [1, 2])
+def test_who_was_not_found_is_looked_for_once_more(peer, monkeypatch, n_failures):
+    """The kernel remembers for a moment that it found nobody, when the network is there again."""
+    connect, left = peer._connection.connect, list(range(n_failures))
+
+    def connected():
+        if left:
+            left.pop()
+            raise OSError(errno.EHOSTUNREACH, "No route to host")
+        connect()
+
+    monkeypatch.setattr(peer._connection, "connect", connected)
+    if n_failures == 1:
+        assert peer.ask({"x": 1}, timeout_s=30) == {"found": 1}
+    else:
+        with pytest.raises(KeeperError, match="No route to host"):
+            peer.ask({"x": 1}, timeout_s=30)
+
+
+def test_the_kernel_finds_out_who_is_silent(peer):
+    peer.ask({"x": 1}, timeout_s=30)
+    option = peer._connection.sock.getsockopt
+    assert option(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    assert option(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 20_000
+    assert option(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 5
 
 
 def test_who_takes_connections_and_says_nothing_is_given_up():
@@ -199,6 +294,7 @@ def _drip():
     [
         (b"HTTP/1.1 200 OK\r\n", _drip()),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 5000000\r\n\r\n\xff\xff\0\0\0\0", _drip()),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", _drip()),
         (b"", itertools.repeat(b"HTTP/1.1 100 Continue\r\n\r\n")),
     ],
 )
@@ -276,7 +372,7 @@ def test_with_certificates_all_is_encrypted_and_who_has_none_is_refused(desk, tl
     server = Server("127.0.0.1", SECRET, tls, desk.answer, desk.read)
     member = Peer(server.address, SECRET, tls)
     assert member.ask({"x": 1}, timeout_s=30) == {"found": 1}
-    assert b"".join(chunk for chunk, _ in member.read({}, 5000, timeout_s=30)) == CONTENT[:5000]
+    assert content_of(member, CHUNK_BYTES + 1) == CONTENT[: CHUNK_BYTES + 1]
     assert member._connection.sock.cipher()
     asked = len(desk.asked)
     plain = Peer(server.address, SECRET, None)
