@@ -70,7 +70,7 @@ class ArraySpecs:
 def _kind(leaf: LeafInfo) -> tuple[Any, ...]:
     """What of a leaf tells how it is stored. Good as long as the leaf lives."""
     told = ((name, id(value)) for name, value in vars(leaf.info).items() if name not in _OWN)
-    return id(leaf.type_handler), repr(leaf.save_args), *told
+    return id(leaf.type_handler), repr(vars(leaf.save_args)), *told
 
 
 def _is_separate(leaf: LeafInfo, sharding: jax.sharding.Sharding | None) -> bool:

@@ -84,20 +84,31 @@ def _examine_before_reading(
     restore, metadata = handler.restore, handler.metadata
 
     @functools.wraps(restore)
-    def checking(directory: Any, *positional: Any, **keywords: Any) -> Any:
-        args = keywords.get("args")
-        if args is None:
-            given = inspect.signature(restore).bind(directory, *positional, **keywords).arguments
-            args = types.SimpleNamespace(**given)
+    def checking(*positional: Any, **keywords: Any) -> Any:
+        directory, args = _asked(restore, positional, keywords)
         with examined(directory, args, aggregate_filename, verifies=verifies):
-            return restore(directory, *positional, **keywords)
+            return restore(*positional, **keywords)
 
     @functools.wraps(metadata)
-    def checking_metadata(directory: Any) -> Any:
-        with checked(directory, None, aggregate_filename):
-            return metadata(directory)
+    def checking_metadata(*positional: Any, **keywords: Any) -> Any:
+        with checked(_asked(metadata, positional, keywords)[0], None, aggregate_filename):
+            return metadata(*positional, **keywords)
 
     handler.restore, handler.metadata = checking, checking_metadata
+
+
+def _asked(
+    function: Callable[..., Any], positional: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[Any, Any]:
+    """Returns the directory and Orbax's arguments of a call; older ones as if they were those.
+
+    A subclass may have a signature of its own.
+    """
+    given = inspect.signature(function).bind(*positional, **keywords).arguments
+    directory = positional[0] if positional else next(iter(given.values()))
+    found = [one for one in positional if isinstance(one, ocp.args.CheckpointArgs)]
+    args = keywords.get("args") or next(iter(found), None)
+    return directory, types.SimpleNamespace(**given) if args is None else args
 
 
 def standard_handler(
@@ -144,13 +155,13 @@ def _explaining_its_own_errors(standard: Any) -> Callable[..., Any]:
     restore = standard.restore
 
     @functools.wraps(restore)
-    def explaining(directory: Any, item: Any = None, args: Any = None) -> Any:
+    def explaining(*positional: Any, **keywords: Any) -> Any:
         try:
-            return restore(directory, item=item, args=args)
+            return restore(*positional, **keywords)
         except LazyOrbaxError:
             raise
         except ValueError:
-            with explained(standard.metadata, directory, args):
+            with explained(standard.metadata, *_asked(restore, positional, keywords)):
                 raise
 
     return explaining

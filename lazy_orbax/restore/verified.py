@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from lazy_orbax._jax_context import neutral
 from lazy_orbax._machine import without_garbage_collection
-from lazy_orbax._orbax import metrics, symbols
+from lazy_orbax._orbax import metrics, restored_kinds, symbols
+from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.errors import (
     CorruptCheckpointError,
     MalformedCheckpointError,
@@ -25,7 +27,6 @@ from lazy_orbax.errors import (
 from lazy_orbax.integrity import digest_file, step_metadata
 from lazy_orbax.integrity.stored_item import StoredItem
 from lazy_orbax.integrity.verify import raise_corrupt
-from lazy_orbax.plan.shards import is_key
 from lazy_orbax.pods import consensus
 from lazy_orbax.restore.compare_arrays import check_restored, explain
 from lazy_orbax.restore.either_way import Question, restore_either_way
@@ -235,16 +236,16 @@ def _misfits(
     except Exception:  # noqa: BLE001 - A broken checkpoint: what restoring said of it is raised.
         return []
     stored = {_names(path): (path, leaf) for path, leaf in tree_leaves_with_path(tree)}
+    given = tree_leaves_with_path(getattr(args, "restore_args", None))
+    arguments = {_names(path): argument for path, argument in given}
     problems = []
     for path, leaf in tree_leaves_with_path(target):
         name = keystr(path)
         if differs and _names(path) not in stored:
             problems.append(f"{name}: the checkpoint has no such leaf; take it out of the target")
         _, entry = stored.pop(_names(path), (None, None))
-        found, wanted = getattr(entry, "shape", None), getattr(leaf, "shape", None)
-        if wanted is not None and is_key(leaf):  # Its data is what is stored.
-            with neutral():
-                wanted = jax.eval_shape(jax.random.key_data, leaf).shape
+        found = getattr(entry, "shape", None)
+        wanted = _insisted_shape(arguments.get(_names(path)), leaf)
         if found is None or wanted is None or tuple(found) == tuple(wanted):
             continue
         problems.append(
@@ -258,6 +259,17 @@ def _misfits(
             for path, _ in stored.values()
         ]
     return problems
+
+
+def _insisted_shape(argument: Any, leaf: Any) -> Any:
+    """Returns the shape in which a leaf has to be stored; `None` where Orbax takes any."""
+    if not isinstance(argument, ocp.ArrayRestoreArgs) or not argument.strict:
+        return None
+    shape, dtype = restored_kinds.completed(argument, leaf).global_shape, argument.dtype
+    if shape is None or dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return shape
+    with neutral():  # The data of keys is what is stored.
+        return jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(shape, dtype)).shape
 
 
 def _names(path: Any) -> tuple[str, ...]:

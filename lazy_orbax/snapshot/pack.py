@@ -110,20 +110,20 @@ def _program(plan: Plan, slab: Slab, into: bool) -> tuple[Program, jax.Array]:
     specs = tuple(s.spec if isinstance(s, NamedSharding) else PartitionSpec() for s in shardings)
     cuts, table = _replica_table(plan, slab)
     mesh = local_mesh(slab.mesh)
-    if mesh is not slab.mesh:
+    is_local = mesh is slab.mesh
+    if not is_local:
         specs = (PartitionSpec(),) * len(specs)
-    look = (mesh, specs, cuts, into, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+    kinds = [(leaf.shape if is_local else _shard_shape(leaf), leaf.dtype) for leaf in leaves]
+    look = (mesh, specs, cuts, into, tuple(kinds))
 
     def make() -> Program:
-        is_local = mesh is slab.mesh
-        shapes = [leaf.shape if is_local else _shard_shape(leaf) for leaf in leaves]
         places = [NamedSharding(mesh, spec) for spec in specs]
         stand_ins = [_stand_in(table.shape, table.dtype, table.sharding)]
         if into:
             buffer = buffer_of(plan, slab)
             stand_ins.append(_stand_in((buffer.size,), buffer.dtype, buffer.sharding))
-        for shape, leaf, place in zip(shapes, leaves, places, strict=True):
-            stand_ins.append(_stand_in(shape, leaf.dtype, place))
+        for (shape, dtype), place in zip(kinds, places, strict=True):
+            stand_ins.append(_stand_in(shape, dtype, place))
         return Program(_packer(mesh, specs, cuts, into), stand_ins)
 
     return shared(look, make), table

@@ -205,20 +205,24 @@ class _Range:
             self._reading = files.place.kvstore.read(place.file, byte_range=self._part)
 
     def result(self) -> bytes:
-        if self._reading is None:
-            content = self._files.read(self._place.file, _MOST_LIKELY_BYTES)
-        else:
-            try:
-                found = self._reading.result()
-            except ValueError as error:
-                raise self._too_short(brief(str(error))) from error
-            content = found.value if found.state == "value" else None
+        try:
+            content = self._content()
+        except MalformedCheckpointError:
+            raise
+        except ValueError as error:
+            raise self._too_short(brief(str(error))) from error
         if content is None:
             raise MalformedCheckpointError(self._where, "no such file", "a data file")
         part = content[self._part] if self._reading is None else content
         if len(part) < self._place.length:
             raise self._too_short(f"it has {len(content)}")
         return bytes(part)
+
+    def _content(self) -> bytes | None:
+        if self._reading is None:
+            return self._files.read(self._place.file, _MOST_LIKELY_BYTES)
+        found = self._reading.result()
+        return found.value if found.state == "value" else None
 
     def _too_short(self, why: str) -> MalformedCheckpointError:
         found = f"no bytes {self._part.start} to {self._part.stop} ({why})"

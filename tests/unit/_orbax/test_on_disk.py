@@ -79,6 +79,19 @@ def test_the_answers_are_those_for_each_leaf_alone(name, monkeypatch):
     assert len({id(spec) for spec, _ in found}) == n_found
 
 
+class Quiet(ocp.SaveArgs):
+    def __repr__(self):
+        return "quiet"
+
+
+def test_save_args_tell_leaves_apart_whatever_they_print(monkeypatch):
+    together = on_disk.ArraySpecs()
+    tree = [(leaf()[0], Quiet(chunk_byte_size=size)) for size in (8, 16)]
+    found, n_asked = asked(monkeypatch, lambda: together, tree)
+    assert n_asked == 2
+    assert [metadata.chunk_shape for _, metadata in found] == [(1, 2), (1, 3)]
+
+
 def without_path(spec):
     base = spec.get("base", spec)
     kvstore = {key: value for key, value in base["kvstore"].items() if key != "path"}

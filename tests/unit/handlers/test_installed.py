@@ -66,6 +66,13 @@ def by_own_subclass(path, tree):
         checkpointer.save(path / "0", tree)
 
 
+class OwnStandard(ocp.StandardCheckpointHandler):
+    """Its `restore` takes what the stock one does not, and not all that it does."""
+
+    def restore(self, directory, args=None, *, scale=1):
+        return jax.tree.map(lambda x: x * scale, super().restore(directory, args=args))
+
+
 def by_legacy_flax(path, tree):
     checkpoints = pytest.importorskip("flax.training.checkpoints", reason="Flax is not installed")
     checkpoints.save_checkpoint(str(path), tree, 0)
@@ -348,3 +355,39 @@ def test_a_deep_copy_calls_back_whom_the_handler_does(tmp_path, tree):
         restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
         checkpointer.restore(tmp_path / "0", item=tree, restore_args=restore_args)
     assert len(owner.heard) == 2
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_subclass_restores_with_the_signature_that_it_has(tmp_path, tree, by_name):
+    path, args = epath.Path(tmp_path), ocp.args.StandardRestore(tree)
+    with lazy_orbax.install():
+        handler = OwnStandard()
+    handler.save(path, args=ocp.args.StandardSave(tree))
+    handler.finalize(path)
+    given = {"args": args} if by_name else {}
+    found = handler.restore(path, *([] if by_name else [args]), scale=2, **given)
+    assert found["step"] == 6
+    assert np.array_equal(found["w"], np.arange(64.0).reshape(8, 8) * 2)
+
+
+class OwnPyTree(ocp.PyTreeCheckpointHandler):
+    """Its methods have names of their own for what the stock ones take."""
+
+    def restore(self, path, args=None):
+        return super().restore(path, args=args)
+
+    def metadata(self, path, *, more=0):
+        return more, super().metadata(path)
+
+
+def test_a_subclass_has_names_of_its_own_for_what_it_takes(tmp_path, tree):
+    path, restore_args = epath.Path(tmp_path), ocp.checkpoint_utils.construct_restore_args(tree)
+    args = ocp.args.PyTreeRestore(tree, restore_args)
+    with lazy_orbax.install():
+        handler = OwnPyTree()
+    handler.save(path, args=ocp.args.PyTreeSave(tree))
+    handler.finalize(path)
+    assert handler.restore(path, args)["step"] == handler.restore(path=path, args=args)["step"] == 3
+    more, found = handler.metadata(path=path, more=5)
+    assert more == 5
+    assert found.tree.keys() == tree.keys()

@@ -158,6 +158,16 @@ def test_a_process_packs_what_it_has_itself(is_mine, into):
     check_pieces(plan, slab, found, hosts)
 
 
+def test_a_process_has_a_program_for_each_shape_of_its_shards():
+    devices = [*DEVICES[:2], *(FakeDevice(100 + i, 1) for i in range(2))]
+    mesh = Mesh(np.array(devices, dtype=object).reshape(2, 2), ("a", "b"))
+    host, plans = np.arange(48, dtype=np.float32).reshape(8, 6), []
+    for spec in [("a",), (("a", "b"),), ("a", "b")]:
+        leaf = SeenFromOneProcess(host, NamedSharding(mesh, P(*spec)))
+        plans.append(planned(leaf, parallel=False))  # Kept, and so are its programs.
+        check_pieces(*plans[-1], packed(*plans[-1], [leaf], into=True), [host])
+
+
 @pytest.mark.parametrize("process_index", [1, 10**6])
 def test_the_mesh_of_a_process_has_the_devices_of_its_number(process_index, monkeypatch):
     # Made anew each time: Python keeps one object for each small number only.

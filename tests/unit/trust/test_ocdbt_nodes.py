@@ -7,7 +7,7 @@ import pytest
 import tensorstore as ts
 
 from lazy_orbax.errors import MalformedCheckpointError
-from lazy_orbax.storage.places import LocalPlace
+from lazy_orbax.storage.places import LocalPlace, _Content
 from lazy_orbax.trust import ocdbt_nodes
 from lazy_orbax.trust.files import ItemFiles, survey
 from lazy_orbax.trust.ocdbt_nodes import Extent, contents, likely_nodes
@@ -87,6 +87,13 @@ class FarAway(Counted):
     has_special_files = False
 
 
+class Bucket(FarAway):
+    """Where as much is read of a file as was listed of it."""
+
+    def start_read(self, name, *, size, most_bytes):
+        return _Content(self.kvstore.read(name, byte_range=slice(0, size)))
+
+
 def read_ahead(directory):
     """Returns the files of a database of one node, which is being read; and where they are."""
     place = FarAway(str(directory), 300.0)
@@ -113,6 +120,17 @@ def test_a_node_that_was_read_ahead_and_is_too_short_is_refused(tmp_path):
     with pytest.raises(
         MalformedCheckpointError, match=rf"{node.name}: found no bytes \d+ to \d+ \(it has"
     ):
+        contents(files, SUFFIXES)
+
+
+def test_a_node_that_is_shorter_than_it_was_listed_is_refused(tmp_path):
+    written(tmp_path, 10)
+    place = Bucket(str(tmp_path), 300.0)
+    files = ItemFiles(place, survey(place.directory))
+    (node,) = likely_nodes(files)
+    (tmp_path / node).write_bytes((tmp_path / node).read_bytes()[:-1])
+    files.read_ahead([node], 2**20)
+    with pytest.raises(MalformedCheckpointError, match=rf"{node}: found no bytes \d+ to \d+ \("):
         contents(files, SUFFIXES)
 
 

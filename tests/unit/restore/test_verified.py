@@ -1,0 +1,64 @@
+"""What a restore complains of: the shape of a leaf only where Orbax insists on it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from equipment.oracle import STOCK_WARNS
+from etils import epath
+
+import lazy_orbax
+from lazy_orbax.errors import CorruptCheckpointError, RestoreError
+
+pytestmark = STOCK_WARNS
+TREE = {"a": jnp.arange(5000.0), "b": jnp.arange(8.0), "n": np.arange(6), "k": jax.random.key(0)}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    handler, directory = lazy_orbax.standard_handler(), epath.Path(tmp_path)
+    handler.save(directory, args=ocp.args.StandardSave(TREE))
+    handler.finalize(directory)
+    return handler, directory
+
+
+def cut_short(directory):
+    files = directory.glob("ocdbt.process_*/d/*")
+    largest = max(files, key=lambda file: file.stat().length)
+    largest.write_bytes(largest.read_bytes()[:5000])
+
+
+@pytest.mark.parametrize(
+    ("other", "strict"), [({"b": jnp.zeros(4)}, False), ({"n": np.zeros(4)}, True)]
+)
+def test_a_shape_that_orbax_does_not_insist_on_hides_no_damage(saved, other, strict):
+    handler, directory = saved
+    args = ocp.args.StandardRestore({**TREE, **other}, strict=strict)
+    assert handler.restore(directory, args=args)["a"].shape == (5000,)
+    cut_short(directory)
+    with pytest.raises(CorruptCheckpointError, match="is not what was saved:\n.*a"):
+        handler.restore(directory, args=args)
+
+
+def test_a_shape_that_orbax_does_not_insist_on_hides_no_other_error(saved):
+    handler, directory = saved
+    target = {**TREE, "b": jnp.zeros(4), "a": object()}
+    with pytest.raises(ValueError, match="Unsupported type: <class 'object'>"):
+        handler.restore(directory, args=ocp.args.StandardRestore(target, strict=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "text"),
+    [
+        ("b", {"global_shape": (4,)}, r"found \[8\], wanted \[4\]"),
+        ("k", {"global_shape": (3,), "dtype": TREE["k"].dtype}, r"found \[2\], wanted \[3, 2\]"),
+    ],
+)
+def test_the_shape_that_is_told_is_the_one_in_the_arguments(saved, name, wanted, text):
+    _, directory = saved
+    restore_args = ocp.checkpoint_utils.construct_restore_args(TREE)
+    restore_args[name] = ocp.ArrayRestoreArgs(sharding=TREE["b"].sharding, **wanted)
+    args = ocp.args.PyTreeRestore(TREE, restore_args)
+    with pytest.raises(RestoreError, match=rf"\['{name}'\]: {text}"):
+        lazy_orbax.pytree_handler().restore(directory, args=args)
