@@ -11,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
+from lazy_orbax import _paths
 from lazy_orbax._orbax.symbols import ocp
-from lazy_orbax.errors import KeeperError, LazyOrbaxError
+from lazy_orbax.errors import KeeperError
 from lazy_orbax.handlers.completing import write
 from lazy_orbax.handlers.promoting_share import Share, remove_late
 from lazy_orbax.handlers.verified_path import verified_in
@@ -60,15 +61,7 @@ class _Call:
         Raises:
             KeeperError: one has given up, or tells nothing.
         """
-        others = set(self.parts) - {0}
-
-        def look() -> dict[int, dict[str, Any]] | None:
-            for part, told in self.meeting.told_by_all(self.token, "lost").items():
-                raise KeeperError(f"the machine of process {part} gave up: {told.get('why')}")
-            found = self.meeting.told_by_all(self.token, name)
-            return found if others <= set(found) else None
-
-        return awaited(look, patience_s, f"a machine did not tell of `{name}`")
+        return self.meeting.told_by_each(self.token, name, set(self.parts) - {0}, patience_s)
 
 
 def lead(run: str, tier: str, shelf: Shelf, machine: Machine) -> int | None:
@@ -88,11 +81,11 @@ def lead(run: str, tier: str, shelf: Shelf, machine: Machine) -> int | None:
         SaveError: the storage refused something.
         CorruptCheckpointError: what was read back is not what was written.
     """
-    newest, meeting = newest_in(tier), Meeting(tier)
-    if all(kept.step <= newest for kept in kept_steps(shelf, run)):
+    newest, meeting, steps = newest_in(tier), Meeting(tier), kept_steps(shelf, run)
+    if all(kept.step <= newest for kept in steps):
         meeting.clear()  # Perhaps one was killed that had listed it.
         return None
-    with meeting.called() as token:
+    with meeting.called({kept.life for kept in steps}) as token:
         call = _Call(meeting, token, _gathered(meeting, token, machine))
         # Of what is held here no other machine gives up its part: not all have a newer one.
         with held_for(shelf, TAKE_S):
@@ -155,12 +148,13 @@ def _joining(call: _Call, number: int, share: Share) -> ocp.PyTreeCheckpointHand
 
     async def save(directory: Any, *_: Any, **__: Any) -> None:
         place = str(directory)
-        call.meeting.tell(call.token, f"item{number}", {"directory": place})
+        here = place.removeprefix(f"{call.meeting.tier}/")
+        call.meeting.tell(call.token, f"item{number}", {"directory": here})
         await share.write_strings(directory)
         told = {0: share.write(place, call.attempt, 0)}
         others = call.from_others(f"done{number}", WRITE_S)
         told |= {part: one["digest"] for part, one in others.items()}
-        join_parts(place, call.attempt, told)
+        join_parts(place, call.attempt, told, share.shapes)
 
     handler.async_save = save
     handler.finalize = lambda directory: None  # The parts are joined.
@@ -176,23 +170,23 @@ def follow(run: str, tier: str, shelf: Shelf, machine: Machine) -> int | None:
         KeeperError: nobody called, the step is not here, or the leader did not list it.
         SaveError: the storage refused something.
     """
-    newest = newest_in(tier)
-    if all(kept.step <= newest for kept in kept_steps(shelf, run)):
+    newest, meeting, steps = newest_in(tier), Meeting(tier), kept_steps(shelf, run)
+    if all(kept.step <= newest for kept in steps):
         return None
-    meeting, over = Meeting(tier), list[str]()
+    lives, over = {kept.life for kept in steps}, list[str]()
     while True:
-        token, told = _heard(meeting, machine, over)
+        token, told = _heard(meeting, lives, machine, over)
         over.append(token)
         try:
             with _giving_up(meeting, token, machine):
                 _write_part(run, shelf, machine, _Call(meeting, token, tuple(told["parts"])), told)
         except _EndedError:
-            if meeting.token() is None:
+            if meeting.token(lives) is None:
                 raise
             continue  # It was of a leader that was killed, and there is another one.
         if told["step"] in dict(listed(tier)):
             return told["step"]
-        if meeting.token() is None:
+        if meeting.token(lives) is None:
             what = f"the machine of process 0 did not list step {told['step']}; see its log"
             raise KeeperError(what)
 
@@ -216,19 +210,21 @@ def _write_part(
     awaited(lambda: meeting.token() != token or None, WRITE_S, "the leader did not end its call")
 
 
-def _heard(meeting: Meeting, machine: Machine, over: list[str]) -> tuple[str, dict[str, Any]]:
+def _heard(
+    meeting: Meeting, lives: Set[int], machine: Machine, over: list[str]
+) -> tuple[str, dict[str, Any]]:
     """Answers calls until one says which step is meant. One may be of a leader that was killed.
 
     Args:
         meeting: where they are.
+        lives: those of which snapshots are here; a job that went on elsewhere has others.
         machine: this one.
-        over: calls that are not heard any more. It gets those in which a program of this machine
-            was killed.
+        over: calls not to be heard. It gets those in which a program of this machine was killed.
     """
     answered: list[str] = []
 
     def look() -> tuple[str, dict[str, Any]] | None:
-        token = meeting.token()
+        token = meeting.token(lives)
         if token is None and answered:
             raise KeeperError("the machine of process 0 has given up, see its log")
         if token is None or token in over:
@@ -259,21 +255,23 @@ def _giving_up(meeting: Meeting, token: str, machine: Machine) -> Iterator[None]
     """Tells the leader when something fails, so that it waits no longer."""
     try:
         yield
-    except (LazyOrbaxError, OSError) as error:
+    except Exception as error:
         if meeting.token() == token:
             meeting.tell(token, f"lost-{machine.part}", {"why": str(error)})
         raise
 
 
 def _shares_of(shelf: Shelf, run: str, told: dict[str, Any], machine: Machine) -> dict[str, Share]:
+    wanted = told["step"], told["life"], told["items"]
+
     def look() -> dict[str, Share] | None:
         for kept in kept_steps(shelf, run):
-            if (kept.step, kept.life) != (told["step"], told["life"]):
+            if (kept.step, kept.life, sorted(kept.items)) != wanted:
                 continue
             with contextlib.suppress(*UNUSABLE), held(kept.paths):
                 kept.refuse_other()
                 kept.refuse_parts(machine.processes)
-                return {item: Share(kept.items[item]) for item in told["items"]}
+                return {item: Share(snapshots) for item, snapshots in kept.items.items()}
         return None
 
     what = f"step {told['step']} did not get whole in {shelf.path} for {list(machine.processes)}"
@@ -285,7 +283,11 @@ def _directory_of(meeting: Meeting, token: str, number: int) -> str:
         _refuse_ended(meeting, token)
         return meeting.told(token, f"item{number}")
 
-    return awaited(look, WRITE_S, "the leader did not begin")["directory"]
+    told = awaited(look, WRITE_S, "the leader did not begin")["directory"]
+    directory = f"{meeting.tier}/{told}"
+    if not _paths.is_in(directory, meeting.tier):  # Others may write what is told in a tier.
+        raise KeeperError(f"the leader said {told!r}, which is not in {meeting.tier}")
+    return directory
 
 
 def _refuse_ended(meeting: Meeting, token: str) -> None:

@@ -19,7 +19,11 @@ from lazy_orbax.tiers.snapshot_file import Snapshot
 
 
 class Share:
-    """What this machine writes of an item, in memory of its own."""
+    """What this machine writes of an item, in memory of its own.
+
+    Attributes:
+        shapes: of all leaves of the item, by name.
+    """
 
     def __init__(self, snapshots: Sequence[Snapshot]):
         """Copies it, and compares each piece with its digest.
@@ -35,10 +39,11 @@ class Share:
         if lazy is None:
             raise KeeperError("this version of Orbax is not known; nothing is brought to a tier")
         self._settings, self._like = lazy.settings, tree.stand_in()
-        self._shapes, self._copies = tree.shard_shapes(), tree.own_copies()
+        self.shapes = {name: form.shape for name, form in tree.formats.items()}
+        self._chunks, self._copies = tree.shard_shapes(), tree.own_copies()
 
     def _prepared(self, directory: str) -> tuple[Any, list[Any]]:
-        prepared = prepare_part(self._settings, self._like, self._shapes, self._copies, directory)
+        prepared = prepare_part(self._settings, self._like, self._chunks, self._copies, directory)
         return prepared, jax.tree.leaves(self._like)
 
     def write(self, directory: str, attempt: Attempt, part: int) -> int:

@@ -18,6 +18,7 @@ import tensorstore as ts
 from lazy_orbax import _paths
 from lazy_orbax._orbax.records import Destination, Settings
 from lazy_orbax.errors import SaveError
+from lazy_orbax.integrity import digest_file
 from lazy_orbax.integrity.digest import digest_of_bytes
 from lazy_orbax.plan.boxes import Box, Shape
 from lazy_orbax.plan.shards import Layout, Leaf
@@ -149,16 +150,19 @@ def write_part(
     return digest_of_bytes(place_of(directory).read(f"{attempt.folder}/process_{part}"))
 
 
-def join_parts(directory: str, attempt: Attempt, told: Mapping[int, int]) -> None:
+def join_parts(
+    directory: str, attempt: Attempt, told: Mapping[int, int], shapes: Mapping[str, Shape]
+) -> None:
     """Makes an ordinary item of its parts, of which all are there.
 
     Args:
         directory: the item's directory.
         attempt: at what.
         told: what `write_part` returned to each of those who wrote a part.
+        shapes: of the leaves that the item has, by name.
 
     Raises:
-        SaveError: a part is not what was written, or the storage refused.
+        SaveError: a part is not what was written, something is in no part, or the storage refused.
     """
     place, deadline = place_of(directory), Deadline(directory, STORAGE_TIMEOUT_S)
     contents = {}
@@ -168,6 +172,7 @@ def join_parts(directory: str, attempt: Attempt, told: Mapping[int, int]) -> Non
             what = f"part {part} is not what was written there; do all see one file system?"
             raise SaveError(what, directory=directory)
         contents[part] = content
+    _refuse_gaps(directory, contents.values(), shapes)
 
     def wait(futures: Iterable[Any]) -> None:
         for future in futures:
@@ -186,6 +191,22 @@ def join_parts(directory: str, attempt: Attempt, told: Mapping[int, int]) -> Non
         raise save_error(directory, error) from error
     finally:
         deadline.end([])
+
+
+def _refuse_gaps(directory: str, digests: Iterable[bytes], shapes: Mapping[str, Shape]) -> None:
+    """Refuses parts that do not make up all of their leaves: whose trees differ, perhaps.
+
+    Raises:
+        SaveError: something of a leaf is in no part.
+    """
+    written: dict[str, set[Box]] = {name: set() for name in shapes}
+    for leaf in (leaf for content in digests for leaf in digest_file.parse(content).leaves):
+        written.setdefault(leaf.name, set()).update(leaf.boxes)
+    for name, shape in shapes.items():
+        found, wanted = sum(math.prod(box.shape) for box in written[name]), math.prod(shape)
+        if found != wanted:
+            what = f"leaf {name}: found {found} of its {wanted} elements in the parts; is the tree "
+            raise SaveError(f"{what}the same on all machines?", directory=directory)
 
 
 def remove_folder(place: Place, name: str) -> None:

@@ -152,10 +152,24 @@ def kept_steps(shelf: Shelf, run: str) -> list[KeptStep]:
         if isinstance(snapshot, Snapshot) and snapshot.facts["run"] == run:
             key = snapshot.step, snapshot.facts["life"]
             items = found.setdefault(key, KeptStep(snapshot.step, {})).items
-            items.setdefault(snapshot.facts["item"], []).append(snapshot)
+            add_newest(items.setdefault(snapshot.facts["item"], []), snapshot)
     wanted = {item for kept in found.values() for item in kept.items}
     whole = [kept for kept in found.values() if set(kept.items) == wanted]
     return sorted(whole, key=_order, reverse=True)
+
+
+def add_newest(snapshots: list[Snapshot], one: Snapshot) -> None:
+    """Adds a snapshot to others of its step, unless its process took that step again since.
+
+    Args:
+        snapshots: of one item at one step in one life of the job, one of each process.
+        one: another one.
+    """
+    for i, other in enumerate(snapshots):
+        if other.facts["process"] == one.facts["process"]:
+            snapshots[i] = max(other, one, key=lambda snapshot: snapshot.serial)
+            return
+    snapshots.append(one)
 
 
 def _order(kept: KeptStep) -> tuple[int, float]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any, TypeVar
 
 from lazy_orbax.errors import KeeperError
@@ -21,6 +22,7 @@ from lazy_orbax.storage.places import place_of
 FOLDER = "lazy_orbax_meeting"
 """Of a tier: no step has this name."""
 _CALL = "call"
+_TOKEN = r"[0-9a-f]{16}"
 _LOOK_S = 0.2
 _T = TypeVar("_T")
 
@@ -38,10 +40,14 @@ class Meeting:
         self._place = place_of(f"{tier}/{FOLDER}")
 
     @contextlib.contextmanager
-    def called(self) -> Iterator[str]:
-        """Calls the others. Yields the token of the call, which ends with the block."""
+    def called(self, lives: Iterable[int]) -> Iterator[str]:
+        """Calls the others. Yields the token of the call, which ends with the block.
+
+        Args:
+            lives: of the job: whoever has snapshots of none of them is not meant.
+        """
         token, before = secrets.token_hex(8), self.token()
-        self._write(_CALL, {"token": token})
+        self._write(_CALL, {"token": token, "lives": sorted(lives)})
         if before is not None:  # Of one that was killed.
             remove_folder(self._place, before)
         try:
@@ -54,9 +60,17 @@ class Meeting:
         """Removes all that was told, and ends the call that is going on, if there is one."""
         remove_folder(place_of(self.tier), FOLDER)
 
-    def token(self) -> str | None:
-        """Returns the token of the call that is going on."""
-        return (self._read(_CALL) or {}).get("token")
+    def token(self, lives: Set[int] | None = None) -> str | None:
+        """Returns the token of the call that is going on.
+
+        Args:
+            lives: of which of them it is to be; `None`: it may be another job's.
+        """
+        # It names a folder that is removed: anything else that stands there is no call.
+        match self._read(_CALL):
+            case {"token": str(token), "lives": [*meant]} if re.fullmatch(_TOKEN, token):
+                return token if lives is None or any(one in meant for one in lives) else None
+        return None
 
     def tell(self, token: str, name: str, told: dict[str, Any]) -> None:
         """Tells something in a call. It can be told nothing else under this name.
@@ -88,6 +102,29 @@ class Meeting:
                 found[int(number)] = told
         return found
 
+    def told_by_each(
+        self, token: str, name: str, numbers: Set[int], patience_s: float
+    ) -> dict[int, dict[str, Any]]:
+        """Waits until `NAME-N` was told for each number N. Returns what was told, by the number.
+
+        Args:
+            token: the call.
+            name: under which it is told.
+            numbers: of those who are to tell it.
+            patience_s: most seconds to wait.
+
+        Raises:
+            KeeperError: one told `lost-N`, or nothing.
+        """
+
+        def look() -> dict[int, dict[str, Any]] | None:
+            for number, told in self.told_by_all(token, "lost").items():
+                raise KeeperError(f"the machine of process {number} gave up: {told.get('why')}")
+            found = self.told_by_all(token, name)
+            return found if numbers <= set(found) else None
+
+        return awaited(look, patience_s, f"a machine did not tell of `{name}`")
+
     def _write(self, name: str, told: dict[str, Any]) -> None:
         try:
             self._place.kvstore.write(name, json.dumps(told).encode()).result()
@@ -101,7 +138,7 @@ class Meeting:
             raise KeeperError(f"nothing can be heard in {self.tier}: {error}") from error
         if found.state != "value":
             return None
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             told = json.loads(found.value)
             return told if isinstance(told, dict) else None
         return None

@@ -21,6 +21,7 @@ from lazy_orbax.errors import (
 from lazy_orbax.pods import consensus
 from lazy_orbax.restore.latest_good import Skipped, refuse_no_manager, restore_latest_good
 from lazy_orbax.tiers.keeping import ITEM, Keeper
+from lazy_orbax.tiers.kept_steps import add_newest
 from lazy_orbax.tiers.kept_tree import KeptTree, NotAtHandError
 from lazy_orbax.tiers.parity import restoring
 from lazy_orbax.tiers.restored_tier import (
@@ -209,7 +210,7 @@ def _at_hand(keeper: Keeper, made: restoring.MadeWhole) -> tuple[_AtHand, list[S
                 skipped.append(Skipped(None, keeper.slots.shelf.path_of(file), str(snapshot)))
         elif snapshot.facts.get("run") == keeper.run:
             items = found.setdefault((snapshot.step, snapshot.facts["life"]), {})
-            items.setdefault(snapshot.facts["item"], []).append(snapshot)
+            add_newest(items.setdefault(snapshot.facts["item"], []), snapshot)
     return found, skipped
 
 

@@ -82,6 +82,10 @@ def without(place, *steps):
             shelf.remove(file)
 
 
+def lives_in(place):
+    return {snapshot.facts["life"] for _, snapshot in Shelf(place).snapshots()}
+
+
 def listed(tier):
     if not os.path.isdir(tier.path):
         return []
@@ -191,7 +195,7 @@ def test_who_writes_after_the_leader_gave_up_leaves_nothing(memory, first, tier,
 
 def test_a_call_in_which_one_was_killed_is_given_up_and_the_next_one_heard(memory, first, tier):
     places, met = kept(memory, first, 2, 3), Meeting(tier.path)
-    killed = met.called()
+    killed = met.called(lives_in(places[1]))
     token = killed.__enter__()
     met.tell(token, "step", {"step": 3, "life": 0, "items": ["default"], "parts": [0, 1]})
     met.tell(token, "taken-1", {"step": 3})
@@ -206,3 +210,47 @@ def test_a_call_in_which_one_was_killed_is_given_up_and_the_next_one_heard(memor
     follower.join()
     assert found == [3]
     assert os.listdir(tier.path) == ["3"]
+
+
+@pytest.mark.parametrize(
+    ("items", "directory", "why"),
+    [
+        (["default"], "../victim", "'../victim', which is not in"),
+        (["default", "more"], "3", "step 3 did not get whole"),
+        ([5], "3", "step 3 did not get whole"),
+    ],
+)
+def test_what_a_stranger_says_in_a_tier_leads_nowhere_else(  # noqa: PLR0913
+    memory, first, tier, tmp_path, monkeypatch, items, directory, why
+):
+    monkeypatch.setattr(promoting_parts, "_SEALED_S", 0.0)
+    places, met = kept(memory, first, 2, 3), Meeting(tier.path)
+    (life,) = lives_in(places[1])
+    with met.called(lives_in(places[1])) as token:
+        met.tell(token, "step", {"step": 3, "life": life, "items": items, "parts": [0, 1]})
+        met.tell(token, "item0", {"directory": directory})
+        with pytest.raises(KeeperError, match=why):
+            promote(RUN, tier, places[1], Machine((1,), 2))
+        assert why in met.told(token, "lost-1")["why"]
+    assert os.listdir(tmp_path) == ["tier"]
+
+
+def test_what_is_not_understood_is_told_to_those_who_wait(memory, first, tier):
+    places, met = kept(memory, first, 2, 3), Meeting(tier.path)
+    with met.called(lives_in(places[1])) as token:
+        met.tell(token, "step", {"step": 3, "parts": [0, 1]})
+        with pytest.raises(KeyError):
+            promote(RUN, tier, places[1], Machine((1,), 2))
+        assert met.told(token, "lost-1") == {"why": "'life'"}
+
+
+def test_a_machine_that_the_job_left_does_not_come(memory, first, tier, monkeypatch):
+    for name in ("MEET_S", "TAKE_S"):
+        monkeypatch.setattr(promoting_parts, name, 0.0)
+    places, met = kept(memory, first, 2, 3), Meeting(tier.path)
+    (life,) = lives_in(places[1])
+    for others, came in (({life + 1}, {}), ({life, life + 1}, {1: {"processes": [1]}})):
+        with met.called(others) as token:
+            with pytest.raises(KeeperError, match="did not say in"):
+                promote(RUN, tier, places[1], Machine((1,), 2))
+            assert met.told_by_all(token, "here") == came

@@ -28,13 +28,13 @@ BF16 = np.dtype(jnp.bfloat16)
 def planned(monkeypatch):
     """What was planned so far, one entry for each time."""
     calls = []
-    make = prepare_module._make
+    make = prepare_module.make_prepared
 
     def counting_make(*args, **kwargs):
         calls.append(args)
         return make(*args, **kwargs)
 
-    monkeypatch.setattr(prepare_module, "_make", counting_make)
+    monkeypatch.setattr(prepare_module, "make_prepared", counting_make)
     return calls
 
 

@@ -33,6 +33,17 @@ def test_the_one_that_was_written_last_comes_first(keeper):
     assert kept_steps(keeper.slots.shelf, "/another") == []
 
 
+@pytest.mark.parametrize("before", [(), (4,)])  # Either of the two files may have the older one.
+def test_of_a_step_that_was_taken_again_the_last_one_counts(served, tmp_path, before):
+    with lazy_orbax.Keeper(tmp_path, directory=served) as keeper:
+        for step, value in (*((step, 0) for step in before), (5, 1), (5, 2)):
+            keeper.save(step, {"a": np.full(3, value)})
+            keeper.wait()
+        (found,) = kept_steps(keeper.slots.shelf, keeper.run)
+        assert len(found.items["default"]) == 1
+        assert found.values()["default"]["a"].tolist() == [2, 2, 2]
+
+
 def test_a_clock_that_goes_back_makes_nothing_older(keeper, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: 1000.0)
     save(keeper, 3)

@@ -1,5 +1,6 @@
 """What is told in one call is heard in that one alone, and nothing stays of it."""
 
+import json
 import os
 
 import pytest
@@ -11,7 +12,7 @@ from lazy_orbax.tiers.meeting import FOLDER, Meeting, awaited
 def test_what_is_told_in_a_call_is_heard_by_all(tmp_path):
     leader, other = Meeting(str(tmp_path)), Meeting(str(tmp_path))
     assert other.token() is None
-    with leader.called() as token:
+    with leader.called({1}) as token:
         assert other.token() == token
         for part in (2, 10):
             other.tell(token, f"here-{part}", {"processes": [part]})
@@ -24,28 +25,62 @@ def test_what_is_told_in_a_call_is_heard_by_all(tmp_path):
 
 def test_a_call_ends_the_one_of_a_leader_that_was_killed(tmp_path):
     meeting = Meeting(str(tmp_path))
-    killed = meeting.called()
+    killed = meeting.called({1})
     first = killed.__enter__()
     meeting.tell(first, "here-1", {"processes": [1]})
-    with meeting.called() as second:
+    with meeting.called({1}) as second:
         assert second != first
         assert meeting.told_by_all(first, "here") == meeting.told_by_all(second, "here") == {}
         killed.__exit__(None, None, None)  # It lives, and is late: it ends nothing but its own.
         assert meeting.token() == second
 
 
+def test_a_call_is_heard_by_those_whom_it_means(tmp_path):
+    meeting = Meeting(str(tmp_path))
+    with meeting.called({1, 2**61}) as token:
+        for lives in (None, {1}, {3, 2**61}):
+            assert meeting.token(lives) == token
+        for lives in ({3}, set()):
+            assert meeting.token(lives) is None
+
+
 def test_what_is_no_whole_file_is_not_there(tmp_path):
     meeting = Meeting(str(tmp_path))
-    for content in (b"", b'{"token": "a', b"[]"):
+    for content in (b"", b'{"token": "a', b"[]", b"[" * 10**6):
         (tmp_path / FOLDER).mkdir(exist_ok=True)
         (tmp_path / FOLDER / "call").write_bytes(content)
         assert meeting.token() is None
+
+
+@pytest.mark.parametrize("token", ["..", "../5", "", 5, ["a"], "a/b", "{tmp_path}/5"])
+def test_what_names_another_folder_is_no_call_and_removes_nothing(tmp_path, token):
+    token = token.format(tmp_path=tmp_path) if isinstance(token, str) else token
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / "call").write_text(json.dumps({"token": token, "lives": [1]}))
+    (tmp_path / "5").mkdir()
+    meeting = Meeting(str(tmp_path))
+    assert meeting.token() is None
+    with meeting.called({1}):
+        pass
+    assert os.listdir(tmp_path) == ["5"]
 
 
 def test_waiting_has_an_end():
     with pytest.raises(KeeperError, match="nobody came within 0 s"):
         awaited(lambda: None, 0.0, "nobody came")
     assert awaited(lambda: 0, 0.0, "nobody came") == 0
+
+
+def test_who_gives_up_ends_the_waiting_for_all(tmp_path):
+    meeting = Meeting(str(tmp_path))
+    with meeting.called({1}) as token:
+        meeting.tell(token, "done-1", {"digest": 1})
+        assert meeting.told_by_each(token, "done", {1}, 0.0) == {1: {"digest": 1}}
+        with pytest.raises(KeeperError, match="a machine did not tell of `done` within 0 s"):
+            meeting.told_by_each(token, "done", {1, 2}, 0.0)
+        meeting.tell(token, "lost-2", {"why": "no room"})
+        with pytest.raises(KeeperError, match="the machine of process 2 gave up: no room"):
+            meeting.told_by_each(token, "done", {1, 2}, 60.0)
 
 
 def test_what_cannot_be_told_matters_while_somebody_listens(tmp_path, monkeypatch):
@@ -55,7 +90,7 @@ def test_what_cannot_be_told_matters_while_somebody_listens(tmp_path, monkeypatc
         raise KeeperError("nothing can be told in it")
 
     monkeypatch.setattr(other, "_write", fail)
-    with leader.called() as token, pytest.raises(KeeperError, match="nothing can be told in"):
+    with leader.called({1}) as token, pytest.raises(KeeperError, match="nothing can be told in"):
         other.tell(token, "lost-1", {})
     other.tell(token, "lost-1", {})
 
@@ -63,5 +98,5 @@ def test_what_cannot_be_told_matters_while_somebody_listens(tmp_path, monkeypatc
 def test_a_tier_that_cannot_be_written_is_told_of(tmp_path):
     (tmp_path / FOLDER).touch()
     meeting = Meeting(str(tmp_path))
-    with pytest.raises(KeeperError, match="can be (told|heard) in"), meeting.called():
+    with pytest.raises(KeeperError, match="can be (told|heard) in"), meeting.called({1}):
         pass

@@ -111,6 +111,14 @@ def test_a_run_that_went_back_is_continued_from_where_it_last_was(run):
     assert newest(run).step == 15
 
 
+def test_a_step_that_was_taken_again_is_restored_as_it_was_last(run):
+    run[1].save(30, state(31))
+    run[1].wait()
+    found = newest(run)
+    assert (found.step, found.tier) == (30, "memory")
+    assert_same(found.value, state(31))
+
+
 def test_snapshots_of_two_lives_are_not_put_together(run, monkeypatch):
     """Process 1 of an older life has step 30 as well, which came to other values there."""
     _, keeper = run
