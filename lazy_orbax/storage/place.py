@@ -177,9 +177,21 @@ class Place(abc.ABC):
     @abc.abstractmethod
     def _content(self, name: str) -> bytes: ...
 
-    @abc.abstractmethod
     def peek(self, name: str) -> bytes | None:
-        """Returns the content of a small file that may be written now; `None` if there is none."""
+        """Returns the content of a small file; `None` if there is none.
+
+        It may be written, or go, at this moment.
+
+        Raises:
+            OSError: it is no file, is too large, or the storage refused.
+            ValueError: an object store refused.
+        """
+        try:
+            return self.read(name) if self.has(name) else None
+        except OSError:
+            if self.has(name):
+                raise
+            return None  # Another program removed it, or a directory that it is in.
 
     @abc.abstractmethod
     def write(self, name: str, content: bytes) -> set[Inode]:

@@ -125,9 +125,6 @@ class LocalPlace(Place):
         with open(self._at(name), "rb") as file:
             return file.read()
 
-    def peek(self, name: str) -> bytes | None:
-        return self.read(name) if self.has(name) else None
-
     def write(self, name: str, content: bytes) -> set[Inode]:
         with open(self._at(name), "wb") as file:
             file.write(content)

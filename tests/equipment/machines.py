@@ -49,7 +49,7 @@ def promoted(run: str, tiers: Sequence[lazy_orbax.Tier], places: Sequence[str]) 
         machine = Machine((i,), len(places))
         try:
             found[i] = promote(run, tiers[i], places[i], machine)
-        except lazy_orbax.errors.LazyOrbaxError as error:
+        except (lazy_orbax.errors.LazyOrbaxError, OSError) as error:
             found[i] = error
 
     threads = [threading.Thread(target=on, args=(i,)) for i in range(1, len(places))]

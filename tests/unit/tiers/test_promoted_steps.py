@@ -2,13 +2,15 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from lazy_orbax._paths import PROMOTED
+from lazy_orbax._paths import PROMOTED, STEP_METADATA
 from lazy_orbax.errors import KeeperError
+from lazy_orbax.storage.places import LocalPlace
 from lazy_orbax.tiers.promoted_steps import (
     listed,
     newest_in,
@@ -81,3 +83,19 @@ def test_a_directory_beside_is_no_step(tier):
     (tier / "4").rename(tier / "step_4")
     (tier / "7").mkdir()  # A manager lists it.
     assert [step for step, _ in listed(str(tier))] == [1, 2, 3, 4, 5, 7]
+
+
+@pytest.mark.parametrize("looked_for", [PROMOTED, STEP_METADATA])
+def test_a_step_may_be_removed_while_another_machine_looks(tier, monkeypatch, looked_for):
+    """It has seen that the file is there, and does not find it when it reads."""
+    (tier / "5").rename(tier / "run_5")
+    has = LocalPlace.has
+
+    def has_and_then_it_goes(place, name):
+        found = has(place, name)
+        if found and name == looked_for and place.path.endswith("5"):
+            shutil.rmtree(place.path)
+        return found
+
+    monkeypatch.setattr(LocalPlace, "has", has_and_then_it_goes)
+    refuse_others(str(tier), RUN)
