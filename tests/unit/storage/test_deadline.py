@@ -197,7 +197,8 @@ def test_a_writer_that_cannot_open_its_stores_holds_up_nobody(monkeypatch):
         raise ValueError("no luck")
 
     monkeypatch.setattr(item_stores.ItemStores, "_open", fail)
-    format_ = types.SimpleNamespace(is_primary=True, directory="", kvstores=[])
+    digests = types.SimpleNamespace(process=0, processes=(0,))
+    format_ = types.SimpleNamespace(is_primary=True, directory="", kvstores=[], digests=digests)
     for _ in range(2):
         with pytest.raises(ValueError, match="no luck"):
             writer.Writer(None, format_, "gs://bucket/late/5/default", timeout_s=1)
