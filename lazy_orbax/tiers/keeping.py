@@ -114,7 +114,6 @@ class Keeper:
         whose |= {"complete_after_s": complete_after_s, "tiers": told_of(self.tiers, machine)}
         self._link = KeeperLink(settings, whose)
         self._saving: list[concurrent.futures.Future[None]] = []
-        self._along: dict[str, int] = {}
         self._claim = Claim(shelf, self.run, jax.process_index())
         with contextlib.ExitStack() as undo:
             undo.callback(self._claim.release)
@@ -140,6 +139,9 @@ class Keeper:
     def save(self, step: int, state: Any, *, item: str = ITEM) -> bool:
         """Takes a snapshot. The caller may donate, delete or change `state` when this returned.
 
+        All processes give the same steps. Where a step is not above the one before, training has
+        gone on from an older state: what was kept of the newer one is not mixed with it.
+
         Args:
             step: the step that `state` is of.
             state: the tree, as a handler would save it.
@@ -149,11 +151,11 @@ class Keeper:
             Whether a snapshot of that step is on its way, or was already. `False` if the one
             before is still being copied, or it failed; see `report`.
         """
-        if self._along.pop(item, None) == step:
-            return True
         try:
             if self._claim.is_a_childs:
                 raise KeeperError("a forked child saves nothing: its parent does")
+            if not self.slots.offer(step, item):
+                return True
             prepared, leaves = self._prepared(state)
             layout = layout_of(prepared.plan, state)
             writing = self.slots.begin(step, item, layout, prepared.texts(leaves))
@@ -198,10 +200,7 @@ class Keeper:
         try:
             if not has_all_here(plan, jax.process_index()):
                 return None
-            writing = self.slots.begin(step, item, layout_of(plan, state), texts)
-            if writing is not None:
-                self._along[item] = step  # `save` of the same step has nothing to do.
-            return writing
+            return self.slots.begin_along(step, item, layout_of(plan, state), texts)
         except (LazyOrbaxError, OSError, TypeError) as error:
             self.slots.failed(step, error)
             return None

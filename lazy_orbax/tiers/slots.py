@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import logging
 import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 
@@ -47,6 +49,20 @@ class KeeperReport:
     error: str | None = None
 
 
+class _Offer(NamedTuple):
+    """The newest step of an item in this life of the job.
+
+    Attributes:
+        step: the step, kept or not.
+        is_along: whether a save to storage offered it, and `Keeper.save` has not yet.
+        is_kept: whether that save took it along.
+    """
+
+    step: int = -1
+    is_along: bool = False
+    is_kept: bool = False
+
+
 class Slots:
     """The places of all items of one process.
 
@@ -72,6 +88,7 @@ class Slots:
         self.guard = guard
         self._link, self._run, self._lock = link, run, threading.Lock()
         self._slots: dict[str, Slot] = {}
+        self._offered: dict[str, _Offer] = {}
 
     def begin_life(self, restored: Mapping[str, str] | None = None) -> None:
         """Tells snapshots from now on apart from those before. Every process must call it.
@@ -82,7 +99,36 @@ class Slots:
         Args:
             restored: the file of each item with which this life begins.
         """
-        (self.life,) = consensus.from_first([secrets.randbits(62)], most=1)
+        (life,) = consensus.from_first([secrets.randbits(62)], most=1)
+        self._live(life, restored)
+
+    def offer(self, step: int, item: str) -> bool:
+        """Hears of a step before it is taken. Every process must call it, with the same steps.
+
+        Where steps go back, the caller has gone on from an older state: a new life begins, as soon
+        as the snapshot that is on its way has ended.
+
+        Args:
+            step: the step.
+            item: the item.
+
+        Returns:
+            Whether it is still to be taken: no save to storage took it along.
+        """
+        last = self._offered.get(item, _Offer())
+        if last.is_along and last.step == step:
+            self._offered[item] = _Offer(step)
+            return not last.is_kept
+        if step <= last.step:
+            # All come to the same number, and need not meet for that.
+            digest = hashlib.blake2b(str(self.life).encode(), digest_size=8).digest()
+            self._live(int.from_bytes(digest, "little") >> 2)
+        self._offered[item] = _Offer(step)
+        return True
+
+    def _live(self, life: int, restored: Mapping[str, str] | None = None) -> None:
+        self.life = life
+        self._offered.clear()
         for item in {*self._slots, *(restored or {})}:
             path = (restored or {}).get(item)
             self._slot(item).begin_life(self._votes(item), path)
@@ -125,6 +171,18 @@ class Slots:
             "texts": texts,
         }
         return Writing(slot, layout, facts, self._told)
+
+    def begin_along(
+        self, step: int, item: str, layout: KeptLayout, texts: dict[str, str]
+    ) -> Writing | None:
+        """Does what `begin` does, for a save to storage. `offer` may come before or after it."""
+        if self._offered.get(item, _Offer()).step == step:
+            return None
+        self.offer(step, item)
+        self._offered[item] = _Offer(step, is_along=True)
+        writing = self.begin(step, item, layout, texts)
+        self._offered[item] = _Offer(step, is_along=True, is_kept=writing is not None)
+        return writing
 
     def _tell_of_skipped(self, slot: Slot, step: int) -> None:
         """Tells the other processes, which may be far away: the training does not wait for that."""

@@ -40,6 +40,11 @@ def test_a_step_is_listed_when_every_process_has_its_part(tmp_path, memory):
     assert os.listdir(tmp_path / "tier") == ["5"]
 
 
+def test_a_step_that_is_taken_again_is_never_of_two_states(tmp_path, memory):
+    told = reports(run_job(2, "stepped_back", tmp_path, logs=tmp_path / "logs", memory=memory))
+    assert [one["found"] for one in told] == [[[[6]], [], [[5]]]] * 2
+
+
 @pytest.mark.parametrize("n", [2, 4])
 def test_processes_with_a_keeper_each_bring_a_step_to_a_tier_that_all_see(tmp_path, memory, n):
     told = reports(run_job(n, "keepers_apart", tmp_path, logs=tmp_path / "logs", memory=memory))

@@ -29,6 +29,7 @@ from lazy_orbax.handlers import promoting
 from lazy_orbax.save import commit, writer
 from lazy_orbax.snapshot.host_budget import HOST_BUDGET
 from lazy_orbax.storage import pace as pacing
+from lazy_orbax.tiers.kept_steps import kept_steps
 from lazy_orbax.tiers.promoted_steps import listed
 
 Report = dict[str, Any]
@@ -547,6 +548,38 @@ def keepers_apart(root: str, memory: str) -> Report:
     return {"why": why, "found": [found.step, found.tier], "wrong": wrong}
 
 
+def stepped_back(root: str, memory: str) -> Report:
+    """Step 5 is taken a second time, with other values, by one process before the other."""
+    mesh, process, run = _mesh(), jax.process_index(), f"{root}/run"
+    with lazy_orbax.Keeper(run, directory=memory) as keeper:
+        found = []
+        for values, turns in ((6, [(0, 1)]), (5, [(0,), (1,)])):
+            state = states.on_mesh(mesh, values)
+            for turn in turns:
+                if process in turn:
+                    keeper.save(5, state)
+                    keeper.wait()
+                ocp.multihost.sync_global_processes(f"saved {values} {turn}")
+                found.append(_whole_in(keeper))
+                ocp.multihost.sync_global_processes(f"looked {values} {turn}")
+    return {"found": found}
+
+
+def _whole_in(keeper: lazy_orbax.Keeper) -> list[list[int]]:
+    """Returns which values each step in memory has that is whole; none: it is of no state."""
+    found = []
+    for kept in kept_steps(keeper.slots.shelf, keeper.run):
+        with contextlib.suppress(KeeperError):
+            kept.refuse_parts()
+            values = _bytes_of(kept.values()["default"])
+            found.append([n for n in (5, 6) if values == _bytes_of(states.values(n))])
+    return found
+
+
+def _bytes_of(tree: dict[str, Any]) -> dict[str, bytes]:
+    return {name: np.asarray(leaf).tobytes() for name, leaf in tree.items()}
+
+
 SCENARIOS = {
     function.__name__: function
     for function in (
@@ -567,6 +600,7 @@ SCENARIOS = {
         merged,
         promoted,
         keepers_apart,
+        stepped_back,
         modes,
         saved_by_v1,
         killed_in_v1,

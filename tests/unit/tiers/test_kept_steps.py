@@ -39,9 +39,10 @@ def test_of_a_step_that_was_taken_again_the_last_one_counts(served, tmp_path, be
         for step, value in (*((step, 0) for step in before), (5, 1), (5, 2)):
             keeper.save(step, {"a": np.full(3, value)})
             keeper.wait()
-        (found,) = kept_steps(keeper.slots.shelf, keeper.run)
-        assert len(found.items["default"]) == 1
-        assert found.values()["default"]["a"].tolist() == [2, 2, 2]
+        found = kept_steps(keeper.slots.shelf, keeper.run)
+        assert [kept.step for kept in found] == [5, *before]
+        assert len({kept.life for kept in found}) == len(found)
+        assert found[0].values()["default"]["a"].tolist() == [2, 2, 2]
 
 
 def test_a_clock_that_goes_back_makes_nothing_older(keeper, monkeypatch):

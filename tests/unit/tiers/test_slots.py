@@ -84,6 +84,38 @@ def test_a_life_is_told_from_the_one_before(slots):
     assert slots.life != first
 
 
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_a_life_ends_where_steps_go_back(slots, is_slow):
+    """On all processes alike: also on one that passed over steps."""
+    slots.life, lives, running = 7, [], []
+    ascending = [(1, "a"), (1, "b"), (2, "a"), (3, "a"), (3, "b")]
+    for steps in (ascending, ascending[2:], [(3, "a")]):
+        for step, item in steps:
+            assert slots.offer(step, item)
+            writing = slots.begin(step, item, layout_of(PLAN, TREE), {})
+            if is_slow and writing is not None:
+                running.append(writing)
+            elif not is_slow:
+                writing.end()
+            lives.append(slots.life)
+        while running:
+            running.pop().end()
+    assert lives == [7] * 5 + [2351967744037344313] * 3 + [1406985426640995427]
+    assert slots.report.skipped == (4 if is_slow else 0)
+
+
+def test_a_step_is_taken_once_with_a_save_to_storage(slots):
+    layout = layout_of(PLAN, TREE)
+    slots.begin_along(1, "default", layout, {}).end()
+    assert not slots.offer(1, "default")
+    slots.begin(2, "default", layout, {})
+    life = slots.life
+    assert slots.begin_along(3, "default", layout, {}) is None  # The one before is on its way.
+    assert slots.offer(3, "default")
+    assert slots.begin_along(3, "default", layout, {}) is None
+    assert slots.life == life
+
+
 def test_a_tree_that_cannot_be_kept_takes_no_place(slots):
     tree = {"a": jnp.ones(2), "z": object()}
     with pytest.raises(TreeError, match="z"):
