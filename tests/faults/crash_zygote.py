@@ -37,6 +37,7 @@ from lazy_orbax.errors import KeeperError
 from lazy_orbax.handlers import promoting_parts
 from lazy_orbax.handlers.promoting import promote
 from lazy_orbax.handlers.v1 import lazy_v1
+from lazy_orbax.tiers import meeting
 from lazy_orbax.tiers.tier import Machine
 
 FSCALLS = ctypes.CDLL(os.environ["LD_PRELOAD"])
@@ -104,8 +105,8 @@ def save(  # noqa: PLR0913 - As they come in a request.
     elif memory:
         tier = lazy_orbax.Tier(root, every_s=1, keep=1)
         here = Machine((machine[0],), machine[1]) if machine else None
-        secrets.token_hex = lambda n: "token"  # Calls are told apart by their names.
-        promoting_parts.awaited = functools.partial(until_gone, gone)
+        secrets.token_hex = lambda n: "70" * n  # Calls are told apart by their names.
+        promoting_parts.awaited = meeting.awaited = functools.partial(until_gone, gone)
         begin, end = (lambda step, state: promote("/run", tier, memory, here)), (lambda: None)
     else:
         options = dataclasses.replace(OPTIONS, skip_unchanged=linked)
