@@ -513,11 +513,7 @@ def promoted(root: str, memory: str) -> Report:
         while not [step for step, _ in listed(tier.path)]:
             time.sleep(0.05)
         ocp.multihost.sync_global_processes("it is there")
-        for file in keeper.slots.files(["default"]):
-            keeper.slots.shelf.remove(file)
-        ocp.multihost.sync_global_processes("memory is gone")
-        args = ocp.args.StandardRestore(states.targets(mesh, states.OTHER_SPECS))
-        found = lazy_orbax.restore_newest(manager, keeper, args=args)
+        found = _restored_without_memory(manager, keeper, mesh)
         wrong = states.differences(found.value, states.values(5))
     return {"why": why, "before": before, "found": [found.step, found.tier], "wrong": wrong}
 
@@ -539,13 +535,19 @@ def keepers_apart(root: str, memory: str) -> Report:
         ocp.multihost.sync_global_processes("all have it")
         while 6 not in dict(listed(tier.path)):
             time.sleep(0.05)
-        for file in keeper.slots.files(["default"]):
-            keeper.slots.shelf.remove(file)
-        ocp.multihost.sync_global_processes("memory is gone")
-        args = ocp.args.StandardRestore(states.targets(mesh, states.OTHER_SPECS))
-        found = lazy_orbax.restore_newest(manager, keeper, args=args)
+        found = _restored_without_memory(manager, keeper, mesh)
         wrong = states.differences(found.value, states.values(6))
     return {"why": why, "found": [found.step, found.tier], "wrong": wrong}
+
+
+def _restored_without_memory(
+    manager: ocp.CheckpointManager, keeper: lazy_orbax.Keeper, mesh: jax.sharding.Mesh
+) -> lazy_orbax.reports.Newest:
+    for file in keeper.slots.files(["default"]):
+        keeper.slots.shelf.remove(file)
+    ocp.multihost.sync_global_processes("memory is gone")
+    args = ocp.args.StandardRestore(states.targets(mesh, states.OTHER_SPECS))
+    return lazy_orbax.restore_newest(manager, keeper, args=args)
 
 
 def stepped_back(root: str, memory: str) -> Report:
