@@ -216,8 +216,10 @@ def explained(metadata: Callable[[Any], Any], directory: Any, args: Any) -> Iter
         differs = any(words in str(error) for words in symbols.MISFITS)
         misfits = _misfits(metadata, directory, args, differs=differs)
         if misfits:
+            orbax = f"\nOrbax says: {error}" if differs else ""
             raise RestoreError(
-                f"The restore target does not fit the checkpoint {directory}:{summarize(misfits)}"
+                f"The restore target does not fit the checkpoint {directory}:"
+                f"{summarize(misfits)}{orbax}"
             ) from error
         if differs:
             raise RestoreError(f"{error}\nThe checkpoint is {directory}.") from error
@@ -242,7 +244,7 @@ def _misfits(
     for path, leaf in tree_leaves_with_path(target):
         name = keystr(path)
         if differs and _names(path) not in stored:
-            problems.append(f"{name}: the checkpoint has no such leaf; take it out of the target")
+            problems.append(f"{name}: {_what_is_there(stored, _names(path))}")
         _, entry = stored.pop(_names(path), (None, None))
         found = getattr(entry, "shape", None)
         wanted = _insisted_shape(arguments.get(_names(path)), leaf)
@@ -259,6 +261,17 @@ def _misfits(
             for path, _ in stored.values()
         ]
     return problems
+
+
+def _what_is_there(stored: dict[tuple[str, ...], Any], leaf: tuple[str, ...]) -> str:
+    """Says what the checkpoint has in place of a leaf of the target, which then counts as named."""
+    below = [path for path in stored if path[: len(leaf)] == leaf]
+    for path in below:
+        del stored[path]
+    if not below:
+        return "the checkpoint has no such leaf; take it out of the target"
+    named = ", ".join(".".join(path) for path in below[:3]) + (", ..." if below[3:] else "")
+    return f"found a tree, wanted a leaf; give the target each leaf of it: {named}"
 
 
 def _insisted_shape(argument: Any, leaf: Any) -> Any:

@@ -263,6 +263,19 @@ def test_a_target_of_other_structure(saved, names):
         assert f"['{name}']: the " in str(caught.value)
 
 
+def test_a_leaf_where_the_checkpoint_has_a_tree(tmp_path):
+    ocp.PyTreeCheckpointer().save(tmp_path / "1", {"a": GOOD, "c": np.zeros(2)})
+    checkpointer = ocp.Checkpointer(lazy_orbax.pytree_handler())
+    target = {"a": ..., "c": np.zeros(2)}
+    with pytest.raises(RestoreError) as caught:
+        checkpointer.restore(tmp_path / "1", args=ocp.args.PyTreeRestore(target))
+    assert "['a']: found a tree, wanted a leaf" in str(caught.value)
+    assert "a.b, a.w" in str(caught.value)
+    assert "['a']['w']: " not in str(caught.value)
+    # Who looks for Orbax's own words in an error finds them.
+    assert "do not match" in str(caught.value)
+
+
 def test_a_target_without_shardings_of_other_structure(saved):
     manager, restore = saved
     target = {name: jax.ShapeDtypeStruct((3,), np.float32) for name in ("b", "extra")}

@@ -61,6 +61,22 @@ class Cuts:
         return calls, steps, wrong
 
 
+def is_durable(calls, *, durable_path=False):
+    """Whether the second step, as these calls began, was published and all of that synced."""
+    if "rename /2" not in calls[:-1]:
+        return False
+    after = calls[calls.index("rename /2") + 1 :]
+    if durable_path:  # It waits for the sync of the rename alone.
+        return "fsync " in after[:-1] or after[-1] == "finished"
+    # The syncs run side by side, in any order: they ended where another kind of call began.
+    return any(not call.startswith("fsync") for call in after)
+
+
+def first_after_syncs(run):
+    """Returns where the second step is durable, as `is_durable` says."""
+    return next(i for i in range(1, len(run) + 1) if is_durable(run[:i]))
+
+
 @pytest.fixture
 def cuts(zygote, disk, first_step, first_of_linked, tmp_path):
     return Cuts(zygote, disk, (first_step, first_of_linked), tmp_path / "copy")
@@ -99,16 +115,13 @@ def kind_of_disk(request):
 @pytest.mark.parametrize("in_database", [False, True], ids=["files", "database"])
 def test_a_save_that_links_whose_power_is_cut_at_every_call(cuts, tell, request, in_database):
     run = cuts.cut(late=False, linked=True, in_database=in_database)[0][:-1]
-    end = run.index("fsync ", run.index("rename /2")) + 5
+    end = first_after_syncs(run) + 4
     failures = []
     for position in range(run.index(next(c for c in run if c.startswith("linkat"))), end):
         call, nth = run[position], run[: position + 1].count(run[position])
         how = {"linked": True, "in_database": in_database}
         calls, steps, wrong = cuts.cut(call, nth, late=True, **how)
-        is_synced = calls[-1] == "finished" or (
-            "fsync " in calls[calls.index("rename /2") : -1] if "rename /2" in calls else False
-        )
-        if wrong or steps[-1] not in ([2] if is_synced else [1, 2]):
+        if wrong or steps[-1] not in ([2] if is_durable(calls) else [1, 2]):
             failures.append(f"cut before {nth}. {call}: {steps} {wrong}")
     assert not failures, "\n".join(failures)
     how = "linked in OCDBT" if in_database else "linked"
@@ -127,17 +140,16 @@ def test_a_save_whose_power_is_cut_at_every_call(cuts, how, tell, request):
     run = dry[:-1]
     begin = 0 if EVERY_POINT else run.index(MERGED)
     # Until the step is durable, and some calls of the removal of the old one.
-    synced = run.index("fsync ", run.index("rename /2"))
-    end = len(run) if EVERY_POINT else synced + (1 if durable_path else 5)
+    synced = run.index("fsync ", run.index("rename /2")) + 1
+    end = synced if durable_path else first_after_syncs(run) + 4
+    end = len(run) if EVERY_POINT else end
     n_cuts, without_metadata, failures = 0, 0, []
     for late in [True, False] if EVERY_POINT else [True]:
         for position in range(begin, end):
             call, nth = run[position], run[: position + 1].count(run[position])
             calls, steps, wrong = cuts.cut(call, nth, late=late, durable_path=durable_path)
             n_cuts += 1
-            is_synced = calls[-1] == "finished" or (
-                "fsync " in calls[calls.index("rename /2") : -1] if "rename /2" in calls else False
-            )
+            is_synced = is_durable(calls, durable_path=durable_path)
             try:
                 assert steps[-1] in ([2] if is_synced else [1, 2])
                 assert wrong == {}
