@@ -83,7 +83,7 @@ def lead(run: str, tier: str, shelf: Shelf, machine: Machine) -> int | None:
     """
     newest, meeting, steps = newest_in(tier), Meeting(tier), kept_steps(shelf, run)
     if all(kept.step <= newest for kept in steps):
-        meeting.clear()  # Perhaps one was killed that had listed it.
+        meeting.clear(kept.life for kept in steps)  # Perhaps one was killed that had listed it.
         return None
     with meeting.called({kept.life for kept in steps}) as token:
         call = _Call(meeting, token, _gathered(meeting, token, machine))

@@ -141,7 +141,7 @@ UNUSABLE = (LazyOrbaxError, SnapshotError, OSError)
 
 
 def kept_steps(shelf: Shelf, run: str) -> list[KeptStep]:
-    """Returns the steps that have all items, the one that was sealed last first.
+    """Returns the steps that have all items, those of the latest life first, the newest first.
 
     Args:
         shelf: where the snapshots are.
@@ -172,8 +172,6 @@ def add_newest(snapshots: list[Snapshot], one: Snapshot) -> None:
     snapshots.append(one)
 
 
-def _order(kept: KeptStep) -> tuple[int, float]:
-    """Returns when a step was sealed, as its first process counts: clocks may go back."""
-    item = min(kept.items)
-    first = min(kept.items[item], key=lambda one: one.facts["process"])
-    return first.serial, kept.written_s
+def _order(kept: KeptStep) -> tuple[int, int]:
+    """Returns what grows from step to step of a life, and from life to life."""
+    return kept.life, kept.step

@@ -45,20 +45,39 @@ class Meeting:
 
         Args:
             lives: of the job: whoever has snapshots of none of them is not meant.
+
+        Raises:
+            KeeperError: there is a call of a later life: the job has gone on elsewhere.
         """
-        token, before = secrets.token_hex(8), self.token()
-        self._write(_CALL, {"token": token, "lives": sorted(lives)})
-        if before is not None:  # Of one that was killed.
+        token, lives, (before, _) = secrets.token_hex(8), sorted(lives), self._call()
+        if self._is_of_later(lives):
+            raise KeeperError(
+                f"other machines bring a later life of the job to {self.tier}; what is here is of "
+                f"an earlier one. If they are gone too, remove {self.tier}/{FOLDER}"
+            )
+        self._write(_CALL, {"token": token, "lives": lives})
+        if before is not None:  # Of one that was killed, or of an earlier life.
             remove_folder(self._place, before)
         try:
             yield token
         finally:
             if self.token() == token:
-                self.clear()
+                self._clear()
 
-    def clear(self) -> None:
-        """Removes all that was told, and ends the call that is going on, if there is one."""
+    def clear(self, lives: Iterable[int]) -> None:
+        """Removes all that was told, and ends a call that is going on, unless it is a later one.
+
+        Args:
+            lives: of the job, of which snapshots are here.
+        """
+        if not self._is_of_later(lives):
+            self._clear()
+
+    def _clear(self) -> None:
         remove_folder(place_of(self.tier), FOLDER)
+
+    def _is_of_later(self, lives: Iterable[int]) -> bool:
+        return max(self._call()[1], default=-1) > max(lives, default=-1)
 
     def token(self, lives: Set[int] | None = None) -> str | None:
         """Returns the token of the call that is going on.
@@ -66,11 +85,16 @@ class Meeting:
         Args:
             lives: of which of them it is to be; `None`: it may be another job's.
         """
+        token, meant = self._call()
+        return token if lives is None or any(one in meant for one in lives) else None
+
+    def _call(self) -> tuple[str | None, list[int]]:
+        """Returns the token and the lives of the call that is going on."""
         # It names a folder that is removed: anything else that stands there is no call.
         match self._read(_CALL):
-            case {"token": str(token), "lives": [*meant]} if re.fullmatch(_TOKEN, token):
-                return token if lives is None or any(one in meant for one in lives) else None
-        return None
+            case {"token": str(token), "lives": [*lives]} if re.fullmatch(_TOKEN, token):
+                return token, [life for life in lives if isinstance(life, int)]
+        return None, []
 
     def tell(self, token: str, name: str, told: dict[str, Any]) -> None:
         """Tells something in a call. It can be told nothing else under this name.

@@ -215,18 +215,17 @@ def _at_hand(keeper: Keeper, made: restoring.MadeWhole) -> tuple[_AtHand, list[S
 
 
 def _candidates(at_hand: _AtHand, targets: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Returns the steps of which this process has all items; the one that was sealed last first."""
-    process, sealed = jax.process_index(), {}
-    for key, items in at_hand.items():
-        mine = [
-            snapshot
+    """Returns the steps of which this process has all items: of the latest life first."""
+    process = jax.process_index()
+    whole = [
+        (life, step)
+        for (step, life), items in at_hand.items()
+        if all(
+            any(snapshot.facts["process"] == process for snapshot in items.get(item, ()))
             for item in targets
-            for snapshot in items.get(item, ())
-            if snapshot.facts["process"] == process
-        ]
-        if len(mine) == len(targets):
-            sealed[key] = max(snapshot.serial for snapshot in mine)
-    return sorted(sealed, key=lambda key: sealed[key], reverse=True)
+        )
+    ]
+    return [(step, life) for life, step in sorted(whole, reverse=True)]
 
 
 def _newest_first(

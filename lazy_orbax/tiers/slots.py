@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
+import itertools
 import logging
-import secrets
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,7 +22,7 @@ from lazy_orbax.tiers.parity.guard import Guard
 from lazy_orbax.tiers.parity.guarded_votes import GuardedVotes
 from lazy_orbax.tiers.shelf import Shelf
 from lazy_orbax.tiers.slot import Slot, Writing
-from lazy_orbax.tiers.snapshot_file import HeldError
+from lazy_orbax.tiers.snapshot_file import HeldError, Snapshot
 from lazy_orbax.tiers.votes import Votes
 
 _LOG = logging.getLogger("lazy_orbax")
@@ -70,7 +69,8 @@ class Slots:
 
     Attributes:
         shelf: the directory in memory.
-        life: which life of the job this is: a random number.
+        life: which life of the job this is: when it began, in nanoseconds since 1970. A later life
+            has a higher number, where clocks go back too.
         report: what became of the snapshots so far.
         guard: sees to parity on other machines; `None`: nobody does.
     """
@@ -99,8 +99,14 @@ class Slots:
         Args:
             restored: the file of each item with which this life begins.
         """
-        (life,) = consensus.from_first([secrets.randbits(62)], most=1)
-        self._live(life, restored)
+        known = [one.facts["life"] for one in self._known() if one.facts["run"] == self._run]
+        earliest = max([self.life, *known]) + 1
+        self._live(consensus.highest(max(time.time_ns(), earliest)), restored)
+
+    def _known(self) -> Iterator[Snapshot]:
+        for _, found in itertools.chain(self.shelf.snapshots(), self.shelf.parities()):
+            if isinstance(found, Snapshot):
+                yield found
 
     def offer(self, step: int, item: str) -> bool:
         """Hears of a step before it is taken. Every process must call it, with the same steps.
@@ -121,8 +127,7 @@ class Slots:
             return not last.is_kept
         if step <= last.step:
             # All come to the same number, and need not meet for that.
-            digest = hashlib.blake2b(str(self.life).encode(), digest_size=8).digest()
-            self._live(int.from_bytes(digest, "little") >> 2)
+            self._live(self.life + 1)
         self._offered[item] = _Offer(step)
         return True
 

@@ -108,7 +108,9 @@ class _Held:
 def plans(
     listings: Sequence[Mapping[str, Any]], items: Iterable[str], newer_than: int | None
 ) -> tuple[list[Plan], dict[int, str]]:
-    """Returns the steps that all processes can have, the newest first; and why not the others.
+    """Returns the steps that all processes can have, and why not the others.
+
+    Those of the latest life of the job come first, the newest of each life first.
 
     Args:
         listings: of each process, what its machine has (`files.listing_of`), and its `address`.
@@ -125,22 +127,21 @@ def plans(
         if n_then is None:
             missing[step] = "its processes do not agree on how many they were"
             continue
-        lost, problems, serial = [], [], -1
+        lost, problems = [], []
         for key in (Key(item, step, life) for item in wanted):
             for at, process in _wants(n_then, len(listings)):
                 one = _looked_for(held, listings, key, process, at)
                 if isinstance(one, str):
                     problems.append(one)
                     continue
-                serial = max(serial, one.serial) if process == 0 else serial
                 if one.copy != _HERE:
                     lost.append(one)
         if problems:
             missing[step] = "; ".join(dict.fromkeys(problems[:3]))
         else:
-            found.append((serial, Plan(step, life, tuple(lost))))
-    found.sort(key=lambda one: one[0], reverse=True)
-    return [plan for _, plan in found], missing
+            found.append(Plan(step, life, tuple(lost)))
+    found.sort(key=lambda plan: (plan.life, plan.step), reverse=True)
+    return found, missing
 
 
 def _wants(n_then: int, n: int) -> list[tuple[int, int]]:

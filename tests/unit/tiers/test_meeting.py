@@ -44,6 +44,25 @@ def test_a_call_is_heard_by_those_whom_it_means(tmp_path):
             assert meeting.token(lives) is None
 
 
+def test_a_later_life_of_the_job_goes_first(tmp_path):
+    """On a machine that the job has left, a leader still has its last step."""
+    late, later = Meeting(str(tmp_path)), Meeting(str(tmp_path))
+    with late.called({1, 4}) as first:
+        assert late.token() == first
+        with later.called({5, 3}) as token:
+            with pytest.raises(KeeperError, match="a later life of the job"):
+                late.called({4}).__enter__()
+            late.clear([4])
+            late.clear([])
+            assert later.token() == token
+    assert os.listdir(tmp_path) == []
+    with later.called({5}):
+        later.clear([5])
+        assert later.token() is None
+        with late.called({4}) as token:
+            assert later.token() == token
+
+
 def test_what_is_no_whole_file_is_not_there(tmp_path):
     meeting = Meeting(str(tmp_path))
     for content in (b"", b'{"token": "a', b"[]", b"[" * 10**6):

@@ -7,10 +7,9 @@ import pytest
 from lazy_orbax.tiers.parity.survey import Lost, plans
 
 
-def snapshot(process, step, *, life=1, item="default", processes=3, serial=None):
+def snapshot(process, step, *, life=1, item="default", processes=3):
     about = {"item": item, "step": step, "life": life, "process": process}
-    serial = step if serial is None else serial
-    return {**about, "processes": processes, "serial": serial, "n_bytes": 1000 + process}
+    return {**about, "processes": processes, "serial": step, "n_bytes": 1000 + process}
 
 
 def parity(process, step, members=(0, 1, 2), **more):
@@ -30,8 +29,8 @@ def machine(name, *has):
     }
 
 
-def full(process, *steps):
-    held = [make(process, step) for step in steps for make in (snapshot, parity)]
+def full(process, *steps, life=1):
+    held = [make(process, step, life=life) for step in steps for make in (snapshot, parity)]
     return machine(f"m{process}", *held)
 
 
@@ -111,6 +110,16 @@ def test_every_item_is_wanted():
     found, missing = plans(listings, ["default", "other"], None)
     assert found == []
     assert "nobody has parity" in missing[10]
+
+
+def test_an_older_life_that_comes_back_is_behind_the_later_one():
+    """The job went on from storage, on machines that had nothing; then the old ones came back."""
+    listings = [full(i, 20, 30, life=5) for i in range(3)]
+    for listing, late in zip(listings, [full(i, 900, 910, life=4) for i in range(3)], strict=True):
+        for kind in ("snapshots", "parities"):
+            listing[kind] = late[kind] + listing[kind]
+    found, _ = plans(listings, ["default"], None)
+    assert [(plan.step, plan.life) for plan in found] == [(30, 5), (20, 5), (910, 4), (900, 4)]
 
 
 def test_lives_of_a_job_are_not_put_together():
