@@ -92,6 +92,8 @@ def requested(args: Any, tree: Tree, formats: Mapping[str, ArrayFormat], registr
     if tree.is_rich:
         raise OrbaxOnlyError("a tree with rich types")
     leaves, structure = restored_kinds.flat_target(item)
+    if is_part and any(leaf is _PLACEHOLDER for _, leaf in leaves):
+        raise OrbaxOnlyError("a part of the tree, with placeholders, which Orbax fills there")
     arguments = _arguments(args, structure, len(leaves))
     try:
         paths = [restored_kinds.path_of(path) for path, _ in leaves]

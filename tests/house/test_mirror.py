@@ -107,6 +107,7 @@ COVERED_BY = {
     "restore.replacements": "unit/restore/test_neighbours.py",
     "restore.replacing": "faults/test_integrity.py",
     "restore.transformed": "unit/restore/test_load.py",
+    "restore.verified": "faults/test_integrity.py",
     "save.begin": "interop/test_leaves.py",
     "save.commit": "faults/test_background.py",
     "save.disk_format": "interop/test_formats.py",
