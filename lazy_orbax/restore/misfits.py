@@ -77,7 +77,8 @@ def _misfits(
         if differs and _names(path) not in stored:
             problems.append(f"{name}: {_what_is_there(stored, _names(path))}")
         _, entry = stored.pop(_names(path), (None, None))
-        if problem := _problem(arguments.get(_names(path)), leaf, getattr(entry, "shape", None)):
+        shape = restored_kinds.stored_shape(entry)
+        if problem := _problem(arguments.get(_names(path)), leaf, shape):
             problems.append(f"{name}: {problem}")
     if differs and not getattr(args, "partial_restore", False):
         problems += [
@@ -109,7 +110,7 @@ def _problem(argument: Any, leaf: Any, found: Any) -> str | None:
         return None
     return (
         f"found {list(found)}, wanted {list(wanted)}, which is not compatible with the stored "
-        "shape; give that, or strict=False to cut or pad"
+        "shape; give that, or strict=False (v1: enable_padding_and_truncation) to cut or pad"
     )
 
 

@@ -175,7 +175,8 @@ def _wanted_array(leaf: _Leaf, argument: Any, form: ArrayFormat) -> Wanted | str
     if jnp.issubdtype(dtype, jax.dtypes.extended):
         return "it is wanted in a dtype of JAX's own"
     if shape is not None and tuple(shape) != form.shape:
-        raise MisfitError(f"leaf {leaf.name} is {list(form.shape)}, and wanted as {list(shape)}")
+        what = f"leaf {leaf.name}: wanted {list(shape)}, found {list(form.shape)}"
+        raise MisfitError(f"{what}: it is not compatible with the stored shape")
     dtype = np.dtype(dtype)
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         return f"{dtype} is not enabled in JAX"

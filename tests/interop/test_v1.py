@@ -342,6 +342,14 @@ def test_another_mesh_and_another_dtype(tmp_path, mesh, timelines):
     assert v1.metadata(tmp_path / "1").metadata["w"].shape == (8, 8)
 
 
+def test_a_leaf_of_another_shape_is_named_in_the_words_of_orbax(tmp_path, mesh, timelines):
+    v1.save(tmp_path / "1", {"w": on_mesh(np.ones((8, 8)), mesh, "a"), "n": np.arange(3)})
+    target = {"w": jax.ShapeDtypeStruct((4, 8), jnp.float32, sharding=ONE), "n": np.zeros(3)}
+    named = r"\['w'\]: found \[8, 8\], wanted \[4, 8\].* not compatible with the stored shape"
+    with pytest.raises(lazy_orbax.errors.RestoreError, match=named):
+        v1.load(tmp_path / "1", target)
+
+
 ONE = jax.sharding.SingleDeviceSharding(jax.devices()[1])
 PLAIN = {"w": np.arange(8.0, dtype=np.float32), "n": np.arange(5), "i": 3, "f": 2.5, "s": "ä"}
 TARGETS = {
