@@ -105,18 +105,19 @@ def _problem(argument: Any, leaf: Any, found: Any) -> str | None:
     kind = getattr(argument, "restore_type", None)
     if found and isinstance(kind, type) and issubclass(kind, int | float | np.number):
         return f"found an array of shape {list(found)}, wanted a number; give it an array"
-    wanted = _insisted_shape(argument, leaf)
+    wanted = _shape_wanted(argument, leaf)
     if found is None or wanted is None or tuple(found) == tuple(wanted):
         return None
-    return (
-        f"found {list(found)}, wanted {list(wanted)}, which is not compatible with the stored "
-        "shape; give that, or strict=False (v1: enable_padding_and_truncation) to cut or pad"
-    )
+    text = f"found {list(found)}, wanted {list(wanted)}, which is not compatible with the stored "
+    if len(found) != len(wanted):  # Such a one is not cut either.
+        return f"{text}shape; give that"
+    cuts = "strict=False (v1: enable_padding_and_truncation) to cut or pad"
+    return f"{text}shape; give that, or {cuts}" if argument.strict else None
 
 
-def _insisted_shape(argument: Any, leaf: Any) -> Any:
-    """Returns the shape in which a leaf has to be stored; `None` where Orbax takes any."""
-    if not isinstance(argument, ocp.ArrayRestoreArgs) or not argument.strict:
+def _shape_wanted(argument: Any, leaf: Any) -> Any:
+    """Returns the shape that is wanted of what is stored; `None` where Orbax takes any."""
+    if not isinstance(argument, ocp.ArrayRestoreArgs):
         return None
     shape, dtype = restored_kinds.completed(argument, leaf).global_shape, argument.dtype
     if shape is None or dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):

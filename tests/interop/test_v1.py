@@ -360,6 +360,7 @@ TARGETS = {
     "types": {"w": jax.Array, "n": np.ndarray, "i": int, "f": float, "s": str},
     "None": dict.fromkeys("wnifs"),
     "another type of number": {"i": 0.5, "f": 1},
+    "numbers as strings": {"i": str, "f": str},
     "arrays": {"w": jnp.zeros(8)},
     "placeholders": {"w": ..., "s": ...},
 }

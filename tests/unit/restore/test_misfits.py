@@ -74,6 +74,16 @@ def test_who_looks_for_the_words_of_orbax_finds_them(saved):
             one.restore(directory, args=args)
 
 
+def test_another_rank_is_named_where_orbax_would_cut(saved):
+    handler, directory = saved
+    target = {**TREE, "b": jnp.zeros((2, 4)), "a": jnp.zeros(4)}
+    with pytest.raises(RestoreError) as caught:
+        handler.restore(directory, args=ocp.args.StandardRestore(target, strict=False))
+    assert "['b']: found [8], wanted [2, 4]" in str(caught.value)
+    assert "['a']" not in str(caught.value)
+    assert "Ranks do not match" in str(caught.value)
+
+
 def test_the_shape_of_a_leaf_hides_no_error_of_another_kind(saved):
     _, directory = saved
     args = ocp.checkpoint_utils.construct_restore_args(TREE)
