@@ -21,7 +21,6 @@ COVERED_BY = {
     "_orbax.entry_points": "unit/handlers/test_installed.py",
     "_orbax.handed_in": "interop/test_places.py",
     "_orbax.multihost": "unit/pods/test_agreement.py",
-    "_orbax.operations": "faults/test_beside.py",
     "_orbax.process_end": "faults/test_beside.py",
     "_orbax.records": "unit/save/test_plan_cache.py",
     "_orbax.restored_kinds": "unit/restore/test_wanted.py",

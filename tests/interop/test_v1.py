@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -327,6 +328,18 @@ def test_a_step_is_overwritten(tmp_path, mesh, timelines):
         run.save(1, first)
         run.save(1, second, overwrite=True, force=True)
         assert_same(run.load(1), second)
+
+
+def test_a_save_in_a_notebook_after_one_that_was_not(tmp_path, mesh, timelines):
+    """An event loop runs there: the second save took the number of the first, and was lost."""
+    state = make_state(mesh)
+    v1.save(tmp_path / "1", state)
+
+    async def cell():
+        v1.save(tmp_path / "2", state)
+        return v1.load(tmp_path / "2", abstract(state))
+
+    assert_same(asyncio.run(cell()), state)
 
 
 def test_another_mesh_and_another_dtype(tmp_path, mesh, timelines):
