@@ -20,6 +20,7 @@ from lazy_orbax.handlers.stock_saves import STOCK_SAVES
 from lazy_orbax.handlers.stock_shaped import dress, dress_standard, saves_lazily
 from lazy_orbax.handlers.v1 import lazy_v1
 from lazy_orbax.options import LazyOptions
+from lazy_orbax.view.text import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Status:
         whose = "Orbax's own entry points save" if self.is_installed else "Handlers you give save"
         lines = [f"{whose} lazily.", *(f"Not lazy: {reason}" for reason in self.not_lazy)]
         if self.n_stock_saves:
-            lines.append(f"{self.n_stock_saves} saves went the stock way.")
+            lines.append(f"{counted(self.n_stock_saves, 'save')} went the stock way.")
         return "\n".join(lines)
 
 
