@@ -56,11 +56,13 @@ def promote(
     shelf = Shelf(directory)
     with _alone(shelf, tier.path):
         refuse_others(tier.path, run)
-        if machine is not None and machine.part != 0:
+        if machine is None:
+            remove_unfinished(tier.path, run)
+            step = _written(run, tier.path, shelf)
+        elif machine.part == 0:
+            step = lead(run, tier.path, shelf, machine)
+        else:
             return follow(run, tier.path, shelf, machine)
-        remove_unfinished(tier.path, run)
-        alone = machine is None
-        step = _written(run, tier.path, shelf) if alone else lead(run, tier.path, shelf, machine)
         if tier.keep is not None:
             retire(tier.path, run, tier.keep)
         return step
