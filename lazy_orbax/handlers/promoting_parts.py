@@ -115,11 +115,12 @@ def _gathered(meeting: Meeting, token: str, machine: Machine) -> tuple[int, ...]
     """Waits until each process is on a machine that has come. Returns the numbers of these."""
 
     def look() -> tuple[int, ...] | None:
-        here = {machine.part: list(machine.processes)}
-        told = meeting.told_by_all(token, "here").items()
-        here |= {part: one["processes"] for part, one in told}
+        told = {part: one["processes"] for part, one in meeting.told_by_all(token, "here").items()}
+        here = {machine.part: list(machine.processes), **told}
         processes = sorted(process for each in here.values() for process in each)
-        return tuple(sorted(here)) if processes == list(range(machine.of)) else None
+        if processes == list(range(machine.of)):
+            return tuple(sorted(here))
+        return meeting.refuse_ended(token)
 
     what = (
         f"the keepers of all {machine.of} processes did not come to {meeting.tier}: do all "

@@ -165,16 +165,27 @@ class Meeting:
             patience_s: most seconds to wait.
 
         Raises:
-            KeeperError: one told `lost-N`, or nothing.
+            KeeperError: one told `lost-N`, or nothing, or the call has ended.
         """
 
         def look() -> dict[int, dict[str, Any]] | None:
             for number, told in self.told_by_all(token, "lost").items():
                 raise KeeperError(f"the machine of process {number} gave up: {told.get('why')}")
             found = self.told_by_all(token, name)
-            return found if numbers <= set(found) else None
+            if numbers <= set(found):
+                return found
+            return self.refuse_ended(token)
 
         return awaited(look, patience_s, f"a machine did not tell of `{name}`")
+
+    def refuse_ended(self, token: str) -> None:
+        """Refuses to wait in a call that another one has ended.
+
+        Raises:
+            KeeperError: it has.
+        """
+        if self.token() != token:
+            raise KeeperError(f"another program calls the machines that bring steps to {self.tier}")
 
     def _write(self, name: str, told: dict[str, Any]) -> None:
         try:

@@ -279,6 +279,24 @@ def test_a_machine_that_the_job_left_disturbs_nobody(memory, first, tier):
     assert os.listdir(tier.path) == ["4"]
 
 
+def test_a_leader_whose_call_another_one_ends_waits_no_longer(memory, first, tier):
+    places, met = kept(memory, first, 2, 3), Meeting(tier.path)
+    found = []
+
+    def lead():
+        with pytest.raises(KeeperError, match="another program calls the machines"):
+            promote(RUN, tier, places[0], Machine((0,), 2))
+        found.append("given up")
+
+    leader = threading.Thread(target=lead)
+    leader.start()
+    while met.token() is None:
+        assert leader.is_alive()
+    with met.called(lives_in(places[0])):
+        leader.join(60)
+    assert found == ["given up"]
+
+
 def test_what_the_job_went_back_from_is_brought_nowhere(memory, tier):
     with lazy_orbax.Keeper(RUN, directory=str(memory / "k")) as keeper:
         for step in (99, 100, 6):

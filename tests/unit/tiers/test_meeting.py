@@ -166,6 +166,15 @@ def test_who_gives_up_ends_the_waiting_for_all(tmp_path):
             meeting.told_by_each(token, "done", {1, 2}, 60.0)
 
 
+def test_nobody_waits_in_a_call_that_another_one_ended(tmp_path):
+    """The two may have looked at the same moment, and found none."""
+    meeting = Meeting(str(tmp_path))
+    with meeting.called({1}) as first, meeting.called({1}) as second:
+        for token, why in ((first, "another program calls"), (second, "did not tell of `done`")):
+            with pytest.raises(KeeperError, match=why):
+                meeting.told_by_each(token, "done", {1}, 0.0)
+
+
 def test_what_cannot_be_told_matters_while_somebody_listens(tmp_path, monkeypatch):
     leader, other = Meeting(str(tmp_path)), Meeting(str(tmp_path))
 
