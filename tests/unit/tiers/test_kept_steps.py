@@ -51,6 +51,13 @@ def test_a_clock_that_goes_back_makes_nothing_older(keeper, monkeypatch):
     assert [kept.step for kept in kept_steps(keeper.slots.shelf, keeper.run)] == [3, 2]
 
 
+def test_what_the_job_went_back_from_is_left_out(keeper):
+    """It would be brought to tiers, where a restore takes the newest."""
+    for step, found in ((3, [3, 2]), (1, [1]), (2, [2, 1])):
+        save(keeper, step)
+        assert [kept.step for kept in kept_steps(keeper.slots.shelf, keeper.run)] == found
+
+
 def test_a_step_without_all_items_does_not_count(keeper):
     save(keeper, 2, "more")
     assert [kept.step for kept in kept_steps(keeper.slots.shelf, keeper.run)] == [2]
