@@ -24,7 +24,7 @@ from typing import Any
 
 NETWORK, HOST = "LAZY_ORBAX_TEST_NETWORK", "LAZY_ORBAX_TEST_HOST"
 _NEW_MOUNTS, _NEW_NAME, _NEW_PROCESSES, _NEW_NETWORK = 0x20000, 0x4000000, 0x20000000, 0x40000000
-_RECURSIVE, _PRIVATE = 0x4000, 0x40000
+_RECURSIVE, _PRIVATE, _AGAIN = 0x4000, 0x40000, 0x20
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LINKS = ("eth0", "eth1")
 
@@ -40,9 +40,9 @@ def _checked(result: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def _mount(what: str, where: str, kind: str, flags: int = 0) -> None:
+def _mount(what: str, where: str, kind: str, flags: int = 0, options: str = "") -> None:
     words = (what.encode(), where.encode(), kind.encode())
-    _checked(_LIBC.mount(*words, flags, None))
+    _checked(_LIBC.mount(*words, flags, options.encode()))
 
 
 def _ip(*commands: str) -> None:
@@ -148,6 +148,16 @@ class Addresses:
     def add(self, address: str) -> None:
         """Adds one to its first link."""
         _ip(f"addr add {address} dev {_LINKS[0]} nodad")
+
+
+class Memory:
+    """The memory of a machine at `/dev/shm`."""
+
+    def leave(self, n_bytes: int) -> None:
+        """Takes all of it away but what is used, and so many bytes."""
+        has = os.statvfs("/dev/shm")
+        used = (has.f_blocks - has.f_bfree) * has.f_frsize
+        _mount("memory", "/dev/shm", "tmpfs", _AGAIN, f"size={used + n_bytes}")
 
 
 class Children:

@@ -6,6 +6,7 @@ of an exchange, of the machine that is lost and of the others.
 
 import concurrent.futures
 import json
+import re
 import socket
 import threading
 
@@ -18,6 +19,7 @@ from lazy_orbax.errors import KeeperError
 from lazy_orbax.tiers.parity import survey
 
 MEMBER = "equipment.member.Member"
+MEMORY = "equipment.hosts_zygote.Memory"
 MODULES = ("equipment.member",)
 # The stage that is reached by the machine that is lost, or by another.
 STAGES = (
@@ -265,6 +267,32 @@ def test_a_machine_that_hangs_at_rest_or_while_it_is_needed_is_given_up_in_time(
     assert group.whole() == (10, newer)
     assert are_done(group.exchange(10))
     assert protects_again(group, rng, 11)
+
+
+def test_a_machine_without_room_says_so_and_protects_when_it_has_room_again(net):
+    rng = np.random.default_rng(9)
+    group, full = Group(net, 3), re.compile(r"/dev/shm/\S+ has \d+ of \d+ bytes free")
+    older = group.does("write", [10] * 3, contents(rng, 3))
+    assert are_done(group.exchange(10))
+    newer = group.does("write", [11] * 3, contents(rng, 3))
+    first = group.hosts[0].process()  # The other one waits for the exchange.
+    at_a_stage(group, 0, "asked", lambda: first.does(MEMORY, "leave", 2**16))
+    ends = group.exchange(11)
+    assert full.search(ends[0]), ends
+    assert are_done(ends[1:])
+    assert group.whole() == (11, newer)
+    first.does(MEMORY, "leave", 2**26)
+    # What has no parity on one of them does not come back; the one before does.
+    group.hosts[2].die()
+    group.replace(2)
+    third = group.hosts[2]
+    third.does(MEMORY, "leave", 2**16)
+    with pytest.raises(KeeperError, match=full):
+        group.whole()
+    third.does(MEMORY, "leave", 2**26)
+    assert group.whole() == (10, older)
+    assert are_done(group.exchange(10))
+    assert protects_again(group, rng, 12)
 
 
 @pytest.mark.parametrize(
