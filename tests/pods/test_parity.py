@@ -131,6 +131,26 @@ def test_a_job_goes_on_while_its_network_is_cut_and_after_it_on_other_machines(n
 
 
 @pytest.mark.slow
+def test_an_earlier_life_that_comes_back_with_its_memory_is_passed_over(net, tmp_path):
+    """The job went on without its machines, from storage. One of them takes a lost one's place."""
+    old, later = ([net.host() for _ in range(3)] for _ in range(2))
+    job = Job(old, tmp_path / "run")
+    job.does("store", 5)
+    assert [one["newest_step"] for one in job.keep(7)] == [7] * 3
+    job.end()
+    job = Job(later, tmp_path / "run")
+    assert [(one["step"], one["tier"]) for one in job.does("restore")] == [(5, "storage")] * 3
+    assert [one["newest_step"] for one in job.keep(6)] == [6] * 3
+    later[0].die()
+    job.end(but=later[:1])
+    job = Job([old[0], *later[1:]], tmp_path / "run")
+    for found in job.does("restore"):
+        assert (found["step"], found["tier"], found["rebuilt"]) == (6, "memory", [(0, (1, 2))])
+    assert [one["newest_step"] for one in job.does("protection")] == [6] * 3
+    job.end()
+
+
+@pytest.mark.slow
 def test_a_job_goes_on_with_fewer_machines_and_then_with_more(net, tmp_path):
     hosts = [net.host() for _ in range(3)]
     job = Job(hosts, tmp_path / "run")
