@@ -114,7 +114,7 @@ def test_a_job_goes_on_while_its_network_is_cut_and_after_it_on_other_machines(n
     has_trained.set()
     protection = job.does("protection")
     assert protection[1]["newest_step"] == 7
-    assert "does not answer as a member: [Errno" in protection[1]["error"]
+    assert "does not answer as a member: " in protection[1]["error"]
     assert "Step 8 has no parity" in job.does("said")[1]
     hosts[0].heal(link=1)
     assert [one["newest_step"] for one in job.keep(10)] == [10] * 3
