@@ -147,7 +147,7 @@ class Game:
         """Takes steps until it is killed."""
         done = [(self.step, self.value)]
         for _ in range(self.random.randrange(8)):
-            if self.likely(0.15):  # It goes on from an older state, which was in storage.
+            if self.likely(0.3):  # It goes on from an older state, which was in storage.
                 if not self.settled(0.02):
                     return
                 self.step, self.value = self.random.choice(done)
