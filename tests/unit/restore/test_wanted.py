@@ -82,6 +82,14 @@ def test_an_unusual_tree_is_for_orbax(tmp_path, item, args, keywords, reason):
     assert reason in timeline.all_by_orbax
 
 
+@pytest.mark.parametrize("dtype", ["O", "U3", "M8[s]", "g"])
+def test_a_dtype_of_no_numbers_is_refused_as_by_orbax(tmp_path, dtype):
+    """The memory that is read into is of numbers: as objects it would be addresses."""
+    args = args_with(h=ocp.RestoreArgs(dtype=np.dtype(dtype)))
+    with pytest.raises(ValueError, match="Unsupported data type"):
+        restored(tmp_path, TREE, args)
+
+
 def test_another_structure_is_refused_as_by_orbax(tmp_path):
     item = {key: TREE[key] for key in ("w", "h")}
     args = {key: args_with()[key] for key in ("w", "h")}
