@@ -154,6 +154,8 @@ def _wanted(leaf: _Leaf, kind: str, argument: Any, form: ArrayFormat | None) -> 
         return _wanted_array(leaf, argument, form)
     if kind == SCALAR and form.shape:
         return "it is stored as an array and wanted as a number"
+    if isinstance(argument, ocp.ArrayRestoreArgs):
+        argument = restored_kinds.completed(argument, leaf.target)
     dtype = getattr(argument, "dtype", None)
     dtype = form.dtype if dtype is None else native(dtype)
     if dtype != form.dtype and not is_numeric(dtype):
