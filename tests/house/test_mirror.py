@@ -135,7 +135,6 @@ COVERED_BY = {
     "tiers.parity.files": "unit/tiers/parity/test_node.py",
     "tiers.parity.guarded_votes": "unit/tiers/parity/test_guard.py",
     "tiers.parity.mend": "unit/tiers/parity/test_node.py",
-    "tiers.parity.node_link": "unit/tiers/parity/test_guard.py",
     "tiers.parity.node_process": "unit/tiers/parity/test_guard.py",
     "tiers.parity.peer": "unit/tiers/parity/test_transport.py",
     "tiers.parity.restoring": "unit/tiers/parity/test_guard.py",
