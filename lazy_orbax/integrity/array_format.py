@@ -18,6 +18,7 @@ from lazy_orbax.trust.contents import Contents
 
 # They have less than a byte an element, or not every byte is one.
 _ENCODED_DTYPES = frozenset({"bool", "int2", "int4", "uint2", "uint4"})
+_NOT_NUMERIC = frozenset({"byte", "char", "json", "string", "ustring"})
 _MEMBERS_OF_V2 = frozenset(
     ("chunks", "compressor", "dimension_separator", "dtype", "fill_value", "filters", "order")
 ) | {"shape", "zarr_format"}
@@ -142,6 +143,15 @@ def _format(
 def native(dtype: Any) -> np.dtype:
     """Returns a dtype in this machine's byte order, in which TensorStore and JAX have all data."""
     return np.dtype(dtype).newbyteorder("=")
+
+
+@functools.lru_cache(maxsize=256)
+def is_numeric(dtype: np.dtype) -> bool:
+    """Whether TensorStore has such elements, and they are numbers or booleans."""
+    try:
+        return ts.dtype(dtype).name not in _NOT_NUMERIC
+    except (TypeError, ValueError):
+        return False
 
 
 def _dtype_of_v2(name: str) -> np.dtype:

@@ -13,7 +13,7 @@ from lazy_orbax._orbax import restored_kinds
 from lazy_orbax._orbax.restored_kinds import ARRAY, NUMPY, SCALAR
 from lazy_orbax._orbax.stored_kinds import SEQUENCE
 from lazy_orbax.errors import RestoreError, summarize
-from lazy_orbax.integrity.array_format import ArrayFormat, native
+from lazy_orbax.integrity.array_format import ArrayFormat, is_numeric, native
 from lazy_orbax.plan.boxes import Shape
 from lazy_orbax.plan.shards import is_key
 from lazy_orbax.restore.wanted import Wanted, is_in_default_memory
@@ -164,6 +164,8 @@ def _wanted(
         data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(shape, dtype))
         shape, dtype = data.shape, data.dtype
         sharding = restored_kinds.sharding_of_key_data(sharding, len(shape) - len(leaf.shape))
+    if (form is None or dtype != form.dtype) and not is_numeric(np.dtype(dtype)):
+        return f"found dtype {dtype}, wanted one of numbers or booleans"
     if form is not None and shape != form.shape:
         return f"found {list(form.shape)}, wanted {list(shape)}; give the stored shape"
     if sharding is not None and not is_in_default_memory(sharding):

@@ -17,7 +17,7 @@ from lazy_orbax._orbax.restored_kinds import ARRAY, OTHER, SCALAR
 from lazy_orbax._orbax.stored_kinds import EMPTY
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.errors import RestoreError
-from lazy_orbax.integrity.array_format import ArrayFormat, native
+from lazy_orbax.integrity.array_format import ArrayFormat, is_numeric, native
 from lazy_orbax.plan.boxes import Box, Shape
 from lazy_orbax.trust.tree_file import Tree
 
@@ -154,8 +154,12 @@ def _wanted(leaf: _Leaf, kind: str, argument: Any, form: ArrayFormat | None) -> 
         return _wanted_array(leaf, argument, form)
     if kind == SCALAR and form.shape:
         return "it is stored as an array and wanted as a number"
+    if isinstance(argument, ocp.ArrayRestoreArgs):
+        argument = restored_kinds.completed(argument, leaf.target)
     dtype = getattr(argument, "dtype", None)
     dtype = form.dtype if dtype is None else native(dtype)
+    if dtype != form.dtype and not is_numeric(dtype):
+        return f"it is wanted as {dtype}, which is no dtype of numbers"
     restore_type = getattr(argument, "restore_type", None) if kind == SCALAR else None
     return Wanted(leaf.position, leaf.name, kind, form, form.shape, dtype, None, restore_type)
 

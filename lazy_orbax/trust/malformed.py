@@ -135,6 +135,8 @@ def _check_aggregate(files: ItemFiles, name: str, limit_bytes: int) -> None:
     Raises:
         MalformedCheckpointError: it is too large, or not what Orbax can read.
     """
+    if files.place.has_special_files and files.place.has_directory(name):
+        return  # An array has that name.
     if (content := files.read(name, limit_bytes)) is None:
         return
     from lazy_orbax._orbax.symbols import (

@@ -20,6 +20,7 @@ from equipment.oracle import (
     stored,
 )
 from equipment.trees import abstract, on_mesh, random_array
+from etils import epath
 
 import lazy_orbax
 
@@ -107,3 +108,15 @@ def test_zarr_python_reads_the_plain_form(zarr3, compressed, mode, mesh, tmp_pat
         assert found.metadata.zarr_format == (3 if zarr3 else 2)
         assert (found.shape, found.dtype) == (array.shape, array.dtype), name
         assert np.asarray(found[...]).tobytes() == np.array(array).tobytes(), name
+
+
+def test_an_array_called_as_the_file_of_older_checkpoints(tmp_path):
+    """Orbax's own handler of single arrays calls each of them so."""
+    item = epath.Path(tmp_path)
+    handler = ocp.ArrayCheckpointHandler()
+    handler.save(item, args=ocp.args.ArraySave(np.arange(3)))
+    handler.finalize(item)
+    for one in (ocp.PyTreeCheckpointHandler(), lazy_orbax.pytree_handler()):
+        assert one.metadata(item).tree["checkpoint"].shape == (3,)
+        with pytest.raises(IsADirectoryError):
+            one.restore(item)

@@ -217,13 +217,15 @@ def cast(pattern: str, dtype: Any, *, source: str | None = None, moments: bool =
         moments: whether the moments of a parameter follow it. They have dtypes of their own.
 
     Raises:
-        TransformError: there is no such dtype.
+        TransformError: there is no such dtype, or it is not of numbers.
     """
     try:
         named = getattr(ml_dtypes, dtype, dtype) if isinstance(dtype, str) else dtype
         dtype = np.dtype(named)
     except TypeError as failure:
         raise TransformError([f"cast({pattern!r}): {dtype!r} is no dtype"]) from failure
+    if dtype.kind in "OSUMm" or dtype.names:
+        raise TransformError([f"cast({pattern!r}): {dtype} is no dtype of numbers"])
     return made_rule("cast", [pattern], [pattern], (), {"dtype": dtype}, (source, moments))
 
 

@@ -146,6 +146,8 @@ def test_a_step_of_one_item_is_enough(tmp_path):
         (lambda d: (d / "c", {"x": np.zeros(3)}), RestoreError, "leaf x: found no such array"),
         (lambda d: (d / "c", {"w": np.zeros(3)}), RestoreError, r"found \[4\], wanted \[3\]"),
         (lambda d: (d / "c", {"w": 3}), RestoreError, r"found \[4\], wanted a number"),
+        # In place of numbers Python would take what is stored for addresses.
+        (lambda d: (d / "c", {"w": np.empty(4, object)}), RestoreError, "leaf w: found dtype obj"),
         (lambda d: (d / "c", {"w": object()}), RestoreError, "leaf w: found object"),
         (lambda d: (d / "c", {"w": "text"}), RestoreError, "leaf w: found no such string"),
         (lambda d: ({"a": d / "c"},), OptionError, "for transforms only"),

@@ -82,6 +82,26 @@ def test_an_unusual_tree_is_for_orbax(tmp_path, item, args, keywords, reason):
     assert reason in timeline.all_by_orbax
 
 
+def test_a_numpy_array_takes_the_dtype_of_the_target_from_args_for_arrays(tmp_path):
+    item = {**TREE, "h": np.zeros(3, np.float16)}
+    args = args_with(h=ocp.ArrayRestoreArgs(restore_type=np.ndarray))
+    value, timeline = restored(tmp_path, item, args)
+    stock = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(
+        epath.Path(tmp_path / "c"), args=ocp.args.PyTreeRestore(item, args)
+    )
+    assert value["h"].dtype == stock["h"].dtype == np.float16
+    np.testing.assert_array_equal(value["h"], TREE["h"])
+    assert not timeline.by_orbax
+
+
+@pytest.mark.parametrize("dtype", ["O", "U3", "M8[s]", "g"])
+def test_a_dtype_of_no_numbers_is_refused_as_by_orbax(tmp_path, dtype):
+    """The memory that is read into is of numbers: as objects it would be addresses."""
+    args = args_with(h=ocp.RestoreArgs(dtype=np.dtype(dtype)))
+    with pytest.raises(ValueError, match="Unsupported data type"):
+        restored(tmp_path, TREE, args)
+
+
 def test_another_structure_is_refused_as_by_orbax(tmp_path):
     item = {key: TREE[key] for key in ("w", "h")}
     args = {key: args_with()[key] for key in ("w", "h")}

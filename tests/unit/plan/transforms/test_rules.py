@@ -210,6 +210,7 @@ def test_what_a_rule_cannot_do_is_named(rules, stored, wanted, message):
         (lambda: unstack("x", "y"), "the template needs {layer}"),
         (lambda: split("x", ["a"], 0, [1, 2]), "1 names and 2 sizes"),
         (lambda: cast("x", "float31"), "'float31' is no dtype"),
+        (lambda: cast("x", object), "object is no dtype of numbers"),
         (lambda: TransformMap([drop("x", source="b")], ["a"]), "found source 'b', wanted one of"),
     ],
 )
