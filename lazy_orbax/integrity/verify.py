@@ -15,6 +15,7 @@ from lazy_orbax._paths import COMMITTED, STEP_METADATA
 from lazy_orbax.errors import (
     CorruptCheckpointError,
     MalformedCheckpointError,
+    MissingFileError,
     OptionError,
     Problem,
 )
@@ -156,16 +157,17 @@ def raise_corrupt(
 
     Raises:
         CorruptCheckpointError: there are problems.
+        MissingFileError: the cause is that a file was not found.
     """
     if problems:
-        newest = None
+        newest, kind = None, CorruptCheckpointError
+        if isinstance(cause, FileNotFoundError):
+            kind, problems = MissingFileError, [*problems, Problem(str(cause))]
         try:
             newest = newest_whole_step(directory) if look else None
         except TimeoutError:
             look = False
-        raise CorruptCheckpointError(
-            directory, problems, newest_whole_step=newest, looked=look
-        ) from cause
+        raise kind(directory, problems, newest_whole_step=newest, looked=look) from cause
 
 
 def _verify_step(

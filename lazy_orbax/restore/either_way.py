@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from lazy_orbax._machine import give_back_memory
 from lazy_orbax._orbax import handed_in
 from lazy_orbax.errors import MalformedCheckpointError
 from lazy_orbax.integrity.array_format import formats_of
@@ -20,6 +21,7 @@ from lazy_orbax.timeline import RestoreRecorder
 from lazy_orbax.trust.contents import Contents
 
 _LOG = logging.getLogger("lazy_orbax")
+_MANY_LEAVES = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +112,9 @@ def _by_plan(
         raise OrbaxOnlyError("no leaf of it is simple")
     digests = stored.leaves if stored is not None else {}
     question.recorder.note(by_orbax=request.others)
+    contents.files.forget()
+    if len(formats) >= _MANY_LEAVES:  # To parse what describes them took about 4 KB for each.
+        give_back_memory()
     found = read_planned(
         request.wanted,
         contents,

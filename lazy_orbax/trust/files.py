@@ -135,18 +135,22 @@ class ItemFiles:
             OSError: the storage refused.
             ValueError: an object store refused.
         """
-        if name not in self._contents:
+        content = self._contents.get(name, ...)
+        if content is ...:
             self.read_ahead([name], limit_bytes)
             if (size := self.size(name)) is not None and size > limit_bytes:
                 raise self._too_large(name, limit_bytes)
             if size is None and self.place.has_special_files and self.place.has_directory(name):
                 raise MalformedCheckpointError(self.path(name), "a directory", "a file")
             reading = self._reading.pop(name, None)
-            self._contents[name] = None if reading is None else reading.result()
-        content = self._contents[name]
+            content = self._contents[name] = None if reading is None else reading.result()
         if content is not None and len(content) > limit_bytes:
             raise self._too_large(name, limit_bytes)
         return content
+
+    def forget(self) -> None:
+        """Gives back the memory of what was read. Who wants a file again has it read again."""
+        self._contents.clear()
 
     def path(self, name: str) -> str:
         """Returns where a file is, for errors."""

@@ -135,6 +135,7 @@ class _Reader:
             for entry in entries if node.height else ():
                 inner = node.prefix + entry["subtree_common_prefix"]
                 yield _Node(entry["location"], node.height - 1, inner)
+            entries.clear()  # TensorStore 0.1.86 never lets go of what `dump` returned.
 
     def _start(self, node: _Node) -> _Range:
         place = _place(node.location, self._files)

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 import lazy_orbax
 from lazy_orbax import LazyOptions
 from lazy_orbax.errors import CorruptCheckpointError, RestoreError
+from lazy_orbax.restore import either_way
 
 RNG = np.random.default_rng(1)
 DTYPES = [
@@ -171,6 +172,26 @@ def test_each_byte_is_read_once_in_few_reads(tmp_path):
         # How many files TensorStore made of the 200 chunks, and in which order, is by chance.
         assert timeline.requests <= 200 / 5
         assert timeline.n_leaves == 50
+
+
+@pytest.mark.parametrize(("many", "given_back"), [(1, 1), (100, 0)])
+def test_what_described_the_leaves_is_let_go_before_they_are_read(
+    tmp_path, monkeypatch, many, given_back
+):
+    tree = {"a": on_mesh(np.arange(8.0), mesh(4), "a"), "b": on_mesh(np.ones(3), mesh(4))}
+    saved(tmp_path / "c", lazy_orbax.LazyCheckpointHandler(), tree, lazy_orbax.args.LazySave)
+    read_planned, seen = either_way.read_planned, []
+
+    def looked_at(wanted, contents, *args, **kwargs):
+        seen.append(contents.files.is_begun("_METADATA"))
+        return read_planned(wanted, contents, *args, **kwargs)
+
+    monkeypatch.setattr(either_way, "read_planned", looked_at)
+    monkeypatch.setattr(either_way, "give_back_memory", lambda: seen.append("given back"))
+    monkeypatch.setattr(either_way, "_MANY_LEAVES", many)
+    found, _ = restored(tmp_path / "c", tree, arguments(tree, TARGETS["same"]()))
+    assert seen == ["given back"] * given_back + [False]
+    assert_same(found, tree)
 
 
 def test_the_moments_of_a_restore_follow_each_other(tmp_path):

@@ -55,6 +55,16 @@ def test_a_file_is_read_once(files, place):
     assert place.asked == {"one": 1, "two": 1, "folder/three": 1}
 
 
+def test_what_was_forgotten_is_read_again(files, place):
+    assert files.read("one", 100) == b"one" * 10
+    place.kvstore["one"] = b"two" * 10
+    assert files.read("one", 100) == b"one" * 10
+    assert files.is_begun("one")
+    files.forget()
+    assert not files.is_begun("one")
+    assert files.read("one", 100) == b"two" * 10
+
+
 def test_what_is_listed_is_not_asked_for(place):
     files = ItemFiles(place, survey(place.directory))
     assert [files.size(name) for name in ("one", "folder/three")] == [30, 120]

@@ -8,7 +8,7 @@ import tensorstore as ts
 
 from lazy_orbax.errors import MalformedCheckpointError
 from lazy_orbax.storage.places import LocalPlace, _Content
-from lazy_orbax.trust import ocdbt_nodes
+from lazy_orbax.trust import ocdbt_decode, ocdbt_nodes
 from lazy_orbax.trust.files import ItemFiles, survey
 from lazy_orbax.trust.ocdbt_nodes import Extent, contents, likely_nodes
 
@@ -68,6 +68,21 @@ def test_every_value_is_found(tmp_path, config, n_leaves, least):
     read = place.kvstore.read_ranges
     assert set(read.values()) == {1}
     assert len(read) - len([d for d in described.values() if len(d) > 100]) >= least
+
+
+def test_what_tensorstore_said_of_a_node_is_let_go(tmp_path, monkeypatch):
+    written(tmp_path, 10)
+    said = []
+
+    def decoded(*args):
+        said.append(ocdbt_decode.decoded(*args))
+        return said[-1]
+
+    monkeypatch.setattr(ocdbt_nodes, "decoded", decoded)
+    found = contents(ItemFiles(LocalPlace(str(tmp_path), 300.0)), SUFFIXES)
+    assert found is not None
+    assert len(found.values) == 10
+    assert [one["entries"] for one in said if "entries" in one] == [[]]
 
 
 def test_where_there_is_no_database_there_is_nothing(tmp_path):
