@@ -90,7 +90,7 @@ class LazyCheckpointHandler(symbols.HANDLER_BASE):
         Raises:
             OptionError: a value is out of range.
         """
-        self.options = checked_options(options)
+        self.options = checked_options(options, keywords)
         self.limit_bytes = limit_bytes(
             self.options,
             save_concurrent_gb=save_concurrent_gb,

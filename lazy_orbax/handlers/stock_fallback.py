@@ -5,7 +5,9 @@ Also the checks of what both kinds are given.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 from lazy_orbax._orbax import handed_in, symbols
@@ -44,7 +46,7 @@ class StockFallback(ocp.PyTreeCheckpointHandler):
         Raises:
             OptionError: a value is out of range.
         """
-        self.options = checked_options(options)
+        self.options = checked_options(options, keywords)
         limit_bytes(
             self.options,
             save_concurrent_gb=save_concurrent_gb,
@@ -91,12 +93,23 @@ class StockFallback(ocp.PyTreeCheckpointHandler):
             return super().metadata(directory)
 
 
-def checked_options(options: Any) -> LazyOptions:
+def checked_options(options: Any, keywords: Iterable[str] = ()) -> LazyOptions:
     """Returns the options, or those by default.
 
+    Args:
+        options: what was given for them.
+        keywords: the names of what else a handler was given.
+
     Raises:
-        OptionError: they are something else.
+        OptionError: they are something else, or some are among the keywords.
     """
+    fields = {field.name for field in dataclasses.fields(LazyOptions)}
+    if stray := sorted(fields.intersection(keywords)):
+        given = ", ".join(f"{name}=..." for name in stray)
+        raise OptionError(
+            f"{', '.join(stray)}: no keyword of a handler. Give "
+            f"options=lazy_orbax.LazyOptions({given})."
+        )
     options = options or LazyOptions()
     if not isinstance(options, LazyOptions):
         raise OptionError(f"options={options!r} is not a lazy_orbax.LazyOptions.")

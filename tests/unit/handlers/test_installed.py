@@ -263,6 +263,12 @@ def test_a_keyword_that_orbax_does_not_know_is_named_with_its_owner():
         ocp.PyTreeCheckpointHandler(useocdbt=True)
 
 
+@pytest.mark.parametrize("make", [lazy_orbax.standard_handler, lazy_orbax.pytree_handler])
+def test_an_option_that_is_given_as_a_keyword_is_told_where_to_go(make):
+    with pytest.raises(OptionError, match=r"LazyOptions\(host_bytes=..., mode=...\)"):
+        make(mode="stage", use_zarr3=True, host_bytes=2**30)
+
+
 def test_uninstall_ends_all_of_them():
     init = ocp.PyTreeCheckpointHandler.__init__
     for _ in range(2):
