@@ -203,7 +203,9 @@ class Meeting:
         if found.state != "value":
             return None
         with contextlib.suppress(ValueError, RecursionError):
-            told = json.loads(found.value)
+            # Whoever was killed in TensorStore's write left a file that the next write begins anew
+            # and does not cut: the end of what was longer may follow.
+            told, _ = json.JSONDecoder().raw_decode(found.value.decode())
             return told if isinstance(told, dict) else None
         return None
 

@@ -127,6 +127,20 @@ def test_a_directory_in_the_place_of_what_is_told_is_named(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_what_one_told_that_was_killed_in_it_does_not_spoil_what_is_told_next(tmp_path):
+    (tmp_path / MEETING).mkdir()
+    for name in ("call", "here"):  # TensorStore writes there, and renames it.
+        (tmp_path / MEETING / f"{name}.__lock").write_text(json.dumps(called("0" * 16, *range(99))))
+    meeting = Meeting(str(tmp_path))
+    with meeting.called({1}) as token:
+        assert meeting.token({1}) == token
+        (tmp_path / MEETING / token).mkdir()
+        os.rename(tmp_path / MEETING / "here.__lock", tmp_path / MEETING / token / "here.__lock")
+        meeting.tell(token, "here", {"processes": [1]})
+        assert meeting.told(token, "here") == {"processes": [1]}
+    assert os.listdir(tmp_path) == []
+
+
 def test_what_is_no_whole_file_is_not_there(tmp_path):
     meeting = Meeting(str(tmp_path))
     for content in (b"", b'{"token": "a', b"[]", b"[" * 10**6):
