@@ -31,13 +31,18 @@ from jax.sharding import PartitionSpec as P
 import lazy_orbax
 
 PyTree = Any
-WIDTH, BATCH = 64, 32
+WIDTH, BATCH = 240, 48  # Many numbers divide them: so many devices share them.
 OPTIMIZER = optax.adam(1e-2)
 
 
 def spec_of(leaf: jax.ShapeDtypeStruct) -> P:
     """Splits matrices over all devices; the rest is on each of them."""
-    return P("devices") if leaf.ndim == 2 else P()
+    return rows_spec(leaf.shape[0]) if leaf.ndim == 2 else P()
+
+
+def rows_spec(n_rows: int) -> P:
+    """Splits rows over all devices, if they divide; else each device has all of them."""
+    return P("devices") if n_rows % jax.device_count() == 0 else P()
 
 
 def init() -> PyTree:
@@ -102,7 +107,7 @@ def train(directory: str, n_steps: int, save_every: int, kill_at: int | None) ->
             target = targets_of(abstract, shardings)
             state = manager.restore(newest, args=ocp.args.StandardRestore(target))
             say(f"resumed from step {newest} on {jax.process_count()} processes")
-        rows = NamedSharding(mesh, P("devices"))
+        rows = NamedSharding(mesh, rows_spec(BATCH))
         loss = None
         for step in range((newest or 0) + 1, n_steps + 1):
             # On CPU a process of several devices that is 32 steps ahead may stop for good: it

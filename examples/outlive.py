@@ -1,7 +1,7 @@
 """Trains on several processes with snapshots in memory, which outlive the processes that die.
 
     python examples/outlive.py                  # 4 processes; one is killed, then all of them
-    python examples/outlive.py --processes 2
+    python examples/outlive.py --processes 3
     python examples/outlive.py --machines       # each process plays a machine, which is lost whole
 
 Each process keeps a snapshot of its part every few steps, in a keeper that survives `kill -9`.
@@ -30,8 +30,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
-from multihost_train import address_for_a_job, batch_of, init, spec_of, targets_of, train_step
+from multihost_train import (
+    BATCH,
+    address_for_a_job,
+    batch_of,
+    init,
+    rows_spec,
+    spec_of,
+    targets_of,
+    train_step,
+)
 
 import lazy_orbax
 
@@ -77,7 +85,7 @@ def train(
                     print(f"what process {one.process} had was made again by {who}", flush=True)
         except FileNotFoundError:
             state, first = jax.jit(init, out_shardings=shardings)(), 0
-        rows = NamedSharding(mesh, P("devices"))
+        rows = NamedSharding(mesh, rows_spec(BATCH))
         for step in range(first, n_steps):
             state, loss = step_fn(state, batch_of(step, rows))
             losses.write(f"{step} {float(loss).hex()}\n")
@@ -142,7 +150,7 @@ def demo(n: int, n_steps: int, above: str, *, machines: bool) -> None:
     os.rmdir(memory)  # The keepers make their own.
     flags = ["--steps", str(n_steps), "--memory", memory, *["--machines"] * machines]
     flags.append("--directory")
-    print(f"{n} processes, undisturbed", flush=True)
+    print(f"{n} process{'es' * (n > 1)}, undisturbed", flush=True)
     assert run(n, [*flags, undisturbed]) == [0] * n
     for when, who in ((n_steps // 3, "one"), (2 * n_steps // 3, "all"), (n_steps, "nobody")):
         print(f"after step {when}, kill -9: {who}", flush=True)
@@ -165,12 +173,16 @@ def main() -> None:
     add = parser.add_argument
     add("--directory", default="runs/outlive")
     add("--steps", type=int, default=30)
-    add("--processes", type=int, default=4)
+    add("--processes", type=int, default=4, help="so many, from 1; with --machines from 2")
     add("--machines", action="store_true", help="each process plays a machine")
     add("--memory", help=argparse.SUPPRESS)
     add("--kill", nargs=2, default=("-1", "nobody"), help=argparse.SUPPRESS)
     add("--join", nargs=3, metavar=("ADDRESS", "COUNT", "INDEX"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    least = 2 if arguments.machines else 1
+    if arguments.processes < least:
+        why = ": one machine alone has nobody to keep parity" if arguments.machines else ""
+        parser.error(f"--processes must be at least {least}{why}")
     directory = os.path.abspath(arguments.directory)
     pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
     if arguments.join is None:

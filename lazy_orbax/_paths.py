@@ -20,6 +20,8 @@ STEP_OF_V1 = "orbax.checkpoint"
 """An empty file in a step that v1 saved, there before the metadata where a function of v1 does."""
 PROMOTED = "lazy_orbax_promoted.json"
 """In a step that a keeper brought to a tier, from its beginning: of which run it is."""
+MEETING = "lazy_orbax_meeting"
+"""A directory of a tier, in which keepers of several machines tell each other of a step."""
 ROOT_METADATA = "metadata/_ROOT_METADATA"
 """JSON of a run: the custom metadata that a manager was given for all its steps."""
 

@@ -10,6 +10,7 @@
 | `TransformError` | fixes the rules by which a restore transforms what is stored |
 | `MergeError` | merges checkpoints that fit each other, or says what is to be taken from one |
 | `CorruptCheckpointError` | takes an older step: this one is not what was saved |
+| `MissingFileError` | the same, or copies the checkpoint again: a file of it is gone |
 | `MalformedCheckpointError` | restores another checkpoint; nobody should trust this one |
 | `KeeperError` | trains without snapshots in memory, or gives the keeper what it needs |
 """
@@ -182,6 +183,10 @@ class CorruptCheckpointError(LazyOrbaxError, ValueError):
             )
         listed = summarize(list(map(str, problems)))
         super().__init__(f"The checkpoint {directory} is not what was saved:{listed}\n{advice}")
+
+
+class MissingFileError(CorruptCheckpointError, FileNotFoundError):
+    """A file of a checkpoint is gone, where Orbax too says that a file was not found."""
 
 
 class MalformedCheckpointError(LazyOrbaxError, ValueError):

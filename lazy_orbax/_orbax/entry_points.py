@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -69,6 +71,52 @@ def when_made(
         kind.__init__, standard_kind.__init__ = init, init_standard
 
     return undo
+
+
+def when_managers_are_made(within: Callable[[], Callable[[], AbstractContextManager[Any]]]) -> Undo:
+    """Lets managers that are made from now on make their handlers in a context of somebody.
+
+    A manager has an `ocp.CompositeCheckpointHandler`, which makes the handlers that nobody gave it
+    at its first save or restore.
+
+    Args:
+        within: called when a manager is made; returns what makes that context, for each call.
+
+    Returns:
+        What undoes it. Managers that were made meanwhile stay as they are.
+    """
+    kind = ocp.CompositeCheckpointHandler
+    init = kind.__init__
+
+    @functools.wraps(init)
+    def noted_init(self: Any, *positional: Any, **keywords: Any) -> None:
+        init(self, *positional, **keywords)
+        _call_within(self, within())
+
+    kind.__init__ = noted_init
+
+    def undo() -> None:
+        kind.__init__ = init
+
+    return undo
+
+
+def _call_within(composite: Any, context: Callable[[], AbstractContextManager[Any]]) -> None:
+    kind = type(composite)
+
+    @functools.wraps(kind.async_save)
+    async def async_save(self: Any, *positional: Any, **keywords: Any) -> Any:
+        with context():
+            return await kind.async_save(self, *positional, **keywords)
+
+    @functools.wraps(kind.restore)
+    def restore(self: Any, *positional: Any, **keywords: Any) -> Any:
+        with context():
+            return kind.restore(self, *positional, **keywords)
+
+    # As methods, they go with a copy.
+    composite.async_save = types.MethodType(async_save, composite)
+    composite.restore = types.MethodType(restore, composite)
 
 
 def note_stock_saves(note: Callable[[Any, bool], None]) -> None:

@@ -77,6 +77,14 @@ def completed(args: Any, leaf: Any) -> Any:
     return SRC["fill_args"](leaf, args, mode="restore")
 
 
+def stored_shape(entry: Any) -> Any:
+    """Returns the shape of what Orbax's metadata says of a leaf; `None` if it has none.
+
+    v1 has an entry of its own inside that of v0.
+    """
+    return getattr(getattr(entry, "v1_metadata", entry), "shape", None)
+
+
 def sharding_of_key_data(sharding: Any, n_more: int) -> Any:
     """Returns the sharding of the data of typed PRNG keys, which has more axes than the keys."""
     if not isinstance(sharding, jax.sharding.NamedSharding):

@@ -70,7 +70,7 @@ def probe(root: str, needed: Mapping[str, tuple[str, str]]) -> tuple[dict[str, A
 
 
 SRC, MISSING = probe(ocp.__name__, _NEEDED)
-MISFITS = ("do not match", "Structure mismatch")
+MISFITS = ("structures do not match", "Structure mismatch")
 """What Orbax says where a target has another structure than the checkpoint."""
 HANDLER_BASE: type = ocp.PyTreeCheckpointHandler if MISSING else SRC["base"]
 

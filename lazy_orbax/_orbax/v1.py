@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import inspect
 import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -37,6 +38,12 @@ _NEEDED = {
     "scalars": ("serialization.scalar_leaf_handler", "ScalarLeafHandler"),
     "strings": ("serialization.string_leaf_handler", "StringLeafHandler"),
 }
+# The methods of a `Checkpointer` in which handlers are made; its others call these.
+_OF_CHECKPOINTER = (
+    "save_checkpointables_async",
+    "load_checkpointables",
+    "checkpointables_metadata",
+)
 # The function of `atomicity` that publishes a step.
 PUBLISH = "on_commit_callback"
 # What methods of those use, by which ours is found and told: a handler that no longer asks would
@@ -151,7 +158,7 @@ def publishes_ours() -> bool:
 def hook() -> None:
     """Lets v1's handlers be made with something of ours inside. A second call does nothing.
 
-    This changes three functions of Orbax, which go on as before for all other handlers.
+    This changes four functions of Orbax, which go on as before for all other handlers.
     """
     handlers: Any = importlib.import_module(V1["pytree"].__module__)
     compatibility: Any = importlib.import_module(V1["for_manager"].__module__)
@@ -181,9 +188,35 @@ def hook() -> None:
     def finalize_save(response: Any) -> Any:
         return functions.watched(response._operation_id, stock_end(response))
 
+    _hook_checkpointers()
     compatibility.get_compatibility_handler = for_manager
     V1["response"]._finalize_save = finalize_save
     handlers._create_v0_handler = create
+
+
+def _hook_checkpointers() -> None:
+    """Lets a `Checkpointer` go on with what the process made handlers with when it was made."""
+    kind = ocp1.training.Checkpointer
+    init = kind.__init__
+
+    @functools.wraps(init)
+    def noted_init(self: Any, *positional: Any, **keywords: Any) -> None:
+        init(self, *positional, **keywords)
+        if make := next(reversed(_of_process), None):
+            for name in _OF_CHECKPOINTER:
+                if method := getattr(type(self), name, None):
+                    setattr(self, name, types.MethodType(_with(make, method), self))
+
+    kind.__init__ = noted_init
+
+
+def _with(make: Make, method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def made_with(*positional: Any, **keywords: Any) -> Any:
+        with _making_with(make):
+            return method(*positional, **keywords)
+
+    return made_with
 
 
 def make_all_with(make: Make) -> Callable[[], None]:

@@ -113,6 +113,9 @@ def restore_args_in_v0(args: Any, *, strict: bool) -> Any:
 
 def _restore_arg_in_v0(argument: Any, *, strict: bool) -> Any:
     leaf = getattr(argument, "abstract_leaf", None)
+    if leaf is not None and argument.restore_type is None:
+        # The handler of what is stored is given it: a number becomes a string, say.
+        return ocp.RestoreArgs(restore_type=type(leaf))
     if leaf is None or isinstance(leaf, type):  # As it is stored.
         return argument
     if argument.restore_type is np.ndarray:

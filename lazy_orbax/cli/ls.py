@@ -13,7 +13,7 @@ from lazy_orbax.cli.output import as_json, finish
 def command(run: str, as_json: bool) -> int:
     """List the steps of RUN: age, size, items, whether committed, digests, and who wrote them.
 
-    If RUN holds runs, they are listed.
+    If RUN holds runs, or checkpoints that are of no run, they are listed.
     """
     from lazy_orbax.inspection.ls import ls
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from lazy_orbax.view.blocks import Block, Column, Lines, Table
-from lazy_orbax.view.text import size_of
+from lazy_orbax.view.text import counted, size_of
 from lazy_orbax.view.viewed import Viewed
 
 _COLUMNS = (
@@ -72,7 +72,13 @@ class Exported(Viewed):
             for t in self.tensors
         )
         done = "would be written" if self.dry_run else "written"
-        counts = f"{len(self.tensors)} tensors, {size_of(self.n_bytes)}, {len(self.files)} files"
+        counts = ", ".join(
+            (
+                counted(len(self.tensors), "tensor"),
+                size_of(self.n_bytes),
+                counted(len(self.files), "file"),
+            )
+        )
         lines = [f"{counts} {done} to {self.out}"]
         if not self.verified and not self.dry_run:
             lines.append("The step has no digests: nobody knows whether this is what was saved.")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
+import functools
 import threading
 import types
+from collections.abc import Iterator
 from typing import Any
 
 from lazy_orbax._orbax import entry_points, v1
@@ -16,6 +20,7 @@ from lazy_orbax.handlers.stock_saves import STOCK_SAVES
 from lazy_orbax.handlers.stock_shaped import dress, dress_standard, saves_lazily
 from lazy_orbax.handlers.v1 import lazy_v1
 from lazy_orbax.options import LazyOptions
+from lazy_orbax.view.text import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Status:
         whose = "Orbax's own entry points save" if self.is_installed else "Handlers you give save"
         lines = [f"{whose} lazily.", *(f"Not lazy: {reason}" for reason in self.not_lazy)]
         if self.n_stock_saves:
-            lines.append(f"{self.n_stock_saves} saves went the stock way.")
+            lines.append(f"{counted(self.n_stock_saves, 'save')} went the stock way.")
         return "\n".join(lines)
 
 
@@ -73,9 +78,15 @@ class Installation:
 
 
 _LOCK = threading.RLock()
-# Under the lock: the last one holds. Orbax is changed while there is one, and what undoes that.
+# Under the lock: the last one holds. Orbax is changed while there is one, or a manager is at work
+# that was made while there was, and what undoes that.
 _INSTALLED: list[Installation] = []
+_AT_WORK: list[Installation] = []
 _UNDO: list[entry_points.Undo] = []
+# Whose handlers a manager makes.
+_OF_MANAGER: contextvars.ContextVar[Installation | None] = contextvars.ContextVar(
+    "lazy_orbax_installation", default=None
+)
 
 
 def install(options: LazyOptions | None = None, *, use_compression: bool = False) -> Installation:
@@ -111,7 +122,7 @@ def install(options: LazyOptions | None = None, *, use_compression: bool = False
 
 
 def uninstall() -> None:
-    """Undoes every `install()`. Handlers that were made meanwhile go on saving lazily."""
+    """Undoes every `install()`. What was made meanwhile goes on saving lazily."""
     _set([])
 
 
@@ -136,19 +147,53 @@ def _set(installed: list[Installation]) -> None:
         for ended in (one for one in _INSTALLED if one not in installed):
             ended.undo_v1()
         _INSTALLED[:] = installed
-        if installed and not _UNDO:
-            _UNDO.append(entry_points.when_made(_inside, dress, _dress_standard))
-        while _UNDO and not installed:
-            _UNDO.pop()()
+        _change_orbax()
         STOCK_SAVES.set_installed(is_installed=bool(installed))
+
+
+def _change_orbax() -> None:
+    """Changes Orbax where that is wanted, and else undoes it. The caller has the lock."""
+    wanted = bool(_INSTALLED or _AT_WORK)
+    if wanted and not _UNDO:
+        _UNDO.append(entry_points.when_made(_inside, dress, _dress_standard))
+        _UNDO.append(entry_points.when_managers_are_made(_for_its_manager))
+    while _UNDO and not wanted:
+        _UNDO.pop()()
+
+
+def _holds() -> Installation | None:
+    """Returns what holds for what is made now in this context."""
+    with _LOCK:
+        return _OF_MANAGER.get() or next(reversed(_INSTALLED), None)
+
+
+def _for_its_manager() -> Any:
+    """Returns the context of a manager that is made now: what holds now holds in it later."""
+    installation = _holds()
+    return functools.partial(_holding, installation) if installation else contextlib.nullcontext
+
+
+@contextlib.contextmanager
+def _holding(installation: Installation) -> Iterator[None]:
+    """Lets an installation hold here, in this context alone, though it has ended."""
+    with _LOCK:
+        _AT_WORK.append(installation)
+        _change_orbax()
+    token = _OF_MANAGER.set(installation)
+    try:
+        yield
+    finally:
+        _OF_MANAGER.reset(token)
+        with _LOCK:
+            _AT_WORK.remove(installation)
+            _change_orbax()
 
 
 def _inside(keywords: dict[str, Any]) -> LazyCheckpointHandler | None:
     """Returns what a stock handler saves through that is made with these keywords."""
-    with _LOCK:
-        if not _INSTALLED:  # Uninstalled just now.
-            return None
-        installation = _INSTALLED[-1]
+    installation = _holds()
+    if installation is None:  # Uninstalled just now, or a manager of somebody else is at work.
+        return None
     compresses = installation.use_compression and keywords.pop("use_compression", True)
     return LazyCheckpointHandler(
         options=installation.options, **{**keywords, "use_compression": compresses}

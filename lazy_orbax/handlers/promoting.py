@@ -19,7 +19,7 @@ from lazy_orbax.errors import KeeperError, LazyOrbaxError
 from lazy_orbax.handlers.completing import write
 from lazy_orbax.handlers.promoting_parts import follow, lead
 from lazy_orbax.handlers.verified_path import verified_in
-from lazy_orbax.tiers.kept_steps import UNUSABLE, held_steps
+from lazy_orbax.tiers.kept_steps import UNUSABLE, held_steps, kept_steps
 from lazy_orbax.tiers.promoted_steps import newest_in, refuse_others, remove_unfinished, retire
 from lazy_orbax.tiers.shelf import Shelf, claim_of
 from lazy_orbax.tiers.snapshot_file import held
@@ -56,14 +56,29 @@ def promote(
     shelf = Shelf(directory)
     with _alone(shelf, tier.path):
         refuse_others(tier.path, run)
-        if machine is not None and machine.part != 0:
+        if machine is None:
+            remove_unfinished(tier.path, run)
+            step = _written(run, tier.path, shelf)
+        elif machine.part == 0:
+            step = lead(run, tier.path, shelf, machine)
+        else:
             return follow(run, tier.path, shelf, machine)
-        remove_unfinished(tier.path, run)
-        alone = machine is None
-        step = _written(run, tier.path, shelf) if alone else lead(run, tier.path, shelf, machine)
+        if step is None:
+            _tell_of_newer(run, tier.path, shelf)
         if tier.keep is not None:
             retire(tier.path, run, tier.keep)
         return step
+
+
+def _tell_of_newer(run: str, tier: str, shelf: Shelf) -> None:
+    """Says so where a tier gets nothing because it has a newer step than memory."""
+    newest, steps = newest_in(tier), kept_steps(shelf, run)
+    if steps and steps[0].step < newest:
+        _LOG.warning(
+            "Step %d of %s is not brought to %s, which has step %d. Remove that there if the job "
+            "went back to an older one; else it gets nothing until training has passed it.",
+            *(steps[0].step, run, tier, newest),
+        )
 
 
 def _written(run: str, tier: str, shelf: Shelf) -> int | None:

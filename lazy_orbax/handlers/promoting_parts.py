@@ -23,7 +23,7 @@ from lazy_orbax.handlers.verified_path import verified_in
 from lazy_orbax.save.part import Attempt, join_parts
 from lazy_orbax.tiers.kept_steps import UNUSABLE, KeptStep, held_for, kept_steps
 from lazy_orbax.tiers.meeting import Meeting, awaited
-from lazy_orbax.tiers.promoted_steps import listed, newest_in
+from lazy_orbax.tiers.promoted_steps import listed, newest_in, remove_unfinished
 from lazy_orbax.tiers.shelf import Shelf
 from lazy_orbax.tiers.snapshot_file import held
 from lazy_orbax.tiers.tier import Machine
@@ -69,7 +69,7 @@ def lead(run: str, tier: str, shelf: Shelf, machine: Machine) -> int | None:
 
     Args:
         run: the run.
-        tier: its directory, of which nothing unfinished is left.
+        tier: its directory.
         shelf: where the snapshots are.
         machine: this one.
 
@@ -83,9 +83,11 @@ def lead(run: str, tier: str, shelf: Shelf, machine: Machine) -> int | None:
     """
     newest, meeting, steps = newest_in(tier), Meeting(tier), kept_steps(shelf, run)
     if all(kept.step <= newest for kept in steps):
-        meeting.clear(kept.life for kept in steps)  # Perhaps one was killed that had listed it.
+        if meeting.clear(kept.life for kept in steps):  # Perhaps one was killed that had listed it.
+            remove_unfinished(tier, run)
         return None
     with meeting.called({kept.life for kept in steps}) as token:
+        remove_unfinished(tier, run)  # Not before: a later life may be at it.
         call = _Call(meeting, token, _gathered(meeting, token, machine))
         # Of what is held here no other machine gives up its part: not all have a newer one.
         with held_for(shelf, TAKE_S):
@@ -113,11 +115,12 @@ def _gathered(meeting: Meeting, token: str, machine: Machine) -> tuple[int, ...]
     """Waits until each process is on a machine that has come. Returns the numbers of these."""
 
     def look() -> tuple[int, ...] | None:
-        here = {machine.part: list(machine.processes)}
-        told = meeting.told_by_all(token, "here").items()
-        here |= {part: one["processes"] for part, one in told}
+        told = {part: one["processes"] for part, one in meeting.told_by_all(token, "here").items()}
+        here = {machine.part: list(machine.processes), **told}
         processes = sorted(process for each in here.values() for process in each)
-        return tuple(sorted(here)) if processes == list(range(machine.of)) else None
+        if processes == list(range(machine.of)):
+            return tuple(sorted(here))
+        return meeting.refuse_ended(token)
 
     what = (
         f"the keepers of all {machine.of} processes did not come to {meeting.tier}: do all "
@@ -131,9 +134,7 @@ def _taken(
 ) -> tuple[KeptStep, dict[str, Share]]:
     """Returns the first step that can be used, and what this machine writes of each item."""
     reasons: list[str] = []
-    for kept in steps:
-        if kept.step <= newest:
-            continue
+    for kept in (kept for kept in steps if kept.step > newest):
         try:
             kept.refuse_parts(machine.processes)
             return kept, {item: Share(snapshots) for item, snapshots in kept.items.items()}
@@ -236,8 +237,7 @@ def _heard(
                 meeting.tell(token, f"lost-{machine.part}", {"why": "its program was killed"})
                 return None
             meeting.tell(token, f"here-{machine.part}", {"processes": machine.processes})
-        told = meeting.told(token, "step")
-        return None if told is None else (token, told)
+        return (token, told) if (told := meeting.told(token, "step")) is not None else None
 
     what = (
         f"the keeper of process 0 did not say in {meeting.tier} which step is meant: do all "

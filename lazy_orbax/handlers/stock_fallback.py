@@ -12,7 +12,8 @@ from lazy_orbax._orbax import handed_in, symbols
 from lazy_orbax._orbax.symbols import ocp
 from lazy_orbax.errors import OptionError
 from lazy_orbax.options import LazyOptions
-from lazy_orbax.restore.verified import STAGING_BYTES, examined, explained
+from lazy_orbax.restore.misfits import explained
+from lazy_orbax.restore.verified import STAGING_BYTES, examined
 from lazy_orbax.trust.malformed import checked
 
 GB = 10**9

@@ -18,7 +18,8 @@ from lazy_orbax.errors import LazyOrbaxError, OptionError
 from lazy_orbax.handlers.lazy import LazyCheckpointHandler
 from lazy_orbax.handlers.stock_fallback import StockFallback
 from lazy_orbax.options import LazyOptions
-from lazy_orbax.restore.verified import examined, explained
+from lazy_orbax.restore.misfits import explained
+from lazy_orbax.restore.verified import examined
 from lazy_orbax.trust.malformed import checked
 
 # What is inside the handlers that `pytree_handler` and `standard_handler` returned.

@@ -94,7 +94,8 @@ def clean(run: Any, *, dry_run: bool = True, quiet_s: float = QUIET_S) -> CleanR
 
     That are directories with Orbax's mark of what is temporary, in an object store those of steps
     without Orbax's mark that they were committed, in a tier of a keeper what killed promotions
-    left, and the hidden directories of exports. Links are not followed.
+    left, with what they told each other, and the hidden directories of exports. Links are not
+    followed.
 
     Args:
         run: a directory with many steps, such as a tier, or its `gs://` address; or a local
@@ -112,9 +113,10 @@ def clean(run: Any, *, dry_run: bool = True, quiet_s: float = QUIET_S) -> CleanR
     seen = look(run, (RUN, RUNS))
     is_local = place_of(str(seen.path)).has_special_files  # Exports are nowhere else.
     exports = [path for path in exports_in(seen.path) if path.is_dir()] if is_local else []
-    if seen.kind == RUNS and not exports:
+    meetings = [seen.path / _paths.MEETING] if _paths.MEETING in seen.names else []
+    if seen.kind == RUNS and not exports and not meetings:
         look(run, (RUN,))  # Says what to give.
-    found = []
+    found = [_cleaned(path, dry_run, quiet_s) for path in meetings if path.is_dir()]
     for path, _, is_temporary in _paths.steps_in(seen.path):
         if path.is_dir() and (is_temporary or _is_torn(path)):
             found.append(_cleaned(path, dry_run, quiet_s))

@@ -15,7 +15,7 @@ from lazy_orbax.inspection.ls import StepEntry, ls
 from lazy_orbax.storage.fsync import Inode
 from lazy_orbax.storage.places import place_of
 from lazy_orbax.view.blocks import Block, Column, Lines, Node, Table, Tree
-from lazy_orbax.view.text import size_of
+from lazy_orbax.view.text import counted, size_of
 from lazy_orbax.view.viewed import Viewed
 
 _MOST_SHOWN = 20
@@ -135,7 +135,7 @@ class DiskUse(Viewed):
 
     def _summary(self) -> list[str]:
         kept = [step.n_bytes for step in self.steps if step.state == "committed"]
-        lines = [f"{size_of(self.n_bytes)} in {len(self.steps)} steps"]
+        lines = [f"{size_of(self.n_bytes)} in {counted(len(self.steps), 'step')}"]
         if kept:
             each = size_of(sum(kept) / len(kept))
             lines[0] += f": to keep one more costs {each}"

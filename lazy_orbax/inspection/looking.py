@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lazy_orbax import _paths
-from lazy_orbax.errors import MalformedCheckpointError, OptionError, summarize
+from lazy_orbax.errors import MalformedCheckpointError, OptionError
 from lazy_orbax.integrity import step_place
 from lazy_orbax.storage.places import place_of
 from lazy_orbax.trust.bounded_json import parse_json
@@ -55,8 +55,8 @@ def look(path: Any, wanted: Iterable[str]) -> Seen:
         raise OptionError(f"{place} is not a directory. {give}")
     names = sorted(child.name for child in place.iterdir())
     kind = _kind_of(place, names)
-    if kind == RUNS and RUNS not in wanted and (runs := runs_in(place, names)):
-        raise OptionError(f"{place} is not a run, but holds runs. Give one:{summarize(runs)}")
+    if kind == RUNS and RUNS not in wanted and (found := step_place.what_it_holds(place, names)):
+        raise OptionError(found)
     if kind not in wanted:
         found = "holds no checkpoint" if kind == RUNS else f"is {_a(kind)}"
         raise OptionError(f"{place} {found}. {give}")
@@ -76,13 +76,6 @@ def _kind_of(place: Any, names: list[str]) -> str:
         return STEP
     # Of the first save of a run that was killed there may be hardly anything.
     return RUN if any(map(_paths.is_temporary, names)) else RUNS
-
-
-def runs_in(place: Any, names: Iterable[str]) -> list[str]:
-    """Returns the runs that lie in a directory itself."""
-    inside = [place / name for name in names if (place / name).is_dir()]
-    kinds = ((child, _kind_of(child, [part.name for part in child.iterdir()])) for child in inside)
-    return [str(child) for child, kind in kinds if kind == RUN]
 
 
 def items_of(seen: Seen) -> dict[str, str]:

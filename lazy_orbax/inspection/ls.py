@@ -10,11 +10,11 @@ from typing import Any
 
 from lazy_orbax import _paths
 from lazy_orbax.errors import MalformedCheckpointError
-from lazy_orbax.inspection.looking import RUN, RUNS, look, runs_in, sizes_in, step_metadata
+from lazy_orbax.inspection.looking import RUN, RUNS, look, sizes_in, step_metadata
 from lazy_orbax.integrity import step_place
 from lazy_orbax.storage.places import place_of
 from lazy_orbax.view.blocks import Block, Column, Lines, Table
-from lazy_orbax.view.text import duration_of, size_of
+from lazy_orbax.view.text import counted, duration_of, size_of
 from lazy_orbax.view.viewed import Viewed
 
 _COLUMNS = (
@@ -64,8 +64,8 @@ class RunListing(Viewed):
 
     Attributes:
         path: what was listed.
-        steps: the steps of the run, oldest first.
-        runs: the runs, where the directory holds runs and no steps.
+        steps: the steps of the run, oldest first; or the checkpoints that are of no run, by name.
+        runs: the runs, where the directory is none.
     """
 
     path: str
@@ -79,8 +79,9 @@ class RunListing(Viewed):
 
     def blocks(self) -> tuple[Block, ...]:
         """Returns what there is to see."""
-        if self.runs:
-            return (Table((Column("run"),), tuple((run,) for run in self.runs)),)
+        runs = Table((Column("run"),), tuple((run,) for run in self.runs))
+        if self.runs and not self.steps:
+            return (runs,)
         now_s = time.time()
         rows = tuple(
             (
@@ -97,9 +98,10 @@ class RunListing(Viewed):
         wrong = frozenset(n for n, e in enumerate(self.steps) if e.state != "committed")
         problems = tuple(f"{e.path}: {e.problem}" for e in self.steps if e.problem)
         total = size_of(sum(entry.n_bytes for entry in self.steps))
-        summary = f"{len(self.steps)} steps, {total}"
+        summary = f"{counted(len(self.steps), 'step')}, {total}"
         table = Table(_COLUMNS, rows, self.path, wrong)
-        return (table, Lines((summary,)), *([Lines(problems, "problem")] if problems else ()))
+        lines = (Lines((summary,)), *([Lines(problems, "problem")] if problems else ()))
+        return (*([runs] if self.runs else ()), table, *lines)
 
 
 def _share(entry: StepEntry) -> str:
@@ -112,8 +114,8 @@ def ls(run: Any) -> RunListing:
     """Lists the steps of a run. It reads no array, and needs neither a model nor a device.
 
     Args:
-        run: a directory with many steps, or its `gs://` address; or one that holds runs, which are
-            listed then.
+        run: a directory with many steps, or its `gs://` address; or one that holds runs, or
+            checkpoints that are of no run, which are listed then.
 
     Raises:
         OptionError: there is neither.
@@ -121,10 +123,11 @@ def ls(run: Any) -> RunListing:
     """
     seen = look(run, (RUN, RUNS))
     if seen.kind == RUNS:
-        runs = tuple(runs_in(seen.path, seen.names))
-        if not runs:
+        runs, alone = step_place.runs_and_checkpoints_in(seen.path, seen.names)
+        if not runs and not alone:
             look(run, (RUN,))
-        return RunListing(str(seen.path), (), runs)
+        checkpoints = [entry_of(path, None, is_temporary=False) for path in alone]
+        return RunListing(str(seen.path), tuple(checkpoints), tuple(runs))
     entries = []
     for each in _paths.steps_in(seen.path):
         # A run may go on meanwhile: steps are published and removed.

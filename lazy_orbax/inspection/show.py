@@ -13,7 +13,7 @@ from lazy_orbax.inspection.looking import ITEM, RUN, STEP, items_of, look, newes
 from lazy_orbax.integrity.step_place import is_item
 from lazy_orbax.storage.places import place_of
 from lazy_orbax.view.blocks import Block, Column, Drawing, Lines, Node, Table, Tree
-from lazy_orbax.view.text import size_of
+from lazy_orbax.view.text import counted, size_of
 from lazy_orbax.view.viewed import Viewed
 
 FILES = "files"
@@ -62,7 +62,7 @@ class ItemEntry(Viewed):
         digests = "with digests" if self.has_digests else "no digests"
         what = f"{self.n_leaves} leaves, {size_of(self.n_bytes)}, {self.storage}, {digests}"
         if self.storage == FILES:
-            what = f"{self.n_leaves} files, {size_of(self.n_bytes)}"
+            what = f"{counted(self.n_leaves, 'file')}, {size_of(self.n_bytes)}"
         title = f"{self.path}: {what}"
         rows = tuple(map(_row, self.leaves))
         parts: list[Block] = (

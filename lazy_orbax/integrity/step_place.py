@@ -10,11 +10,12 @@ directory that has no metadata of a step.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from lazy_orbax import _paths
 from lazy_orbax._paths import DIGESTS, MANIFEST, STEP_METADATA, TREE
-from lazy_orbax.errors import Problem
+from lazy_orbax.errors import Problem, summarize
 from lazy_orbax.storage.places import place_of
 
 if TYPE_CHECKING:
@@ -52,10 +53,33 @@ def is_run(place: Any, children: list[str]) -> bool:
 
 
 def _has_items(place: Any, children: list[str]) -> bool:
-    found = [place / name for name in children if _paths.step_of(name) is None]
-    return any(
-        child.is_dir() and is_item([part.name for part in child.iterdir()]) for child in found
-    )
+    is_named_step = _paths.step_of(place.name) is not None
+    for child in (place / name for name in children if _paths.step_of(name) is None):
+        parts = [part.name for part in child.iterdir()] if child.is_dir() else []
+        # One with the metadata of a step is no item of another, unless a number says so.
+        if is_item(parts) and (is_named_step or STEP_METADATA not in parts):
+            return True
+    return False
+
+
+def runs_and_checkpoints_in(place: Any, children: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Returns the runs, and the checkpoints that are of no run, which lie in a directory itself."""
+    runs, alone = [], []
+    for child in (place / name for name in sorted(children) if (place / name).is_dir()):
+        parts = [part.name for part in child.iterdir()]
+        if is_run(child, parts):
+            runs.append(str(child))
+        elif STEP_METADATA in parts:
+            alone.append(str(child))
+    return runs, alone
+
+
+def what_it_holds(place: Any, children: Iterable[str]) -> str:
+    """Says of a directory that is none of these which of them lie in it; empty for none."""
+    runs, alone = runs_and_checkpoints_in(place, children)
+    kinds = " and ".join(["runs"] * bool(runs) + ["checkpoints"] * bool(alone))
+    found = summarize(sorted(runs + alone))
+    return f"{place} is not a run, but holds {kinds}. Give one:{found}" if kinds else ""
 
 
 def wrong_step(saved: ProcessDigests, item_directory: str) -> Problem | None:

@@ -15,12 +15,12 @@ from lazy_orbax._paths import COMMITTED, STEP_METADATA
 from lazy_orbax.errors import (
     CorruptCheckpointError,
     MalformedCheckpointError,
+    MissingFileError,
     OptionError,
     Problem,
-    summarize,
 )
 from lazy_orbax.integrity import digest_file, step_metadata
-from lazy_orbax.integrity.step_place import is_item, is_run, is_step, metadata_beside
+from lazy_orbax.integrity.step_place import is_item, is_run, is_step, metadata_beside, what_it_holds
 from lazy_orbax.integrity.stored_item import Piece, StoredItem
 from lazy_orbax.integrity.verify_report import ItemReport, VerifyReport
 from lazy_orbax.storage.places import place_of
@@ -97,9 +97,8 @@ def verify(path: Any, *, on_progress: Callable[[int, int], None] | None = None) 
         return VerifyReport(str(place), tuple(items), tuple(problems))
     items, problems = _verify_run(place, children, watch)
     if not problems and all(item.not_covered == (_OWN_RUN,) for item in items):
-        runs = summarize(_runs_in(place, children))
-        found = f"is not a run, but holds runs. Give one:{runs}" if runs else "holds no checkpoint."
-        raise OptionError(f"{place} {found}" + ("" if runs else f" {_GIVE}"))
+        found = what_it_holds(place, children)
+        raise OptionError(found or f"{place} holds no checkpoint. {_GIVE}")
     return VerifyReport(str(place), tuple(items), tuple(problems))
 
 
@@ -117,11 +116,6 @@ def problems_before_publication(step: str) -> list[Problem]:
             Problem(f"was not compared: {what}", item.directory) for what in item.not_covered
         ]
     return problems if items else [Problem("holds no item", step)]
-
-
-def _runs_in(place: Any, children: list[str]) -> list[str]:
-    inside = [place / name for name in children if (place / name).is_dir()]
-    return [str(d) for d in inside if is_run(d, [part.name for part in d.iterdir()])]
 
 
 def newest_whole_step(directory: str) -> int | None:
@@ -163,16 +157,17 @@ def raise_corrupt(
 
     Raises:
         CorruptCheckpointError: there are problems.
+        MissingFileError: the cause is that a file was not found.
     """
     if problems:
-        newest = None
+        newest, kind = None, CorruptCheckpointError
+        if isinstance(cause, FileNotFoundError):
+            kind, problems = MissingFileError, [*problems, Problem(str(cause))]
         try:
             newest = newest_whole_step(directory) if look else None
         except TimeoutError:
             look = False
-        raise CorruptCheckpointError(
-            directory, problems, newest_whole_step=newest, looked=look
-        ) from cause
+        raise kind(directory, problems, newest_whole_step=newest, looked=look) from cause
 
 
 def _verify_step(

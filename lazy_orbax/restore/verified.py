@@ -1,4 +1,4 @@
-"""A restore, by plan or by Orbax: verified, agreed on, and its complaints name the leaf."""
+"""A restore, by plan or by Orbax: verified, and agreed on."""
 
 from __future__ import annotations
 
@@ -10,19 +10,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.tree_util import keystr, tree_leaves_with_path
 
-from lazy_orbax._jax_context import neutral
 from lazy_orbax._machine import without_garbage_collection
-from lazy_orbax._orbax import metrics, restored_kinds, symbols
-from lazy_orbax._orbax.symbols import ocp
+from lazy_orbax._orbax import metrics
 from lazy_orbax.errors import (
     CorruptCheckpointError,
     MalformedCheckpointError,
     Problem,
     RestoreError,
-    summarize,
 )
 from lazy_orbax.integrity import digest_file, step_metadata
 from lazy_orbax.integrity.stored_item import StoredItem
@@ -30,6 +25,7 @@ from lazy_orbax.integrity.verify import raise_corrupt
 from lazy_orbax.pods import consensus
 from lazy_orbax.restore.compare_arrays import check_restored, explain
 from lazy_orbax.restore.either_way import Question, restore_either_way
+from lazy_orbax.restore.misfits import explained
 from lazy_orbax.storage import threads
 from lazy_orbax.timeline import RestoreRecorder
 from lazy_orbax.trust.contents import Contents
@@ -193,100 +189,3 @@ def _reasons(stored: StoredItem, error: Exception) -> list[Problem]:
     if not problems and not isinstance(error, RestoreError):
         problems = list(stored.check_pieces(stored.pieces))
     return problems
-
-
-@contextlib.contextmanager
-def explained(metadata: Callable[[Any], Any], directory: Any, args: Any) -> Iterator[None]:
-    """Turns a misfit between target and checkpoint into a `RestoreError`.
-
-    Args:
-        metadata: returns what Orbax says of what is in a directory.
-        directory: the item's directory.
-        args: what was asked for, or `None`.
-
-    Raises:
-        RestoreError: leaves of the target have another shape than what is stored, or the trees
-            differ.
-    """
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        differs = any(words in str(error) for words in symbols.MISFITS)
-        misfits = _misfits(metadata, directory, args, differs=differs)
-        if misfits:
-            orbax = f"\nOrbax says: {error}" if differs else ""
-            raise RestoreError(
-                f"The restore target does not fit the checkpoint {directory}:"
-                f"{summarize(misfits)}{orbax}"
-            ) from error
-        if differs:
-            raise RestoreError(f"{error}\nThe checkpoint is {directory}.") from error
-        raise
-
-
-def _misfits(
-    metadata: Callable[[Any], Any], directory: Any, args: Any, *, differs: bool
-) -> list[str]:
-    """Names leaves of another shape than what is stored; where trees differ, what one alone has."""
-    target = getattr(args, "item", None)
-    if target is None:
-        return []
-    try:
-        tree = metadata(directory).tree
-    except Exception:  # noqa: BLE001 - A broken checkpoint: what restoring said of it is raised.
-        return []
-    stored = {_names(path): (path, leaf) for path, leaf in tree_leaves_with_path(tree)}
-    given = tree_leaves_with_path(getattr(args, "restore_args", None))
-    arguments = {_names(path): argument for path, argument in given}
-    problems = []
-    for path, leaf in tree_leaves_with_path(target):
-        name = keystr(path)
-        if differs and _names(path) not in stored:
-            problems.append(f"{name}: {_what_is_there(stored, _names(path))}")
-        _, entry = stored.pop(_names(path), (None, None))
-        found = getattr(entry, "shape", None)
-        wanted = _insisted_shape(arguments.get(_names(path)), leaf)
-        if found is None or wanted is None or tuple(found) == tuple(wanted):
-            continue
-        problems.append(
-            f"{name}: found {list(found)}, wanted {list(wanted)}; give the stored shape, or "
-            "strict=False to cut or pad"
-        )
-    if differs and not getattr(args, "partial_restore", False):
-        problems += [
-            f"{keystr(path)}: the target lacks this leaf of the checkpoint; add it, or restore a "
-            "part with lazy_orbax.load(path, target)"
-            for path, _ in stored.values()
-        ]
-    return problems
-
-
-def _what_is_there(stored: dict[tuple[str, ...], Any], leaf: tuple[str, ...]) -> str:
-    """Says what the checkpoint has in place of a leaf of the target, which then counts as named."""
-    below = [path for path in stored if path[: len(leaf)] == leaf]
-    for path in below:
-        del stored[path]
-    if not below:
-        return "the checkpoint has no such leaf; take it out of the target"
-    named = ", ".join(".".join(path) for path in below[:3]) + (", ..." if below[3:] else "")
-    return f"found a tree, wanted a leaf; give the target each leaf of it: {named}"
-
-
-def _insisted_shape(argument: Any, leaf: Any) -> Any:
-    """Returns the shape in which a leaf has to be stored; `None` where Orbax takes any."""
-    if not isinstance(argument, ocp.ArrayRestoreArgs) or not argument.strict:
-        return None
-    shape, dtype = restored_kinds.completed(argument, leaf).global_shape, argument.dtype
-    if shape is None or dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        return shape
-    with neutral():  # The data of keys is what is stored.
-        return jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(shape, dtype)).shape
-
-
-def _names(path: Any) -> tuple[str, ...]:
-    """Returns a key path as the names that Orbax stores, whatever the containers are."""
-    return tuple(
-        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
-    )

@@ -92,6 +92,8 @@ def requested(args: Any, tree: Tree, formats: Mapping[str, ArrayFormat], registr
     if tree.is_rich:
         raise OrbaxOnlyError("a tree with rich types")
     leaves, structure = restored_kinds.flat_target(item)
+    if is_part and any(leaf is _PLACEHOLDER for _, leaf in leaves):
+        raise OrbaxOnlyError("a part of the tree, with placeholders, which Orbax fills there")
     arguments = _arguments(args, structure, len(leaves))
     try:
         paths = [restored_kinds.path_of(path) for path, _ in leaves]
@@ -173,7 +175,8 @@ def _wanted_array(leaf: _Leaf, argument: Any, form: ArrayFormat) -> Wanted | str
     if jnp.issubdtype(dtype, jax.dtypes.extended):
         return "it is wanted in a dtype of JAX's own"
     if shape is not None and tuple(shape) != form.shape:
-        raise MisfitError(f"leaf {leaf.name} is {list(form.shape)}, and wanted as {list(shape)}")
+        what = f"leaf {leaf.name}: wanted {list(shape)}, found {list(form.shape)}"
+        raise MisfitError(f"{what}: it is not compatible with the stored shape")
     dtype = np.dtype(dtype)
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         return f"{dtype} is not enabled in JAX"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
 import weakref
 
@@ -42,11 +41,10 @@ def _finish() -> None:
     unknown = [part for part in parts if part.failure is None]
     running = process_end.running_saves() if savers else []
     if running or (savers and FUNCTIONS.has_running):
-        if_it_can = ", if Python 3.12 lets it" if sys.version_info[:2] == (3, 12) else ""
         _log.warning(
-            "The main thread has ended while a save was in flight; it is finished first%s. Call "
-            "wait_until_finished(), or close the manager, to be told of its failure.",
-            if_it_can,
+            "The main thread has ended while a save was in flight; it is finished first (Ctrl-C "
+            "gives it up). Call wait_until_finished(), or close the manager, to be told of its "
+            "failure."
         )
     for thread in running:
         threading.Thread.join(thread)  # Orbax's own raises what it failed with.

@@ -143,6 +143,8 @@ UNUSABLE = (LazyOrbaxError, SnapshotError, OSError)
 def kept_steps(shelf: Shelf, run: str) -> list[KeptStep]:
     """Returns the steps that have all items, those of the latest life first, the newest first.
 
+    What an earlier life has beyond the latest one is left out: the job went back before that.
+
     Args:
         shelf: where the snapshots are.
         run: the name of the run.
@@ -155,7 +157,8 @@ def kept_steps(shelf: Shelf, run: str) -> list[KeptStep]:
             add_newest(items.setdefault(snapshot.facts["item"], []), snapshot)
     wanted = {item for kept in found.values() for item in kept.items}
     whole = [kept for kept in found.values() if set(kept.items) == wanted]
-    return sorted(whole, key=_order, reverse=True)
+    whole.sort(key=_order, reverse=True)
+    return [kept for kept in whole if kept.step <= whole[0].step]
 
 
 def add_newest(snapshots: list[Snapshot], one: Snapshot) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -70,6 +71,10 @@ class Slot:
                 until all processes have a newer one; `None`: it began with another tier.
         """
         with self._busy:
+            if restored is None:
+                # Else some processes would write over what others have kept of the life before.
+                with contextlib.suppress(KeeperError):
+                    self._decide()
             self._votes, self._undecided = votes, None
             # One of them may have been made again since, from parity.
             self._serial = max(self._serial, *map(self._serial_of, self.names))

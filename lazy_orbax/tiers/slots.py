@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,8 @@ from lazy_orbax.tiers.snapshot_file import HeldError, Snapshot
 from lazy_orbax.tiers.votes import Votes
 
 _LOG = logging.getLogger("lazy_orbax")
+# A second, in nanoseconds.
+_APART = 10**9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +103,9 @@ class Slots:
             restored: the file of each item with which this life begins.
         """
         known = [one.facts["life"] for one in self._known() if one.facts["run"] == self._run]
-        earliest = max([self.life, *known]) + 1
+        # Where clocks went back, machines that are away may have what came after the same life:
+        # another number than this one, whenever they are back.
+        earliest = max([self.life, *known]) + 1 + secrets.randbelow(_APART)
         self._live(consensus.highest(max(time.time_ns(), earliest)), restored)
 
     def _known(self) -> Iterator[Snapshot]:

@@ -17,7 +17,6 @@ from lazy_orbax.integrity.digest import digest_of_bytes
 from lazy_orbax.pods import consensus
 from lazy_orbax.storage.place import Place
 from lazy_orbax.storage.places import place_of
-from lazy_orbax.tiers.meeting import FOLDER
 from lazy_orbax.tiers.shelf import Shelf
 
 _BOOT = pathlib.Path("/proc/sys/kernel/random/boot_id")
@@ -138,7 +137,7 @@ def _refuse_not_shared(tier: str) -> None:
         OptionError: process 0 could not write there, or another does not find what it wrote.
     """
     (number,) = consensus.from_first([secrets.randbits(62)], most=1)
-    place, name = place_of(tier), f"{FOLDER}-{number}"
+    place, name = place_of(tier), f"{_paths.MEETING}-{number}"
     is_first, why = jax.process_index() == 0, ""
     if is_first:
         try:

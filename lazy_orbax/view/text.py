@@ -21,6 +21,11 @@ def visible(text: str) -> str:
     return "".join(shown)
 
 
+def counted(n: int, what: str) -> str:
+    """Returns a number of things, such as `1 step` or `2 steps`."""
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
 def size_of(n_bytes: float) -> str:
     """Returns a number of bytes, such as `1.2 GB`."""
     if n_bytes < 1000:

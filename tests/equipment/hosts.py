@@ -70,6 +70,14 @@ class Host:
         """Ends all of its processes at once, and takes its memory and its address away."""
         self._network.told("die", host=self.number)
 
+    def freeze(self) -> None:
+        """Stops all of its processes, which do nothing any more, and do not end."""
+        self._network.told("freeze", host=self.number)
+
+    def thaw(self) -> None:
+        """Lets them go on."""
+        self._network.told("thaw", host=self.number)
+
     def cut(self, link: int = 0, *, is_seen: bool = False) -> None:
         """Lets nothing through to it or from it: silently, or with its link down."""
         self._network.told("cut", host=self.number, link=link, is_seen=is_seen)
@@ -84,11 +92,11 @@ class Network:
 
     Attributes:
         reached: called with the number of a machine, and the stage that its node has reached,
-            before the node goes on.
+            before the node goes on. May return by how many seconds the node's clock is set on.
     """
 
     def __init__(self, place: str, modules: Sequence[str], variables: Mapping[str, str]):
-        self.reached: Callable[[int, str], None] = lambda *_: None
+        self.reached: Callable[[int, str], float | None] = lambda *_: None
         self._listener = Listener(f"{place}/network", "AF_UNIX")
         self._errors = open(f"{place}/errors", "w+")  # noqa: SIM115 - It is read at the end.
         self._lock, self._numbers = threading.Lock(), 0
@@ -129,8 +137,8 @@ class Network:
         with connection, contextlib.suppress(EOFError, OSError):
             while True:
                 stage = connection.recv()
-                self.reached(number, stage)  # As it is now, not before the wait.
-                connection.send(None)
+                # As it is now, not before the wait.
+                connection.send(self.reached(number, stage))
 
     def told(self, what: str, **arguments: Any) -> None:
         with self._lock:

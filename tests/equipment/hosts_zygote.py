@@ -10,6 +10,7 @@ standard input is a message in JSON, and each is answered by a line.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import json
@@ -23,7 +24,7 @@ from typing import Any
 
 NETWORK, HOST = "LAZY_ORBAX_TEST_NETWORK", "LAZY_ORBAX_TEST_HOST"
 _NEW_MOUNTS, _NEW_NAME, _NEW_PROCESSES, _NEW_NETWORK = 0x20000, 0x4000000, 0x20000000, 0x40000000
-_RECURSIVE, _PRIVATE = 0x4000, 0x40000
+_RECURSIVE, _PRIVATE, _AGAIN = 0x4000, 0x40000, 0x20
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LINKS = ("eth0", "eth1")
 
@@ -39,9 +40,9 @@ def _checked(result: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def _mount(what: str, where: str, kind: str, flags: int = 0) -> None:
+def _mount(what: str, where: str, kind: str, flags: int = 0, options: str = "") -> None:
     words = (what.encode(), where.encode(), kind.encode())
-    _checked(_LIBC.mount(*words, flags, None))
+    _checked(_LIBC.mount(*words, flags, options.encode()))
 
 
 def _ip(*commands: str) -> None:
@@ -96,6 +97,22 @@ class Switch:
         for i in range(len(_LINKS)):
             subprocess.run(["ip", "link", "del", f"h{host}l{i}"], check=False, capture_output=True)
 
+    def freeze(self, host: int) -> None:
+        """Stops all processes of a machine. Its kernel goes on, and acknowledges what comes."""
+        self._signal(host, signal.SIGSTOP)
+
+    def thaw(self, host: int) -> None:
+        """Lets them go on."""
+        self._signal(host, signal.SIGCONT)
+
+    def _signal(self, host: int, number: int) -> None:
+        _, inner = self._pids[host]
+        for pid in [inner, *(int(name) for name in os.listdir("/proc") if name.isdigit())]:
+            # One may end meanwhile; and of some others nobody may know where they are.
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/{pid}/ns/pid") == os.readlink(f"/proc/{inner}/ns/pid"):
+                    os.kill(pid, number)
+
     def cut(self, host: int, link: int, *, is_seen: bool) -> None:
         """Lets nothing through to or from a machine. Where it `is_seen`, its link goes down."""
         _ip(f"link set h{host}l{link} {'down' if is_seen else 'nomaster'}")
@@ -123,6 +140,24 @@ def _serve_the_test() -> None:
     connection.send(("process", int(os.environ[HOST])))
     serve(connection)
     os._exit(0)
+
+
+class Addresses:
+    """More addresses of a machine."""
+
+    def add(self, address: str) -> None:
+        """Adds one to its first link."""
+        _ip(f"addr add {address} dev {_LINKS[0]} nodad")
+
+
+class Memory:
+    """The memory of a machine at `/dev/shm`."""
+
+    def leave(self, n_bytes: int) -> None:
+        """Takes all of it away but what is used, and so many bytes."""
+        has = os.statvfs("/dev/shm")
+        used = (has.f_blocks - has.f_bfree) * has.f_frsize
+        _mount("memory", "/dev/shm", "tmpfs", _AGAIN, f"size={used + n_bytes}")
 
 
 class Children:

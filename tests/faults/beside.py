@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint._src.path import atomicity
 
 import lazy_orbax
+from lazy_orbax._orbax import process_end
 from lazy_orbax.errors import SaveError
 from lazy_orbax.save.writer import Writer
 
@@ -131,6 +132,7 @@ def main_thread_ends():
 
 def in_flight(place="finish", then=lambda: None, after=lambda: None):
     """The step is not written yet, or not published, when the main thread ends."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     handler, reached, ending = lazy_orbax.standard_handler(), threading.Event(), threading.Event()
     owner = handler if place == "finalize" else Writer
     method = getattr(owner, place)
@@ -141,13 +143,30 @@ def in_flight(place="finish", then=lambda: None, after=lambda: None):
         then()
         return method(*args)
 
-    threading._register_atexit(ending.set)  # It comes before what the handler has registered.
+    running_saves = process_end.running_saves
+
+    def asked():
+        """What finishes saves at the end of the main thread asks which there are."""
+        ending.set()
+        return running_saves()
+
+    process_end.running_saves = asked
     setattr(owner, place, late)
     checkpointer = ocp.AsyncCheckpointer(handler, timeout_secs=20)
     checkpointer.save(f"{DIRECTORY}/0", args=SAVE)
     assert reached.wait(20)
     after()
     print("the end")
+
+
+def press_ctrl_c():
+    """While a storage that never answers is waited for."""
+    os.kill(os.getpid(), signal.SIGINT)
+    threading.Event().wait()
+
+
+def interrupt():
+    raise KeyboardInterrupt
 
 
 def fail():
@@ -165,7 +184,10 @@ def fork():
 CASES = {
     "in flight": in_flight,
     "in flight, raises": lambda: in_flight(after=fail),
+    "in flight, exits": lambda: in_flight(after=lambda: sys.exit(3)),
+    "in flight, interrupted": lambda: in_flight(after=interrupt),
     "in flight, fails": lambda: in_flight(then=fail),
+    "in flight, for ever": lambda: in_flight(then=press_ctrl_c),
     "in flight, forks": lambda: in_flight("finalize", after=fork),
     "two threads": two_threads,
     "interrupted": interrupted,

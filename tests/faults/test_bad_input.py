@@ -22,7 +22,7 @@ from lazy_orbax.errors import (
     SaveError,
     TreeError,
 )
-from lazy_orbax.restore.verified import explained
+from lazy_orbax.restore.misfits import explained
 
 
 @pytest.fixture(params=["standard", "pytree", "lazy"])

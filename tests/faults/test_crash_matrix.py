@@ -52,6 +52,8 @@ def test_a_save_killed_at_every_call(zygote, first_step, tmp_path, tell, durable
         shutil.copytree(first_step, root)
         calls = zygote.die(root, 2, {"call": call, "nth": nth}, durable_path=durable_path)
         deaths.append((calls[-1], crashes.published(calls, 2)))
+        # Not all saves make all calls: one in twenty syncs a lock of `_sharding`, say.
+        assert calls[-1] == call or calls.count(call) < nth
         try:
             check(root, calls)
         except Exception as error:  # noqa: BLE001 - All are told at the end.
@@ -70,8 +72,7 @@ def test_a_save_killed_at_every_call(zygote, first_step, tmp_path, tell, durable
             kill(call, nth)
     assert not failures, "\n".join(failures)
     kinds = {call for call, _ in deaths} - {"finished"}
-    # One in twenty saves locks `_sharding`, say, once more.
-    assert set.intersection(*map(set, runs)) <= kinds <= set(points)
+    assert {MERGED, "rename /2"} <= kinds
     tell(
         "Saves killed at every call that changes the file system",
         "DurablePath, where it differs" if durable_path else "default",

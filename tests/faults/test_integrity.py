@@ -721,3 +721,17 @@ def test_the_command_line(tmp_path, mesh, capsys):
     assert "CORRUPT" in capsys.readouterr().out
     assert main(["verify", str(tmp_path / "nothing")]) == 2
     assert "not a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("by_orbax", [False, True])
+def test_a_file_that_is_gone_is_said_as_orbax_says_it(tmp_path, mesh, by_orbax):
+    """Who copies a checkpoint without its hidden files learns it from the error of either."""
+    state = state_of(0, mesh)
+    save_steps(tmp_path, [state], use_ocdbt=False)
+    (tmp_path / "1" / "default" / "w" / ".zarray").unlink()
+    for make in (lambda: ocp.CheckpointManager(tmp_path), lambda: manager_of(tmp_path)):
+        with make() as manager, pytest.raises(FileNotFoundError, match="File not found:.*zarray"):
+            manager.restore(1, args=restore_args(state, by_orbax=by_orbax))
+    with manager_of(tmp_path) as manager, pytest.raises(CorruptCheckpointError) as caught:
+        manager.restore(1, args=restore_args(state, by_orbax=by_orbax))
+    assert (caught.value.leaf, caught.value.file) == ("w", "w/.zarray")

@@ -6,6 +6,8 @@ of an exchange, of the machine that is lost and of the others.
 
 import concurrent.futures
 import json
+import re
+import socket
 import threading
 
 import numpy as np
@@ -13,9 +15,11 @@ import pytest
 from equipment.hosts import network
 from equipment.nodes import ITEM
 
+from lazy_orbax.errors import KeeperError
 from lazy_orbax.tiers.parity import survey
 
 MEMBER = "equipment.member.Member"
+MEMORY = "equipment.hosts_zygote.Memory"
 MODULES = ("equipment.member",)
 # The stage that is reached by the machine that is lost, or by another.
 STAGES = (
@@ -31,8 +35,9 @@ STAGES = (
 class Group:
     """Processes that keep parity of each other, each on a machine of its own."""
 
-    def __init__(self, net, n, timeout_s=60.0):
+    def __init__(self, net, n, address=None, timeout_s=60.0):
         self.net, self.n, self._timeout_s = net, n, timeout_s
+        self._address = address
         self._pool = concurrent.futures.ThreadPoolExecutor(n)
         self.hosts, self.addresses = [None] * n, [""] * n
         self.each(self.replace)
@@ -52,7 +57,12 @@ class Group:
     def replace(self, process):
         """Puts an empty machine in the place of one that is lost."""
         host = self.hosts[process] = self.net.host()
-        told = (process, self.n, host.address, self._timeout_s)
+        address = host.address
+        if self._address is not None:
+            address = self._address.format(host.number)
+            bare = address.strip("[]").partition("%")[0]
+            host.does("equipment.hosts_zygote.Addresses", "add", f"{bare}/64")
+        told = (process, self.n, address, self._timeout_s)
         self.addresses[process] = host.does(MEMBER, "start", *told)
 
     def restart_nodes(self, but):
@@ -192,3 +202,110 @@ def test_a_link_that_is_cut_fails_one_exchange_in_time_and_the_next_one_protects
     group.hosts[2].die()
     group.replace(2)
     assert group.whole() == (12, newer)
+
+
+def protects_again(group, rng, step):
+    """Whether the newest step comes back from parity, when all machines are there again."""
+    newer = group.does("write", [step] * group.n, contents(rng, group.n))
+    assert are_done(group.exchange(step))
+    group.hosts[2].die()
+    group.replace(2)
+    return group.whole() == (step, newer)
+
+
+def test_a_machine_that_hangs_fails_one_exchange_in_time_and_protects_when_it_goes_on(net):
+    """Its kernel answers that all has come; only the others' clocks tell that nothing goes on."""
+    rng = np.random.default_rng(6)
+    group = Group(net, 3)
+    older = group.does("write", [10] * 3, contents(rng, 3))
+    assert are_done(group.exchange(10))
+    newer = group.does("write", [11] * 3, contents(rng, 3))
+    hung, other = group.hosts[:2]
+    has_hung = threading.Event()
+
+    def reached(number, stage):
+        if number == other.number and stage == "asked" and not has_hung.is_set():
+            hung.freeze()
+            has_hung.set()
+        # Of 60 seconds: so long does it wait for the others.
+        return 57.0 if stage == "asked" else None
+
+    group.net.reached = reached
+    group.begin(11)
+    assert has_hung.wait(60)
+    ends = group.does("ended", but=0)
+    assert "does not answer as a member" in ends[1]
+    group.net.reached = lambda *_: None
+    hung.thaw()
+    group.hosts[0].does(MEMBER, "ended")
+    assert group.whole() == (11, newer)  # Nobody was lost.
+    assert group.does("bytes_at", [10] * 3) == older
+    assert protects_again(group, rng, 12)
+
+
+@pytest.mark.slow
+def test_a_machine_that_hangs_at_rest_or_while_it_is_needed_is_given_up_in_time(net):
+    rng = np.random.default_rng(7)
+    group = Group(net, 3, timeout_s=20.0)
+    group.hosts[0].freeze()
+    group.does("write", [9] * 3, contents(rng, 3), but=0)
+    members = list(enumerate(group.addresses))
+    group.does("begin", [9] * 3, [members] * 3, but=0)
+    assert all("does not answer" in end for end in group.does("ended", but=0)[1:])
+    group.hosts[0].thaw()
+    newer = group.does("write", [10] * 3, contents(rng, 3))
+    assert are_done(group.exchange(10))
+    group.hosts[2].die()
+    group.replace(2)
+    (plan, *_), _ = survey.plans(group.does("listing"), [ITEM], None)
+    group.hosts[0].freeze()
+    for lost in plan.lost:
+        told = json.loads(json.dumps(lost.as_message()))
+        with pytest.raises(KeeperError, match="does not answer"):
+            group.hosts[lost.at].does(MEMBER, "mend", told)
+    group.hosts[0].thaw()
+    assert group.whole() == (10, newer)
+    assert are_done(group.exchange(10))
+    assert protects_again(group, rng, 11)
+
+
+def test_a_machine_without_room_says_so_and_protects_when_it_has_room_again(net):
+    rng = np.random.default_rng(9)
+    group, full = Group(net, 3), re.compile(r"/dev/shm/\S+ has \d+ of \d+ bytes free")
+    older = group.does("write", [10] * 3, contents(rng, 3))
+    assert are_done(group.exchange(10))
+    newer = group.does("write", [11] * 3, contents(rng, 3))
+    first = group.hosts[0].process()  # The other one waits for the exchange.
+    at_a_stage(group, 0, "asked", lambda: first.does(MEMORY, "leave", 2**16))
+    ends = group.exchange(11)
+    assert full.search(ends[0]), ends
+    assert are_done(ends[1:])
+    assert group.whole() == (11, newer)
+    first.does(MEMORY, "leave", 2**26)
+    # What has no parity on one of them does not come back; the one before does.
+    group.hosts[2].die()
+    group.replace(2)
+    third = group.hosts[2]
+    third.does(MEMORY, "leave", 2**16)
+    with pytest.raises(KeeperError, match=full):
+        group.whole()
+    third.does(MEMORY, "leave", 2**26)
+    assert group.whole() == (10, older)
+    assert are_done(group.exchange(10))
+    assert protects_again(group, rng, 12)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["[fd00:88::{}]", pytest.param("fe80::88:{}%eth0", marks=pytest.mark.slow)],
+)
+def test_machines_of_ipv6_protect_each_other(net, address):
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError as error:
+        pytest.skip(f"there is no IPv6 here: {error}")
+    group = Group(net, 3, address)
+    assert group.addresses[0].startswith("[f")
+    rng = np.random.default_rng(8)
+    assert protects_again(group, rng, 10)

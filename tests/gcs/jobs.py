@@ -29,6 +29,7 @@ import lazy_orbax
 from lazy_orbax.cli.main import main
 from lazy_orbax.handlers.promoting import promote
 from lazy_orbax.snapshot.host_budget import HOST_BUDGET
+from lazy_orbax.tiers.tier import Machine
 
 __all__ = ["Job", "serve"]
 
@@ -150,6 +151,15 @@ class Job:
             found if isinstance(found, int) else str(found)
             for found in promoted(run, tiers, places)
         ]
+
+    def divide(self, directory: str, n: int) -> list[str]:
+        """Returns the directories of so many machines with a part of what is kept each."""
+        return machines(pathlib.Path(directory).parent, directory, n)
+
+    def promote_part(self, run: str, place: str, tier: str, part: int, of: int) -> int | None:
+        """Brings the part of one of so many machines to a tier, as the others do."""
+        tier_of = lazy_orbax.Tier(tier, every_s=1, keep=1)
+        return promote(run, tier_of, place, Machine((part,), of))
 
     def newest(self, run: str, directory: str, tier: str) -> tuple[int, str, list[str]]:
         """Returns the newest step, where it was, and which leaves are not what was kept."""

@@ -31,7 +31,8 @@ POINTS = [
     ("the first removal", REMOVE, [2]),
     ("the last removal", REMOVE_MARK, [2]),
 ]
-NOTHING_LEFT = {(STEP_METADATA, "stall"), (REMOVE_MARK, "mute")}
+# What says that a step was begun; the first one may come before the second one, or after it.
+MARKS = {"_CHECKPOINT_METADATA", "lazy_orbax_promoted.json"}
 BY_DAY = {("the commit file", "stall")}
 
 
@@ -79,9 +80,9 @@ def test_a_killed_promotion(start, witness, proxy, root, memory, point):
     after = {COMMIT: [1, 2], UNLIST: [2]}.get(pattern, listed) if action == "mute" else listed
     assert witness.do("open", tier, stock=True) == after
     assert witness.do("wrong", *after) == []
-    left = {1, 2} - {*after}
-    if left and (pattern, action) not in NOTHING_LEFT:
-        assert f"{tier}/{left.pop()} " in witness.do("command", "clean", tier)[1]
+    for step in {1, 2} - {*after}:
+        is_left = MARKS & {*witness.do("objects", step)}
+        assert not is_left or f"{tier}/{step} " in witness.do("command", "clean", tier)[1]
     assert start().do("promote", run, memory, tier) in (2, None)
     assert witness.do("open", tier, stock=True) == [2]
     assert witness.do("wrong", 2) == []
@@ -96,6 +97,85 @@ def test_what_is_in_a_bucket_is_found_when_memory_is_gone(start, root, memory):
     assert job.do("promote", run, memory, tier) == 1
     assert job.do("newest", run, memory, tier) == (1, "memory", [])
     assert job.do("newest", run, memory, tier) == (1, tier, [])  # It ended well, and left nothing.
+
+
+MET = r"\S*/lazy_orbax_meeting/"
+LEADER_POINTS = [
+    ("the call", rf"upload {MET}call"),
+    ("the step", rf"upload {MET}\w+/step"),
+    ("the item", rf"upload {MET}\w+/item0"),
+    ("the merge's manifest", MERGED),
+    ("the commit file", COMMIT),
+    ("the end of the call", rf"delete {MET}"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action", ["stall", "mute"])
+@pytest.mark.parametrize("pattern", [pytest.param(p, id=what) for what, p in LEADER_POINTS])
+def test_a_killed_leader(start, witness, proxy, root, memory, pattern, action):  # noqa: PLR0913
+    run, tier = f"{root}/run", f"{root}/tier"
+    leader, follower, met = start(), start(), Fault(pattern, action, times=1)
+    witness.do("keep", run, memory, 1)
+    assert leader.do("promote_together", run, memory, tier, 2) == [1, 1]
+    witness.do("keep", run, memory, 2)
+    places = witness.do("divide", memory, 2)
+    with proxy.breaking(met):
+        follower.begin("promote_part", run, places[1], tier, 1, 2)
+        leader.begin("promote_part", run, places[0], tier, 0, 2)
+        met.await_request()
+        leader.kill()
+    is_listed = pattern.startswith("delete") or (pattern == COMMIT and action == "mute")
+    listed = [1, 2] if is_listed else [1]
+    assert witness.do("open", tier, stock=True) == listed
+    assert witness.do("wrong", *listed) == []
+    if witness.do("objects", "lazy_orbax_meeting"):
+        assert f"{tier}/lazy_orbax_meeting " in witness.do("command", "clean", tier)[1]
+    assert start().do("promote_part", run, places[0], tier, 0, 2) == (None if is_listed else 2)
+    assert follower.end().result == 2
+    assert witness.do("open", tier, stock=True) == [2]
+    assert witness.do("wrong", 2) == []
+    assert witness.do("problems", 2) == []
+    assert not witness.do("objects", 1)
+    assert not witness.do("objects", "lazy_orbax_meeting")
+
+
+FOLLOWER_POINTS = [
+    ("here", rf"upload {MET}\w+/here-1"),
+    ("taken", rf"upload {MET}\w+/taken-1"),
+    ("its data", r"upload \S*/2/default/ocdbt.process_1-\w+/d/"),
+    ("done", rf"upload {MET}\w+/done0-1"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action", ["stall", "mute"])
+@pytest.mark.parametrize("pattern", [pytest.param(p, id=what) for what, p in FOLLOWER_POINTS])
+def test_a_killed_follower(start, witness, proxy, root, memory, pattern, action):  # noqa: PLR0913
+    run, tier = f"{root}/run", f"{root}/tier"
+    leader, follower, met = start(), start(), Fault(pattern, action, times=1)
+    witness.do("keep", run, memory, 1)
+    assert leader.do("promote_together", run, memory, tier, 2) == [1, 1]
+    witness.do("keep", run, memory, 2)
+    places = witness.do("divide", memory, 2)
+    with proxy.breaking(met):
+        leader.begin("promote_part", run, places[0], tier, 0, 2)
+        follower.begin("promote_part", run, places[1], tier, 1, 2)
+        met.await_request()
+        follower.kill()
+    follower = start()
+    follower.begin("promote_part", run, places[1], tier, 1, 2)
+    first = leader.end()
+    if first.error:  # The next program of that machine said so.
+        assert "its program was killed" in first.message
+        assert leader.do("promote_part", run, places[0], tier, 0, 2) == 2
+    else:
+        assert first.result == 2
+    assert follower.end().result in (2, None)
+    assert witness.do("open", tier, stock=True) == [2]
+    assert witness.do("wrong", 2) == []
+    assert witness.do("problems", 2) == []
+    assert not witness.do("objects", "lazy_orbax_meeting")
 
 
 @pytest.mark.slow

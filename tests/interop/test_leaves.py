@@ -552,6 +552,15 @@ def test_a_name_that_is_no_path_needs_a_database(name, tmp_path):
     assert list(directory.iterdir()) == []
 
 
+def test_stock_does_not_find_what_it_saved_under_a_name_with_a_backslash(tmp_path):
+    """TensorStore takes it for a slash. Where Orbax finds it, there is no reason to refuse it."""
+    stock, directory = ocp.PyTreeCheckpointHandler(use_ocdbt=False), tmp_path / "x"
+    save(stock, directory, ocp.args.PyTreeSave(UNSAFE_PATHS["backslash"]()))
+    assert (directory / "a" / "b" / ".zarray").exists()
+    with pytest.raises(FileNotFoundError, match="not found"):
+        restore(stock, directory)
+
+
 @pytest.mark.parametrize("name", CLASHES)
 def test_leaves_that_would_overwrite_each_other_are_refused(name, tmp_path):
     for settings in ({"use_ocdbt": True}, {"use_ocdbt": False}):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -329,6 +330,18 @@ def test_a_step_is_overwritten(tmp_path, mesh, timelines):
         assert_same(run.load(1), second)
 
 
+def test_a_save_in_a_notebook_after_one_that_was_not(tmp_path, mesh, timelines):
+    """An event loop runs there: the second save took the number of the first, and was lost."""
+    state = make_state(mesh)
+    v1.save(tmp_path / "1", state)
+
+    async def cell():
+        v1.save(tmp_path / "2", state)
+        return v1.load(tmp_path / "2", abstract(state))
+
+    assert_same(asyncio.run(cell()), state)
+
+
 def test_another_mesh_and_another_dtype(tmp_path, mesh, timelines):
     state = {"w": on_mesh(np.arange(64, dtype=np.float32).reshape(8, 8), mesh, "a", "b")}
     v1.save(tmp_path / "1", state)
@@ -342,6 +355,14 @@ def test_another_mesh_and_another_dtype(tmp_path, mesh, timelines):
     assert v1.metadata(tmp_path / "1").metadata["w"].shape == (8, 8)
 
 
+def test_a_leaf_of_another_shape_is_named_in_the_words_of_orbax(tmp_path, mesh, timelines):
+    v1.save(tmp_path / "1", {"w": on_mesh(np.ones((8, 8)), mesh, "a"), "n": np.arange(3)})
+    target = {"w": jax.ShapeDtypeStruct((4, 8), jnp.float32, sharding=ONE), "n": np.zeros(3)}
+    named = r"\['w'\]: found \[8, 8\], wanted \[4, 8\].* not compatible with the stored shape"
+    with pytest.raises(lazy_orbax.errors.RestoreError, match=named):
+        v1.load(tmp_path / "1", target)
+
+
 ONE = jax.sharding.SingleDeviceSharding(jax.devices()[1])
 PLAIN = {"w": np.arange(8.0, dtype=np.float32), "n": np.arange(5), "i": 3, "f": 2.5, "s": "ä"}
 TARGETS = {
@@ -352,6 +373,7 @@ TARGETS = {
     "types": {"w": jax.Array, "n": np.ndarray, "i": int, "f": float, "s": str},
     "None": dict.fromkeys("wnifs"),
     "another type of number": {"i": 0.5, "f": 1},
+    "numbers as strings": {"i": str, "f": str},
     "arrays": {"w": jnp.zeros(8)},
     "placeholders": {"w": ..., "s": ...},
 }

@@ -8,6 +8,7 @@ from equipment.hosts import network
 from equipment.trainer import VARIABLES
 
 TRAINER = "equipment.trainer.Trainer"
+MEMORY = "equipment.hosts_zygote.Memory"
 PORT = 4000
 
 
@@ -65,6 +66,30 @@ def test_two_machines_are_too_many_and_storage_is_next(net, tmp_path):
     job.end()
 
 
+@pytest.mark.slow
+def test_where_there_is_no_room_to_make_it_again_storage_is_next_and_training_goes_on(
+    net, tmp_path
+):
+    hosts = [net.host() for _ in range(3)]
+    job = Job(hosts, tmp_path / "run")
+    job.does("store", 5)
+    assert [one["newest_step"] for one in job.keep(7)] == [7] * 3
+    hosts[2].die()
+    job.end(but=[hosts[2]])
+    small = net.host()
+    job = Job([*hosts[:2], small], tmp_path / "run")
+    small.does(MEMORY, "leave", 2**15)
+    found = job.does("restore")
+    assert [(one["step"], one["tier"], one["rebuilt"]) for one in found] == [(5, "storage", [])] * 3
+    assert "bytes free" in found[2]["why"]
+    assert [one["newest_step"] for one in job.keep(8)] == [None] * 3
+    assert "bytes free" in job.does("said")[2]
+    job.does("train", 9)
+    small.does(MEMORY, "leave", 2**26)
+    assert [one["newest_step"] for one in job.keep(10)] == [10] * 3
+    job.end()
+
+
 def test_a_job_goes_on_while_its_network_is_cut_and_after_it_on_other_machines(net, tmp_path):
     """A member is cut off in mid-exchange: half-open connections, and nobody says that.
 
@@ -89,7 +114,7 @@ def test_a_job_goes_on_while_its_network_is_cut_and_after_it_on_other_machines(n
     has_trained.set()
     protection = job.does("protection")
     assert protection[1]["newest_step"] == 7
-    assert "does not answer as a member: [Errno" in protection[1]["error"]
+    assert "does not answer as a member: " in protection[1]["error"]
     assert "Step 8 has no parity" in job.does("said")[1]
     hosts[0].heal(link=1)
     assert [one["newest_step"] for one in job.keep(10)] == [10] * 3

@@ -17,15 +17,12 @@ from lazy_orbax.errors import KeeperError
 from lazy_orbax.pods.consensus import value_in_time
 from lazy_orbax.storage import threads
 from lazy_orbax.tiers.parity import files
+from lazy_orbax.tiers.parity.addresses import interface_towards
 from lazy_orbax.tiers.parity.files import Key
 from lazy_orbax.tiers.parity.groups import group_with, groups_of
 from lazy_orbax.tiers.parity.node_link import NodeLink
 from lazy_orbax.tiers.parity.proof import new_secret
-from lazy_orbax.tiers.parity.settings import (
-    NodeSettings,
-    Parity,
-    interface_towards,
-)
+from lazy_orbax.tiers.parity.settings import NodeSettings, Parity
 from lazy_orbax.tiers.shelf import GENERATIONS, Shelf, parity_file_of
 
 _LOG = logging.getLogger("lazy_orbax")
@@ -82,7 +79,7 @@ class Guard:
         self._parity, self._in_vain = parity, 0
         self._under_way: list[concurrent.futures.Future[Any]] = []
         self._link: NodeLink | None = None
-        self._settings = NodeSettings(shelf.path, run, jax.process_index(), "")
+        self._settings = NodeSettings(shelf.path, run, jax.process_index(), new_secret())
         if jax.process_count() > 1:
             self.store = multihost.key_value_store()
             self._settings = dataclasses.replace(
@@ -102,7 +99,8 @@ class Guard:
         return self._settings
 
     def _put(self, name: str, value: str) -> None:
-        self.store.key_value_set(f"{_PREFIX}/{name}", value, allow_overwrite=True)
+        if self.store is not None:
+            self.store.key_value_set(f"{_PREFIX}/{name}", value, allow_overwrite=True)
 
     def _get(self, name: str, timeout_s: float = _JOIN_S) -> str:
         value = value_in_time(self.store, f"{_PREFIX}/{name}", timeout_s)
@@ -241,7 +239,9 @@ class Guard:
     def listing(self) -> dict[str, Any]:
         """Returns what this machine has of the run, and where it is asked for that."""
         found = files.listing_of(self._shelf, self._settings.run)
-        return {**found, "address": self.link().address}
+        # A job of one process asks its own node, if what it has is parity of a larger one.
+        is_asked = self.store is not None or found["parities"]
+        return {**found, "address": self.link().address if is_asked else ""}
 
     def close(self) -> None:
         """Lets the others fetch what they need, and ends the node."""

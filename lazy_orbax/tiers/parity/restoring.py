@@ -65,7 +65,7 @@ def make_whole(guard: Guard | None, items: Iterable[str], newer_than: int | None
         items: those that are wanted.
         newer_than: steps before this one are of no use.
     """
-    if guard is None or guard.store is None:
+    if guard is None:
         return MadeWhole()
     found, missing = _agreed(guard, items, newer_than)
     for plan in found:
@@ -97,6 +97,9 @@ def _agreed(
     except (KeeperError, OSError) as error:
         told = _NOTHING
         _LOG.warning("What this machine has cannot be told: %s", error)
+    if n == 1:  # It may have parity of a job that had more.
+        found, missing = plans([json.loads(told)], items, newer_than)
+        return found[:_MOST_PLANS], missing
     store.key_value_set(f"{_KEY}/has/{process}", told, allow_overwrite=True)
     # Nobody reads before all have told; and nobody of an earlier restore reads any more.
     consensus.any_process([False])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import socket
 
-from lazy_orbax.errors import KeeperError, OptionError
+from lazy_orbax.errors import OptionError
+from lazy_orbax.tiers.parity.addresses import is_everywhere
 
 _MOST_MEMBERS = 32
 
@@ -20,8 +21,9 @@ class Parity:
             generations.
         domain: what fails as a whole with this process, such as the name of its rack. No two
             members of a group are of one domain. `None` is the name of the host.
-        host: the address of the interface to listen on, which the others reach. `None` is the one
-            by which this machine reaches JAX's coordinator.
+        host: the address of the interface to listen on, IPv4 or IPv6, or a name that has it: the
+            others reach this process by it. `None` is the one by which this machine reaches JAX's
+            coordinator.
         bytes_per_s: most bytes that this process sends in a second for the sake of parity; `None`
             is no limit. What restores ask for has none.
         timeout_s: most seconds that an exchange, or making a snapshot again, may take.
@@ -46,6 +48,11 @@ class Parity:
     def __post_init__(self) -> None:
         if not isinstance(self.group, int) or not 2 <= self.group <= _MOST_MEMBERS:
             raise OptionError(f"group={self.group!r} must be from 2 to {_MOST_MEMBERS}.")
+        if self.host is not None and is_everywhere(self.host):
+            raise OptionError(
+                f"host={self.host!r} is every interface, by which no other process reaches this "
+                "one; give the address of one interface, or None."
+            )
         limit = self.bytes_per_s
         if limit is not None and (not isinstance(limit, int) or limit < 2**20):
             raise OptionError(f"bytes_per_s={limit!r} must be at least {2**20} (1 MiB), or None.")
@@ -85,25 +92,3 @@ class NodeSettings:
     bytes_per_s: int | None = None
     timeout_s: float = 300.0
     tls: tuple[str, str, str] | None = None
-
-
-def interface_towards(address: str | None) -> str:
-    """Returns the address by which this machine reaches another; nothing is sent.
-
-    Args:
-        address: `host:port`; `None` is nowhere, and the answer the loopback.
-    """
-    if not address:
-        return "127.0.0.1"
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]") or "localhost"
-    try:
-        family, kind, *_, target = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(target)
-            return probe.getsockname()[0]
-    except (OSError, ValueError) as error:
-        raise KeeperError(
-            f"no interface leads to JAX's coordinator at {address}: {error}; give "
-            "`Parity(host=...)`"
-        ) from error

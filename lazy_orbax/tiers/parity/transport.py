@@ -25,7 +25,7 @@ from typing import Any
 
 from lazy_orbax.errors import KeeperError
 from lazy_orbax.storage import threads
-from lazy_orbax.tiers.parity import proof
+from lazy_orbax.tiers.parity import addresses, proof
 
 CHUNK_BYTES, SPAN_BYTES = 2**22, 2**26
 """Of bytes that are sent: those with a digest of their own, and most for one question."""
@@ -84,14 +84,23 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
             READ: lambda told: _chunks(read, told),
         }
         self._open_lock, self._open = threading.Lock(), set[socket.socket]()
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        try:
-            super().__init__((host, 0), _Handler)
-        except OSError as error:
-            raise KeeperError(f"nobody can listen on {host}: {error}") from error
-        port = self.socket.getsockname()[1]
-        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._listen(host)
+        self.address = addresses.with_port(host, self.socket.getsockname()[1])
         threads.run(functools.partial(self.serve_forever, _LOOK_S), "lazy_orbax-parity-door")
+
+    def _listen(self, host: str) -> None:
+        """Listens at the first of its addresses at which it can."""
+        why: OSError | None = None
+        try:
+            for self.address_family, where in addresses.own_addresses(host):
+                try:
+                    super().__init__(where, _Handler)
+                    return
+                except OSError as error:
+                    why = error
+        except (OSError, UnicodeError) as error:
+            raise KeeperError(f"nobody can listen on {host}: {error}") from error
+        raise KeeperError(f"nobody can listen on {host}: {why}") from why
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Takes a connection. What shows who it is comes later, in a thread of its own."""

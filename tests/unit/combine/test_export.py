@@ -209,7 +209,7 @@ def test_a_dry_run_says_the_same_and_writes_nothing(tmp_path):
     saved(tmp_path / "c", {"a": np.ones(3), "b": np.ones(4)})
     planned = lazy_orbax.export(tmp_path / "c", tmp_path / "out", dry_run=True)
     assert left_in(tmp_path) == {"c"}
-    assert "2 tensors, 56 B, 1 files would be written" in str(planned)
+    assert "2 tensors, 56 B, 1 file would be written" in str(planned)
     report = lazy_orbax.export(tmp_path / "c", tmp_path / "out")
     assert dataclasses.replace(planned, dry_run=False, verified=True) == report
 

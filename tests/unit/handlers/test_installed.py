@@ -127,6 +127,65 @@ def test_what_was_saved_is_restored_with_and_without_it(tmp_path, tree, save):
         assert restored["step"] == 3
 
 
+def save_by_manager(manager, tree):
+    manager.save(1, args=ocp.args.StandardSave(tree))
+    manager.wait_until_finished()
+    manager.restore(1, args=ocp.args.StandardRestore(tree))
+
+
+def save_items(manager, tree):
+    args = {"a": ocp.args.StandardSave(tree), "b": ocp.args.PyTreeSave(tree)}
+    manager.save(1, args=ocp.args.Composite(**args))
+
+
+def save_by_v1(checkpointer, tree):
+    checkpointer.save_async(1, tree)
+
+
+MANAGERS = {
+    "manager": (ocp.CheckpointManager, save_by_manager),
+    "items": (lambda path: ocp.CheckpointManager(path, item_names=("a", "b")), save_items),
+    "v1": (v1.training.Checkpointer, save_by_v1),
+}
+
+
+@pytest.mark.parametrize("kind", MANAGERS)
+def test_a_manager_that_is_made_while_it_is_installed_is_lazy_later(tmp_path, tree, kind):
+    make, save = MANAGERS[kind]
+    init = ocp.PyTreeCheckpointHandler.__init__
+    restored = []
+    options = lazy_orbax.LazyOptions(on_restore=restored.append)
+    with lazy_orbax.install(options):
+        manager = make(tmp_path / "lazy")
+    assert ocp.PyTreeCheckpointHandler.__init__ is init
+    with make(tmp_path / "stock") as stock, manager:
+        save(manager, tree)
+        assert ocp.PyTreeCheckpointHandler.__init__ is init
+        save(stock, tree)
+    assert has_digests(tmp_path / "lazy")
+    assert not has_digests(tmp_path / "stock")
+    assert len(restored) == (kind == "manager")
+    files = [sorted(p.name for p in (tmp_path / d).iterdir()) for d in ("lazy", "stock")]
+    assert files[0] == files[1]
+
+
+def test_a_handler_that_another_thread_makes_beside_such_a_manager_is_a_stock_one():
+    made = []
+
+    def make():
+        made.append(installed.saves_lazily(ocp.StandardCheckpointHandler()))
+
+    with lazy_orbax.install() as installation:
+        pass
+    with installed._holding(installation):
+        thread = threading.Thread(target=make)
+        thread.start()
+        thread.join()
+        make()
+    make()
+    assert made == [False, True, False]
+
+
 def test_a_donated_state_is_saved_as_it_was(tmp_path, mesh):
     step = jax.jit(lambda x: x + 1, donate_argnums=0)
     state = on_mesh(np.zeros((8, 8)), mesh, "a")

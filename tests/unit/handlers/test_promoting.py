@@ -194,6 +194,18 @@ def test_a_tier_that_cannot_be_written_is_told_of(keeper, place, tier, caplog):
     assert f"Nothing of {RUN} was brought to {tier.path}" in caplog.text
 
 
+def test_a_tier_that_has_a_newer_step_gets_nothing_and_that_is_said(keeper, place, tier, caplog):
+    keep(keeper, 20)
+    assert promote(RUN, tier, place) == 20
+    assert promote(RUN, tier, place) is None
+    assert "is not brought" not in caplog.text
+    keep(keeper, 6)  # The job went back.
+    assert promote(RUN, tier, place) is None
+    assert f"Step 6 of {RUN} is not brought to {tier.path}, which has step 20. Remov" in caplog.text
+    shutil.rmtree(f"{tier.path}/20")
+    assert promote(RUN, tier, place) == 6
+
+
 def test_two_programs_do_not_write_one_tier(keeper, place, tier):
     """The keeper of the first one has died, say."""
     keep(keeper, 20)

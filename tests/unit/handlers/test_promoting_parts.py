@@ -20,6 +20,7 @@ from lazy_orbax.errors import KeeperError
 from lazy_orbax.handlers import promoting_parts, promoting_share
 from lazy_orbax.handlers.promoting import promote
 from lazy_orbax.tiers import meeting
+from lazy_orbax.tiers.kept_steps import kept_steps
 from lazy_orbax.tiers.meeting import Meeting
 from lazy_orbax.tiers.shelf import Shelf
 from lazy_orbax.tiers.tier import Machine
@@ -254,3 +255,59 @@ def test_a_machine_that_the_job_left_does_not_come(memory, first, tier, monkeypa
             with pytest.raises(KeeperError, match="did not say in"):
                 promote(RUN, tier, places[1], Machine((1,), 2))
             assert met.told_by_all(token, "here") == came
+
+
+def test_a_machine_that_the_job_left_disturbs_nobody(memory, first, tier):
+    """Its leader still has its last step, and comes while a later life brings one there."""
+    places, met = kept(memory, first, 2, 3, 4), Meeting(tier.path)
+    assert promoted(RUN, [tier] * 2, places) == [4, 4]
+    (life,) = lives_in(places[0])
+    begun = pathlib.Path(tier.path) / f"9{_paths.TEMPORARY}"
+    begun.mkdir()
+    (begun / _paths.PROMOTED).write_text(json.dumps({"run": RUN}))
+    with met.called({life + 1}) as token:
+        assert promote(RUN, tier, places[0], Machine((0,), 2)) is None  # Nothing is newer.
+        shutil.rmtree(f"{tier.path}/4")
+        with pytest.raises(KeeperError, match="a later life of the job"):
+            promote(RUN, tier, places[0], Machine((0,), 2))
+        assert met.token() == token
+        assert sorted(os.listdir(tier.path)) == [begun.name, _paths.MEETING]
+    assert promoted(RUN, [tier] * 2, places) == [4, 4]
+    begun.mkdir()
+    (begun / _paths.PROMOTED).write_text(json.dumps({"run": RUN}))
+    assert promoted(RUN, [tier] * 2, places) == [None, None]
+    assert os.listdir(tier.path) == ["4"]
+
+
+def test_a_leader_whose_call_another_one_ends_waits_no_longer(memory, first, tier):
+    places, met = kept(memory, first, 2, 3), Meeting(tier.path)
+    found = []
+
+    def lead():
+        with pytest.raises(KeeperError, match="another program calls the machines"):
+            promote(RUN, tier, places[0], Machine((0,), 2))
+        found.append("given up")
+
+    leader = threading.Thread(target=lead)
+    leader.start()
+    while met.token() is None:
+        assert leader.is_alive()
+    with met.called(lives_in(places[0])):
+        leader.join(60)
+    assert found == ["given up"]
+
+
+def test_what_the_job_went_back_from_is_brought_nowhere(memory, tier):
+    with lazy_orbax.Keeper(RUN, directory=str(memory / "k")) as keeper:
+        for step in (99, 100, 6):
+            if step == 6:  # It began with 100, and then with an older one after all.
+                newest = kept_steps(keeper.slots.shelf, RUN)[0]
+                keeper.slots.begin_life({"default": newest.paths[0]})
+            keeper.save(step, {"a": np.full(3, step)})
+            keeper.wait()
+        places = machines(memory, str(memory / "k"), 2)
+    assert {snapshot.step for _, snapshot in Shelf(places[0]).snapshots()} == {100, 6}
+    (pathlib.Path(tier.path) / "50").mkdir(parents=True)
+    assert promoted(RUN, [tier] * 2, places) == [None, None]
+    os.rmdir(f"{tier.path}/50")
+    assert promoted(RUN, [tier] * 2, places) == [6, 6]

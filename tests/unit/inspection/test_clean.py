@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 
+from lazy_orbax._paths import MEETING
 from lazy_orbax.errors import OptionError
 from lazy_orbax.inspection.clean import clean
 
@@ -67,6 +68,25 @@ def test_a_link_is_kept_and_so_is_what_a_link_within_leads_to(run, tmp_path):
     assert fates["12.orbax-checkpoint-tmp"]
     assert not fates["14.orbax-checkpoint-tmp"]
     assert (outside / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("has_steps", [True, False])
+def test_what_killed_keepers_told_each_other_in_a_tier_is_removed(run, tmp_path, has_steps):
+    tier = run if has_steps else tmp_path / "tier"
+    told = tier / MEETING / ("0" * 16) / "here-1"
+    told.parent.mkdir(parents=True)
+    told.write_text("{}")
+    (now, *_) = clean(tier, dry_run=False).directories
+    assert "just now" in (now.kept or "")
+    for path in (told, told.parent, told.parent.parent):
+        os.utime(path, (OLD_S, OLD_S))
+    (old, *_) = clean(tier).directories
+    assert (old.path, old.n_bytes, old.kept) == (str(tier / MEETING), 2, None)
+    assert clean(tier, dry_run=False).directories[0].removed
+    assert not (tier / MEETING).exists()
+    assert (run / "2").is_dir()
+    (tier / MEETING).symlink_to(tmp_path)
+    assert clean(tier, dry_run=False, quiet_s=0).directories[0].kept == "it is a link"
 
 
 def test_a_negative_time_is_refused(run):

@@ -7,9 +7,12 @@ import shutil
 
 import pytest
 
+import lazy_orbax
 from lazy_orbax.errors import OptionError
 from lazy_orbax.inspection import looking
 from lazy_orbax.inspection.ls import ls
+from lazy_orbax.inspection.show import show
+from lazy_orbax.view.text import size_of
 
 
 @pytest.mark.parametrize(
@@ -63,6 +66,30 @@ def test_metadata_of_a_step_are_data(runs, tmp_path):
 
 def test_one_directory_too_high_lists_the_runs(runs):
     assert set(ls(runs).runs) == set(map(str, runs.iterdir()))
+
+
+def test_checkpoints_that_are_of_no_run_are_listed_beside_runs(runs, tmp_path):
+    """As Flax's guides save them, in one directory: each with a name that is no step's."""
+    shutil.copytree(runs / "lazy", tmp_path / "managed")
+    for name in ("pure_dict", "state"):
+        shutil.copytree(runs / "lazy" / "1" / "default", tmp_path / name)
+        shutil.copy(runs / "lazy" / "1" / "_CHECKPOINT_METADATA", tmp_path / name)
+    listing = ls(tmp_path)
+    assert listing.runs == (str(tmp_path / "managed"),)
+    assert [pathlib.Path(entry.path).name for entry in listing.steps] == ["pure_dict", "state"]
+    assert {(entry.step, entry.state, entry.items) for entry in listing.steps[1:]} == {
+        (None, "committed", ("state",))
+    }
+    assert listing.ok
+    assert str(tmp_path / "managed") in str(listing)
+    found = "holds runs and checkpoints. Give one:\n.*managed\n.*pure_dict\n.*state"
+    for verb in (show, lazy_orbax.verify):
+        with pytest.raises(OptionError, match=found):
+            verb(tmp_path)
+    assert lazy_orbax.verify(tmp_path / "state").is_whole
+    shutil.rmtree(tmp_path / "managed")
+    assert ls(tmp_path).runs == ()
+    assert str(ls(tmp_path)).endswith(f"2 steps, {size_of(2 * listing.steps[0].n_bytes)}")
 
 
 def test_what_is_no_run_is_refused(runs, tmp_path):

@@ -92,6 +92,16 @@ def test_another_structure_is_refused_as_by_orbax(tmp_path):
     assert (timeline.n_leaves, timeline.all_by_orbax) == (2, None)
 
 
+def test_a_placeholder_in_a_part_is_filled_as_by_orbax(tmp_path):
+    item, args = {"w": ..., "h": TREE["h"]}, {"w": ARRAY, "h": ocp.RestoreArgs()}
+    value, _ = restored(tmp_path, item, args, partial_restore=True)
+    stock = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(
+        epath.Path(tmp_path / "c"), args=ocp.args.PyTreeRestore(item, args, partial_restore=True)
+    )
+    np.testing.assert_array_equal(stock["w"], TREE["w"])
+    np.testing.assert_array_equal(value["w"], TREE["w"])
+
+
 @dataclasses.dataclass
 class Node:
     """A node whose keys have no names."""

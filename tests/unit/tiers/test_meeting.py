@@ -2,11 +2,17 @@
 
 import json
 import os
+import time
 
 import pytest
 
+from lazy_orbax._paths import MEETING
 from lazy_orbax.errors import KeeperError
-from lazy_orbax.tiers.meeting import FOLDER, Meeting, awaited
+from lazy_orbax.tiers.meeting import Meeting, awaited
+
+
+def called(token, *lives, called_s=0.0):
+    return {"token": token, "lives": lives, "called_s": called_s}
 
 
 def test_what_is_told_in_a_call_is_heard_by_all(tmp_path):
@@ -52,30 +58,88 @@ def test_a_later_life_of_the_job_goes_first(tmp_path):
         with later.called({5, 3}) as token:
             with pytest.raises(KeeperError, match="a later life of the job"):
                 late.called({4}).__enter__()
-            late.clear([4])
-            late.clear([])
+            assert not late.clear([4])
+            assert not late.clear([])
             assert later.token() == token
     assert os.listdir(tmp_path) == []
     with later.called({5}):
-        later.clear([5])
+        assert later.clear([5])
         assert later.token() is None
         with late.called({4}) as token:
             assert later.token() == token
 
 
+@pytest.mark.parametrize("called_s", [0.0, 1e18, -1e300, float("nan"), float("inf")])
+def test_nobody_waits_for_ever_for_a_later_life_that_is_gone(tmp_path, called_s):
+    """Or that never was: a clock was wrong, or a stranger wrote it."""
+    (tmp_path / MEETING).mkdir()
+    content = json.dumps(called("0" * 16, 10**100, called_s=called_s))
+    (tmp_path / MEETING / "call").write_text(content)
+    meeting = Meeting(str(tmp_path))
+    assert meeting.token({10**100}) == "0" * 16
+    with meeting.called({5}) as token:
+        assert meeting.token({5}) == token
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_is_no_number_is_no_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    (tmp_path / MEETING).mkdir()
+    lives = True, 9.5, "7", None, [8], -6
+    content = json.dumps(called("0" * 16, *lives, called_s=1e9))
+    (tmp_path / MEETING / "call").write_text(content)
+    meeting = Meeting(str(tmp_path))
+    assert meeting.token({1, 7, 8, 9}) is None
+    assert meeting.token({-6}) == "0" * 16
+    with meeting.called({0}) as token:
+        assert meeting.token({0}) == token
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a device", "link to itself", "huge"])
+def test_what_nobody_told_is_not_read_and_written_over(tmp_path, kind):
+    """Of some of it there is no end."""
+    (tmp_path / MEETING).mkdir()
+    call = tmp_path / MEETING / "call"
+    match kind:
+        case "pipe":
+            os.mkfifo(call)
+        case "link to a device":
+            call.symlink_to("/dev/zero")
+        case "link to itself":
+            call.symlink_to("call")
+        case "huge":
+            call.touch()
+            os.truncate(call, 2**30)
+    meeting = Meeting(str(tmp_path))
+    assert meeting.token() is None
+    with meeting.called({1}) as token:
+        assert meeting.token() == token
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_directory_in_the_place_of_what_is_told_is_named(tmp_path):
+    (tmp_path / MEETING / "call").mkdir(parents=True)
+    meeting = Meeting(str(tmp_path))
+    assert meeting.token() is None
+    with pytest.raises(KeeperError, match=f"nothing can be told in .*/{MEETING}/call"):
+        meeting.called({1}).__enter__()
+    assert meeting.clear([1])
+    assert os.listdir(tmp_path) == []
+
+
 def test_what_is_no_whole_file_is_not_there(tmp_path):
     meeting = Meeting(str(tmp_path))
     for content in (b"", b'{"token": "a', b"[]", b"[" * 10**6):
-        (tmp_path / FOLDER).mkdir(exist_ok=True)
-        (tmp_path / FOLDER / "call").write_bytes(content)
+        (tmp_path / MEETING).mkdir(exist_ok=True)
+        (tmp_path / MEETING / "call").write_bytes(content)
         assert meeting.token() is None
 
 
 @pytest.mark.parametrize("token", ["..", "../5", "", 5, ["a"], "a/b", "{tmp_path}/5"])
 def test_what_names_another_folder_is_no_call_and_removes_nothing(tmp_path, token):
     token = token.format(tmp_path=tmp_path) if isinstance(token, str) else token
-    (tmp_path / FOLDER).mkdir()
-    (tmp_path / FOLDER / "call").write_text(json.dumps({"token": token, "lives": [1]}))
+    (tmp_path / MEETING).mkdir()
+    (tmp_path / MEETING / "call").write_text(json.dumps(called(token, 1)))
     (tmp_path / "5").mkdir()
     meeting = Meeting(str(tmp_path))
     assert meeting.token() is None
@@ -102,6 +166,15 @@ def test_who_gives_up_ends_the_waiting_for_all(tmp_path):
             meeting.told_by_each(token, "done", {1, 2}, 60.0)
 
 
+def test_nobody_waits_in_a_call_that_another_one_ended(tmp_path):
+    """The two may have looked at the same moment, and found none."""
+    meeting = Meeting(str(tmp_path))
+    with meeting.called({1}) as first, meeting.called({1}) as second:
+        for token, why in ((first, "another program calls"), (second, "did not tell of `done`")):
+            with pytest.raises(KeeperError, match=why):
+                meeting.told_by_each(token, "done", {1}, 0.0)
+
+
 def test_what_cannot_be_told_matters_while_somebody_listens(tmp_path, monkeypatch):
     leader, other = Meeting(str(tmp_path)), Meeting(str(tmp_path))
 
@@ -115,7 +188,7 @@ def test_what_cannot_be_told_matters_while_somebody_listens(tmp_path, monkeypatc
 
 
 def test_a_tier_that_cannot_be_written_is_told_of(tmp_path):
-    (tmp_path / FOLDER).touch()
+    (tmp_path / MEETING).touch()
     meeting = Meeting(str(tmp_path))
     with pytest.raises(KeeperError, match="can be (told|heard) in"), meeting.called({1}):
         pass

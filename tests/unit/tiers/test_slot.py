@@ -195,6 +195,19 @@ def test_nothing_is_overwritten_while_another_process_is_behind(place):
     assert rig.steps() == [2, 4]
 
 
+@pytest.mark.parametrize("is_late", [False, True])
+def test_where_steps_go_back_the_newest_that_all_have_stays(place, is_late):
+    """Each process decides that then: some have begun another one since, and some have not."""
+    rig = Rig(place)
+    rig.write(1)
+    rig.write(2)
+    rig.votes.late = {2} if is_late else set()
+    rig.slot.begin_life(FakeVotes(), None)
+    rig.write(3)
+    assert rig.steps() == [1 if is_late else 2, 3]
+    assert rig.told == [None] * 3
+
+
 def test_what_a_life_begins_with_stays_until_all_have_something_newer(place):
     rig = Rig(place)
     rig.write(1)

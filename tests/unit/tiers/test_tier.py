@@ -7,9 +7,9 @@ import jax
 import pytest
 
 import lazy_orbax
+from lazy_orbax._paths import MEETING
 from lazy_orbax.errors import OptionError
 from lazy_orbax.pods import consensus
-from lazy_orbax.tiers.meeting import FOLDER
 from lazy_orbax.tiers.tier import Machine, checked_tiers, heard_of, told_of
 
 
@@ -85,11 +85,11 @@ def test_the_tiers_of_a_job_on_several_machines_are_shared(monkeypatch, place, t
     monkeypatch.setattr(consensus, "from_first", lambda numbers, most: [7])
     with pytest.raises(OptionError, match="is not shared: process 2 does not find there"):
         checked_tiers([tier(tmp_path)], "/run", place)
-    (tmp_path / f"{FOLDER}-7").mkdir()  # It cannot be read.
+    (tmp_path / f"{MEETING}-7").mkdir()  # It cannot be read.
     with pytest.raises(OptionError, match="is not shared: process 2 does not find there"):
         checked_tiers([tier(tmp_path)], "/run", place)
-    (tmp_path / f"{FOLDER}-7").rmdir()
-    (tmp_path / f"{FOLDER}-7").write_bytes(b"shared")  # As process 0 does.
+    (tmp_path / f"{MEETING}-7").rmdir()
+    (tmp_path / f"{MEETING}-7").write_bytes(b"shared")  # As process 0 does.
     assert checked_tiers([tier(tmp_path)], "/run", place)[1] == Machine((2, 3), 4)
     assert checked_tiers([], "/run", place) == ((), None)
 

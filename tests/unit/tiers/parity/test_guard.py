@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import threading
 
 import jax
 import pytest
-from equipment.nodes import ITEM, LIFE, LIMIT_BYTES, RUN, Machine, key_of, written
+from equipment.nodes import ITEM, LIFE, LIMIT_BYTES, RUN, Machine, key_of, machines, written
 
 import lazy_orbax
 from lazy_orbax._orbax import multihost
@@ -253,6 +254,22 @@ def test_one_process_has_nobody_to_keep_parity_for_it(tmp_path, served, caplog):
         assert keeper.report.newest_step == 1
         assert "one process" in keeper.protection.error
     assert "have no parity" in caplog.text
+
+
+def test_the_only_process_that_is_left_makes_again_what_the_other_had():
+    """Nobody takes the place of the machine that is lost."""
+    with machines(2) as job:
+        wanted = job.write(10, [os.urandom(10_000), os.urandom(20_000)])
+        assert all("seconds" in done for done in job.exchange(10))
+        left, lost = job.all
+        for file in lost.shelf.files():
+            lost.shelf.remove(file)
+        alone = guard.Guard(Parity(), left.shelf, RUN)
+        made = restoring.make_whole(alone, [ITEM], None)
+        alone.close()
+        assert [(one.process, one.sources) for one in made.rebuilt] == [(1, (0,))]
+        found = files.snapshot_of(left.shelf, RUN, 1, key_of(10))
+        assert pathlib.Path(found.path).read_bytes()[: found.n_bytes] == wanted[1]
 
 
 def test_a_child_that_holds_the_pipe_does_not_keep_a_node(place):

@@ -4,8 +4,8 @@ import socket
 
 import pytest
 
-from lazy_orbax.errors import KeeperError, OptionError
-from lazy_orbax.tiers.parity.settings import Parity, interface_towards
+from lazy_orbax.errors import OptionError
+from lazy_orbax.tiers.parity.settings import Parity
 
 
 @pytest.mark.parametrize(
@@ -13,6 +13,7 @@ from lazy_orbax.tiers.parity.settings import Parity, interface_towards
     [
         {"group": 1}, {"group": 33}, {"group": 2.5}, {"bytes_per_s": 5}, {"bytes_per_s": 1e9},
         {"timeout_s": 0}, {"timeout_s": "a"}, {"secret": "short"}, {"tls": ("a", "b")},
+        {"host": "0.0.0.0"}, {"host": "::"},
     ],
     ids=str,
 )  # fmt: skip
@@ -28,11 +29,3 @@ def test_a_secret_is_not_printed():
 def test_what_fails_as_a_whole_is_the_host_unless_it_is_said():
     assert Parity().domain_here == socket.gethostname()
     assert Parity(domain="rack 3").domain_here == "rack 3"
-
-
-def test_the_interface_is_the_one_towards_the_coordinator():
-    assert interface_towards("127.0.0.1:1234") == "127.0.0.1"
-    assert interface_towards("localhost:1234") in ("127.0.0.1", "::1")
-    assert interface_towards(None) == "127.0.0.1"
-    with pytest.raises(KeeperError, match="Parity\\(host="):
-        interface_towards("127.0.0.1")

@@ -382,20 +382,64 @@ def test_it_listens_on_the_interface_that_it_is_told(server):
         other.connect(("127.0.0.2", int(port)))
 
 
-def test_where_nobody_can_listen_it_says_so(desk):
-    with pytest.raises(KeeperError, match="listen on 192.0.2.1"):
-        Server("192.0.2.1", SECRET, None, desk.answer, desk.read)
+def test_it_listens_on_the_interface_that_it_is_told_of_ipv6(desk, tls6):
+    for host, tls in (("::1", None), ("[::1]", None), ("::1", tls6)):
+        server = Server(host, SECRET, tls, desk.answer, desk.read)
+        member = Peer(server.address, SECRET, tls)
+        assert server.address.startswith("[::1]:")
+        assert member.ask({"x": 1}, timeout_s=30) == {"found": 1}
+        assert content_of(member, CHUNK_BYTES + 1) == CONTENT[: CHUNK_BYTES + 1]
+        member.close()
+        server.close()
+
+
+def test_it_listens_at_one_of_the_addresses_of_a_name(desk, monkeypatch):
+    """At the first one at which it can. Who comes by the name finds it at that."""
+    resolve, found = socket.getaddrinfo, ["192.0.2.1", "127.0.0.2", "127.0.0.1"]
+
+    def resolved(host, port, *args, **kwargs):
+        hosts = found if host == "several" else [host]
+        return [one for each in hosts for one in resolve(each, port, *args, **kwargs)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolved)
+    server = Server("several", SECRET, None, desk.answer, desk.read)
+    assert server.socket.getsockname()[0] == "127.0.0.2"
+    found.remove("192.0.2.1")  # Whose network would take long to be given up.
+    found.reverse()
+    member = Peer(server.address, SECRET, None)
+    assert member.ask({"x": 1}, timeout_s=30) == {"found": 1}
+    member.close()
+    server.close()
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "fe80::1%nolink"])
+def test_where_nobody_can_listen_it_says_so(desk, host):
+    with pytest.raises(KeeperError, match=f"listen on {host}"):
+        Server(host, SECRET, None, desk.answer, desk.read)
 
 
 @pytest.fixture(scope="module")
 def tls(tmp_path_factory):
+    return certificate_of("127.0.0.1", tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture(scope="module")
+def tls6(tmp_path_factory):
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError as error:
+        pytest.skip(f"there is no IPv6 here: {error}")
+    return certificate_of("::1", tmp_path_factory.mktemp("tls6"))
+
+
+def certificate_of(host, place):
     """A certificate of this machine, which signed itself."""
-    place = tmp_path_factory.mktemp("tls")
     names = [str(place / name) for name in ("certificate", "key")]
     if shutil.which("openssl") is None:
         pytest.skip("there is no openssl here, which makes the certificate")
     options = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
-    name = ["-subj", "/CN=node", "-addext", "subjectAltName=IP:127.0.0.1"]
+    name = ["-subj", "/CN=node", "-addext", f"subjectAltName=IP:{host}"]
     files = ["-out", names[0], "-keyout", names[1]]
     command = ["openssl", "req", "-x509", *options, *name, *files]
     subprocess.run(command, check=True, capture_output=True)

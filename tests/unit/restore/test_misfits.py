@@ -1,5 +1,7 @@
 """What a restore complains of: the shape of a leaf only where Orbax insists on it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,3 +64,47 @@ def test_the_shape_that_is_told_is_the_one_in_the_arguments(saved, name, wanted,
     args = ocp.args.PyTreeRestore(TREE, restore_args)
     with pytest.raises(RestoreError, match=rf"\['{name}'\]: {text}"):
         lazy_orbax.pytree_handler().restore(directory, args=args)
+
+
+def test_who_looks_for_the_words_of_orbax_finds_them(saved):
+    handler, directory = saved
+    args = ocp.args.StandardRestore({**TREE, "b": jnp.zeros(4)})
+    for one in (ocp.StandardCheckpointHandler(), handler):
+        with pytest.raises(ValueError, match="is not compatible with the stored.*strict=False"):
+            one.restore(directory, args=args)
+
+
+def test_another_rank_is_named_where_orbax_would_cut(saved):
+    handler, directory = saved
+    target = {**TREE, "b": jnp.zeros((2, 4)), "a": jnp.zeros(4)}
+    with pytest.raises(RestoreError) as caught:
+        handler.restore(directory, args=ocp.args.StandardRestore(target, strict=False))
+    assert "['b']: found [8], wanted [2, 4]" in str(caught.value)
+    assert "['a']" not in str(caught.value)
+    assert "Ranks do not match" in str(caught.value)
+
+
+def test_the_shape_of_a_leaf_hides_no_error_of_another_kind(saved):
+    _, directory = saved
+    args = ocp.checkpoint_utils.construct_restore_args(TREE)
+    args["b"] = ocp.ArrayRestoreArgs(sharding=TREE["b"].sharding, global_shape=(4,))
+    target = ocp.args.PyTreeRestore({**TREE, "n": {"m": 1}}, args | {"n": {"m": None}})
+    partial = dataclasses.replace(target, partial_restore=True)
+    for handler in (ocp.PyTreeCheckpointHandler(), lazy_orbax.pytree_handler()):
+        with pytest.raises(TypeError, match="Type mismatch at key path .*'n'"):
+            handler.restore(directory, args=partial)
+
+
+def test_an_array_that_is_wanted_as_a_number_is_named(saved):
+    handler, directory = saved
+    args = ocp.args.StandardRestore({**TREE, "n": 3})
+    with pytest.raises(RestoreError, match=r"\['n'\]: found an array.*\[6\](.|\n)*not a scalar"):
+        handler.restore(directory, args=args)
+
+
+def test_without_a_target_the_shapes_in_the_arguments_are_named(saved):
+    _, directory = saved
+    args = ocp.checkpoint_utils.construct_restore_args(TREE)
+    args["b"] = ocp.ArrayRestoreArgs(sharding=TREE["b"].sharding, global_shape=(4,))
+    with pytest.raises(RestoreError, match=r"\['b'\]: found \[8\], wanted \[4\]"):
+        lazy_orbax.pytree_handler().restore(directory, args=ocp.args.PyTreeRestore(None, args))
