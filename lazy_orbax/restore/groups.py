@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -122,9 +122,16 @@ def _placed(family: Sequence[Wanted], first: int) -> tuple[list[Member], int]:
     return members, first
 
 
-def targets_of(group: Group) -> list[tuple[Target, ...]]:
-    """Returns memory for each box of each leaf of a group."""
-    slab = aligned(group.n_bytes)
+def targets_of(
+    group: Group, new_slab: Callable[[int], np.ndarray] = aligned
+) -> list[tuple[Target, ...]]:
+    """Returns memory for each box of each leaf of a group.
+
+    Args:
+        group: the group.
+        new_slab: returns so many bytes of memory.
+    """
+    slab = new_slab(group.n_bytes)
     memory = slab.data
     return [_targets(slab, memory, member) for member in group.members]
 

@@ -21,6 +21,7 @@ from lazy_orbax.restore import arrays
 from lazy_orbax.restore.chunk import Chunk, Target, arrived
 from lazy_orbax.restore.decoder import Decoder, decode
 from lazy_orbax.restore.groups import Group, grouped, in_order, targets_of
+from lazy_orbax.restore.memory import Slabs
 from lazy_orbax.restore.reader import Reader
 from lazy_orbax.restore.source import source_of
 from lazy_orbax.restore.wanted import Wanted
@@ -135,9 +136,10 @@ def read_groups(
     recorder.note(n_leaves=n_leaves, bytes_wanted=wanted_bytes)
     staging = arrays.Staging(limit_bytes, recorder.arrived)
     recorder.mark("planned")
+    slabs = Slabs()
     for group in groups:
         staging.reserve(group)
-        targets = targets_of(group)
+        targets = targets_of(group, slabs.new)
         staging.add(group, targets, start(group, targets))
     staging.finish()
     recorder.mark("first_byte", "read")
