@@ -13,7 +13,6 @@ ALIGNMENT = 64
 _HUGE_PAGE = 2**21
 # To touch as much in small pages takes 0.5 to 1 ms of the processor, a huge page 0.1 to 0.2.
 _SLOW_TOUCH_S = 0.0015
-_SAMPLED_BYTES = 2**23
 _WITHOUT_HUGE_PAGES = getattr(mmap, "MADV_NOHUGEPAGE", 15)
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -42,8 +41,9 @@ class Slabs:
         slab = aligned(n_bytes)
         if n_bytes < 2 * _HUGE_PAGE or _LIBC is None:
             return slab
-        samples = iter(range(0, n_bytes, _SAMPLED_BYTES))
-        while not self._has_slow_pages and (start := next(samples, None)) is not None:
+        # Each, and now: those that are quick are taken first, by whoever comes first.
+        pages = iter(range(0, n_bytes, _HUGE_PAGE))
+        while not self._has_slow_pages and (start := next(pages, None)) is not None:
             began_s = time.thread_time()
             slab[start] = 0
             self._has_slow_pages = time.thread_time() - began_s > _SLOW_TOUCH_S
