@@ -11,7 +11,7 @@ import numpy as np
 
 ALIGNMENT = 64
 _HUGE_PAGE = 2**21
-# To touch as much in small pages takes 0.5 to 1 ms of the processor, a huge page 0.1 to 0.2.
+# To touch as much in small pages takes 0.5 to 2 ms of the processor, a huge page 0.2, a slow one 5.
 _SLOW_TOUCH_S = 0.0015
 _WITHOUT_HUGE_PAGES = getattr(mmap, "MADV_NOHUGEPAGE", 15)
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None

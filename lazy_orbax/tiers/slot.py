@@ -72,7 +72,8 @@ class Slot:
         """
         with self._busy:
             if restored is None:
-                # Else some processes would write over what others have kept of the life before.
+                # Else some processes would write over what others have kept of the life before. It
+                # waits for what they tell, for half a minute at most.
                 with contextlib.suppress(KeeperError):
                     self._decide()
             self._votes, self._undecided = votes, None

@@ -52,6 +52,13 @@ def memory():
     shutil.rmtree(above)
 
 
+def assert_second_step_alone(witness, tier):
+    """Asserts that stock Orbax lists step 2 and no other, and restores what was kept."""
+    assert witness.do("open", tier, stock=True) == [2]
+    assert witness.do("wrong", 2) == []
+    assert witness.do("problems", 2) == []
+
+
 @pytest.mark.parametrize(
     "point",
     [
@@ -84,9 +91,7 @@ def test_a_killed_promotion(start, witness, proxy, root, memory, point):
         is_left = MARKS & {*witness.do("objects", step)}
         assert not is_left or f"{tier}/{step} " in witness.do("command", "clean", tier)[1]
     assert start().do("promote", run, memory, tier) in (2, None)
-    assert witness.do("open", tier, stock=True) == [2]
-    assert witness.do("wrong", 2) == []
-    assert witness.do("problems", 2) == []
+    assert_second_step_alone(witness, tier)
     assert not witness.do("objects", 1)
 
 
@@ -97,6 +102,14 @@ def test_what_is_in_a_bucket_is_found_when_memory_is_gone(start, root, memory):
     assert job.do("promote", run, memory, tier) == 1
     assert job.do("newest", run, memory, tier) == (1, "memory", [])
     assert job.do("newest", run, memory, tier) == (1, tier, [])  # It ended well, and left nothing.
+
+
+def kept_on_two_machines(witness, leader, run, memory, tier):
+    """Brings step 1 to a tier, and keeps step 2. Returns the memory of each machine."""
+    witness.do("keep", run, memory, 1)
+    assert leader.do("promote_together", run, memory, tier, 2) == [1, 1]
+    witness.do("keep", run, memory, 2)
+    return witness.do("divide", memory, 2)
 
 
 MET = r"\S*/lazy_orbax_meeting/"
@@ -116,10 +129,7 @@ LEADER_POINTS = [
 def test_a_killed_leader(start, witness, proxy, root, memory, pattern, action):  # noqa: PLR0913
     run, tier = f"{root}/run", f"{root}/tier"
     leader, follower, met = start(), start(), Fault(pattern, action, times=1)
-    witness.do("keep", run, memory, 1)
-    assert leader.do("promote_together", run, memory, tier, 2) == [1, 1]
-    witness.do("keep", run, memory, 2)
-    places = witness.do("divide", memory, 2)
+    places = kept_on_two_machines(witness, leader, run, memory, tier)
     with proxy.breaking(met):
         follower.begin("promote_part", run, places[1], tier, 1, 2)
         leader.begin("promote_part", run, places[0], tier, 0, 2)
@@ -133,9 +143,7 @@ def test_a_killed_leader(start, witness, proxy, root, memory, pattern, action): 
         assert f"{tier}/lazy_orbax_meeting " in witness.do("command", "clean", tier)[1]
     assert start().do("promote_part", run, places[0], tier, 0, 2) == (None if is_listed else 2)
     assert follower.end().result == 2
-    assert witness.do("open", tier, stock=True) == [2]
-    assert witness.do("wrong", 2) == []
-    assert witness.do("problems", 2) == []
+    assert_second_step_alone(witness, tier)
     assert not witness.do("objects", 1)
     assert not witness.do("objects", "lazy_orbax_meeting")
 
@@ -154,10 +162,7 @@ FOLLOWER_POINTS = [
 def test_a_killed_follower(start, witness, proxy, root, memory, pattern, action):  # noqa: PLR0913
     run, tier = f"{root}/run", f"{root}/tier"
     leader, follower, met = start(), start(), Fault(pattern, action, times=1)
-    witness.do("keep", run, memory, 1)
-    assert leader.do("promote_together", run, memory, tier, 2) == [1, 1]
-    witness.do("keep", run, memory, 2)
-    places = witness.do("divide", memory, 2)
+    places = kept_on_two_machines(witness, leader, run, memory, tier)
     with proxy.breaking(met):
         leader.begin("promote_part", run, places[0], tier, 0, 2)
         follower.begin("promote_part", run, places[1], tier, 1, 2)
@@ -172,9 +177,7 @@ def test_a_killed_follower(start, witness, proxy, root, memory, pattern, action)
     else:
         assert first.result == 2
     assert follower.end().result in (2, None)
-    assert witness.do("open", tier, stock=True) == [2]
-    assert witness.do("wrong", 2) == []
-    assert witness.do("problems", 2) == []
+    assert_second_step_alone(witness, tier)
     assert not witness.do("objects", "lazy_orbax_meeting")
 
 
@@ -184,8 +187,6 @@ def test_machines_bring_a_step_to_a_bucket_together(start, witness, root, memory
     for step in (1, 2):
         witness.do("keep", run, memory, step)
         assert job.do("promote_together", run, memory, tier, 2) == [step, step]
-    assert witness.do("open", tier, stock=True) == [2]
-    assert witness.do("wrong", 2) == []
-    assert witness.do("problems", 2) == []
+    assert_second_step_alone(witness, tier)
     assert not witness.do("objects", 1)
     assert not witness.do("objects", "lazy_orbax_meeting")
